@@ -1,0 +1,115 @@
+"""A candidate's shape: frozen, valid by construction, with its content id, parameters, memory and FLOPs.
+
+A family lists its weights as (name, dimensions); every count here is a sum over that list, so the numbers are
+those of the model that `from_pretrained` would build.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+# Sizes may be numbers or arrays of numbers (one per architecture of a space): counts then are arrays too.
+Sizes = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shape of a candidate inside a teacher.
+
+    `layers` are the teacher's layers that are kept, in order. Query heads are kept evenly in every group:
+    `num_attention_heads` is a multiple of `num_key_value_heads`. `head_dim` is the teacher's and never changes.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert min(self.hidden_size, self.intermediate_size, self.num_key_value_heads, len(self.layers)) >= 1
+        assert self.num_attention_heads % self.num_key_value_heads == 0, self
+        assert list(self.layers) == sorted(set(self.layers)), self
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def id(self) -> str:
+        """Content id: equal shapes have equal ids on every machine."""
+        return digest(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "layers": list(self.layers)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Architecture":
+        return cls(**{**values, "layers": tuple(values["layers"])})
+
+    def dropped_block(self, teacher_layers: int) -> tuple[int, int]:
+        """(start, length) of the contiguous block of teacher layers that is missing; (0, 0) for none."""
+        missing = sorted(set(range(teacher_layers)) - set(self.layers))
+        if not missing:
+            return 0, 0
+        assert missing[-1] - missing[0] + 1 == len(missing), "the dropped layers are not one block"
+        return missing[0], len(missing)
+
+    def __str__(self) -> str:
+        kept = f"{self.num_hidden_layers} layers"
+        return f"hidden {self.hidden_size}, mlp {self.intermediate_size}, heads {self.num_attention_heads}, {kept}"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter tensor: its name, its dimensions by name, and the decoder layer it belongs to (or None).
+
+    `matmul` is true for weights that multiply every token's activations (all matrices but the input embedding,
+    which is looked up; a tied embedding is both, and counts as a product).
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    layer: int | None
+    embedding: bool
+    matmul: bool
+
+
+def parameter_count(weights: Iterable[Weight], sizes: Sizes, *, embeddings: bool = True) -> Any:
+    """Parameters, tied embeddings once; `embeddings=False` leaves out input embedding and output head."""
+    return _sum(weights, sizes, lambda weight: embeddings or not weight.embedding)
+
+
+def memory_bytes(
+    weights: Iterable[Weight], sizes: Sizes, batch_size: int, context_length: int, element_bytes: int = 2
+) -> Any:
+    """Bytes of the weights and of the key-value cache of `batch_size` sequences of `context_length` tokens."""
+    cache = 2 * sizes["layers"] * sizes["key_value"] * batch_size * context_length
+    return element_bytes * (parameter_count(weights, sizes) + cache)
+
+
+def forward_flops(weights: Iterable[Weight], sizes: Sizes, context_length: int) -> Any:
+    """Floating-point operations of one token's forward pass: 2 per weight of every matrix product, and the two
+    products of causal attention over half the context on average."""
+    attention = 2 * sizes["layers"] * sizes["query"] * context_length
+    return 2 * _sum(weights, sizes, lambda weight: weight.matmul) + attention
+
+
+def _sum(weights: Iterable[Weight], sizes: Sizes, counted: Any) -> Any:
+    """Weights of layer 0 stand for those of every layer: decoder layers of one model have one shape."""
+    total: Any = 0
+    for weight in weights:
+        if counted(weight) and weight.layer in (None, 0):
+            elements = math.prod(np.asarray(sizes[dim], dtype=np.int64) for dim in weight.dims)
+            total = total + elements * (1 if weight.layer is None else sizes["layers"])
+    return int(total) if np.ndim(total) == 0 else total
+
+
+def digest(content: Any) -> str:
+    """Short content id of anything JSON can write."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]

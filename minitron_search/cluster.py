@@ -1,0 +1,92 @@
+"""Joining or starting Ray, and leaving it: the one place that decides where a run's processes live."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from minitron_search import precision
+
+# Set before Ray starts: read by the driver, and inherited by the processes of an embedded start.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    # a Train controller sees a report, a finished worker or a dead one this much later; the default of 2 s costs
+    # more than 6 s a trial
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # the run directory is the truth; Tune's own state is never restored
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the objective is computed from the row, by `Ruling`
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+@contextmanager
+def joined(log: str) -> Iterator[None]:
+    """Join the cluster that `RAY_ADDRESS` names, else start Ray inside this process on all of this machine.
+
+    An embedded Ray listens on loopback only and is gone when the block ends; a cluster is left as it was.
+    """
+    # Ray says at every start that its own authentication is on, as it should be
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level="warning", log_to_driver=False, runtime_env={"env_vars": ENVIRONMENT})
+    else:
+        ray.init(
+            address="local",
+            include_dashboard=False,  # nothing here asks the state API: trials end themselves, none is killed
+            _node_ip_address="127.0.0.1",
+            logging_level=log,
+            log_to_driver=False,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def slots(workers_per_trial: int, cpus_per_worker: int, gpus_per_worker: float) -> int:
+    """How many trials of this size the cluster can run at once.
+
+    Raises ValueError when not even one fits.
+    """
+    have = ray.cluster_resources()
+    cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
+    fitting = cpus // (workers_per_trial * cpus_per_worker)
+    if gpus_per_worker:
+        fitting = min(fitting, gpus // (workers_per_trial * gpus_per_worker))
+    if fitting < 1:
+        raise ValueError(
+            f"resources: a trial of {workers_per_trial} workers with {cpus_per_worker} CPUs and "
+            f"{gpus_per_worker:g} GPUs each does not fit the cluster's {cpus:g} CPUs and {gpus:g} GPUs; "
+            "valid: fewer workers_per_trial, cpus_per_worker or gpus_per_worker"
+        )
+    return int(fitting)
+
+
+def on_all_cpus(function: Any, *arguments: Any) -> Any:
+    """Run `function` as one Ray task on every CPU of a node."""
+    cpus = max(1, int(max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])))
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+
+    def placed(*given: Any) -> Any:
+        import torch
+
+        torch.set_num_threads(cpus)
+        return function(*given)
+
+    return ray.get(ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1)(placed).remote(*arguments))
+
+
+def resolved_precision(asked: str) -> str:
+    """`precision.resolve` where the work is done: a cluster's head may be another machine."""
+    return ray.get(ray.remote(num_cpus=0)(precision.resolve).remote(asked))

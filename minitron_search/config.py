@@ -1,0 +1,399 @@
+"""The one configuration: YAML + dotted overrides, validated, dumped resolved.
+
+Numbers may be written as people write them: `8K`, `90M`, `4.5B` (decimal suffixes), `1e-4`. Every error names
+the key, the value given and what would have been valid.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+STAGES = ("importance", "depth", "search", "retrain", "report")
+SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+
+def cache_folder() -> Path:
+    """Where what is computed once is kept: `$MINITRON_SEARCH_CACHE`, else `~/.cache/minitron_search`."""
+    return Path(os.environ.get("MINITRON_SEARCH_CACHE", "~/.cache/minitron_search")).expanduser()
+
+
+def _number(value: Any) -> Any:
+    """`4.5B`, `8K`, `1e-4` -> number; anything else is left for the field's own type to refuse."""
+    match = re.fullmatch(r"\s*([+-]?[\d_]*\.?\d+(?:e[+-]?\d+)?)\s*([kmbt]?)\s*", str(value), re.IGNORECASE)
+    if isinstance(value, bool) or not match:
+        return value
+    number = float(match[1].replace("_", "")) * SUFFIXES.get(match[2].lower(), 1)
+    # 1.1M * 10**6 is 1100000.0000000001 in floating point
+    return round(number) if abs(number - round(number)) < 1e-6 * max(1, abs(number)) and abs(number) >= 1 else number
+
+
+def _listed(value: Any) -> Any:
+    """`a,b` on the command line is the list [a, b], and a single value a list of one."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    return [value] if isinstance(value, int | float) else value
+
+
+Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]
+CountOrZero = Annotated[int, BeforeValidator(_number), Field(ge=0)]
+Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
+LayersOrFraction = Annotated[int | float, BeforeValidator(_number), Field(gt=0)]
+AutoCount = Literal["auto"] | Count
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Teacher(Section):
+    model: str = "smollm2-135m"
+
+
+class CorpusConfig(Section):
+    train: str = "docstrings"
+    validation: str = "docstrings"
+    sequence_length: Annotated[Count, Field(ge=8)] = 256
+    calibration_samples: Count = 64
+    validation_samples: Annotated[Count, Field(ge=2)] = 32
+
+
+class WinograndeConfig(Section):
+    source: str = "embedded"
+    limit: Annotated[Count, Field(ge=2)] | None = None
+    shots: CountOrZero = 0
+
+
+class ImportanceConfig(Section):
+    batch: Literal["l1", "l2", "mean", "variance"] = "l2"
+    sequence: Literal["mean", "l2", "variance"] = "mean"
+
+
+class DepthConfig(Section):
+    lengths: Annotated[tuple[LayersOrFraction, ...], BeforeValidator(_listed), Field(min_length=1)] = (
+        1,
+        2,
+        8,
+        15,
+    )
+    metrics: Annotated[
+        tuple[Literal["lm_loss", "winogrande", "bi"], ...], BeforeValidator(_listed), Field(min_length=1)
+    ] = ("lm_loss", "winogrande", "bi")
+    workers: AutoCount = "auto"
+
+    @model_validator(mode="after")
+    def _lengths_are_layers_or_fractions(self) -> "DepthConfig":
+        for length in self.lengths:
+            if length >= 1 and length != int(length):
+                raise ValueError(f"depth.lengths: {length:g} is neither a whole number of layers nor a fraction "
+                                 f"of the depth below 1; valid: {int(length)} or 0.5")  # fmt: skip
+        return self
+
+
+class Target(Section):
+    target: Positive
+    tolerance: Share = 0.05
+
+
+class MemoryTarget(Target):
+    """Weights plus key-value cache, bytes, at two bytes an element."""
+
+    batch_size: Count = 1
+    context_length: Count = 2048
+
+
+class Budget(Section):
+    params: Target | None = None
+    non_embedding_params: Target | None = None
+    memory_bytes: MemoryTarget | None = None
+
+    @model_validator(mode="after")
+    def _something_is_asked(self) -> "Budget":
+        if all(getattr(self, name) is None for name in type(self).model_fields):
+            raise ValueError("space.budget: empty; valid: params: {target: 90M, tolerance: 0.05}")
+        return self
+
+
+class Axis(Section):
+    """Either `low`, `high` and `step`, or `choices`."""
+
+    low: Count | None = None
+    high: Count | None = None
+    step: Count | None = None
+    choices: Annotated[tuple[Count, ...], BeforeValidator(_listed)] | None = None
+
+    @model_validator(mode="after")
+    def _range_or_choices(self) -> "Axis":
+        ranged = (self.low, self.high, self.step)
+        if self.choices is not None:
+            if any(part is not None for part in ranged) or not self.choices:
+                raise ValueError("give `choices: [6, 9]` or `low`, `high` and `step`, not both and not neither")
+        elif self.low is None or self.high is None or self.step is None:
+            raise ValueError("give `low`, `high` and `step`, as in {low: 384, high: 576, step: 64}")
+        elif self.low > self.high:
+            raise ValueError(f"low {self.low} is above high {self.high}; valid: low at most {self.high}")
+        return self
+
+    def values(self) -> tuple[int, ...]:
+        if self.choices is not None:
+            return tuple(sorted(set(self.choices)))
+        assert self.low and self.high and self.step
+        return tuple(range(self.low, self.high + 1, self.step))
+
+
+class DropBlock(Section):
+    """A contiguous block of layers to drop: its length; where it starts is free."""
+
+    lengths: Annotated[tuple[CountOrZero, ...], BeforeValidator(_listed), Field(min_length=1)] = (0,)
+
+
+class Axes(Section):
+    """An axis left out keeps the teacher's value."""
+
+    hidden_size: Axis | None = None
+    intermediate_size: Axis | None = None
+    num_attention_heads: Axis | None = None
+    drop_block: DropBlock | None = None
+
+
+class Anchor(Section):
+    """An architecture that is always evaluated; what is left out keeps the teacher's value."""
+
+    hidden_size: Count | None = None
+    intermediate_size: Count | None = None
+    num_attention_heads: Count | None = None
+    drop_block: tuple[CountOrZero, CountOrZero] | None = None  # start, length
+
+
+class Space(Section):
+    budget: Budget = Budget(params=Target(target=90e6, tolerance=0.05))
+    axes: Axes = Axes(
+        hidden_size=Axis(low=384, high=576, step=64),
+        intermediate_size=Axis(low=768, high=1536, step=128),
+        num_attention_heads=Axis(choices=(6, 9)),
+        drop_block=DropBlock(lengths=(0, 2, 4, 8)),
+    )
+    anchors: tuple[Anchor, ...] = ()
+
+
+class Search(Section):
+    trials: Count = 12
+    sampler: Literal["tpe", "random"] = "tpe"
+    objective: Literal["lm_loss", "kl", "winogrande_margin"] = "lm_loss"
+    rungs: Annotated[tuple[Count, ...], BeforeValidator(_listed), Field(min_length=1)] = (8_000, 32_000)
+    reduction_factor: Annotated[int, BeforeValidator(_number), Field(ge=2)] = 3
+    concurrency: AutoCount = "auto"
+    promote: Count = 1
+    seeds: Count = 1
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Search":
+        if list(self.rungs) != sorted(set(self.rungs)):
+            raise ValueError(f"search.rungs: {list(self.rungs)} do not rise; valid: [8K, 32K]")
+        if self.promote > self.trials:
+            raise ValueError(f"search.promote: {self.promote} of {self.trials} trials; valid: at most {self.trials}")
+        return self
+
+
+class Distillation(Section):
+    loss: Literal["kld", "ce", "clm+kld"] = "kld"
+    temperature: Positive = 1.0
+    learning_rate: Positive = 3e-4
+    batch_tokens: Count = 2_000
+    teacher_cache: Literal["auto", "hidden", "off"] = "auto"
+    initialization: Literal["pruned", "random", "random_pruned"] = "pruned"
+
+
+class Retraining(Section):
+    tokens: Count = 256_000
+    learning_rate: Positive = 1e-4
+    min_learning_rate: Annotated[Real, Field(ge=0)] = 1e-5
+    warmup_steps: CountOrZero = 40
+    schedule: Literal["cosine", "constant"] = "cosine"
+
+
+class Evaluation(Section):
+    tasks: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+
+
+class Resources(Section):
+    launcher: Literal["train", "inline"] = "train"
+    workers_per_trial: Count = 1
+    cpus_per_worker: Count = 1
+    gpus_per_worker: Annotated[Real, Field(ge=0)] = 0.0
+    strategy: Literal["ddp"] = "ddp"
+
+    @model_validator(mode="after")
+    def _inline_is_one_worker(self) -> "Resources":
+        if self.launcher == "inline" and self.workers_per_trial > 1:
+            raise ValueError(f"resources.launcher: inline runs one worker, not {self.workers_per_trial}; "
+                             "valid: resources.launcher train, or resources.workers_per_trial 1")  # fmt: skip
+        return self
+
+
+class Config(Section):
+    name: str = "smollm2-135m"
+    output: str = ""
+    seed: CountOrZero = 0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    stages: Annotated[
+        tuple[Literal["importance", "depth", "search", "retrain", "report"], ...],
+        BeforeValidator(_listed), Field(min_length=1),
+    ] = ("importance", "search", "retrain", "report")  # fmt: skip
+    teacher: Teacher = Teacher()
+    corpus: CorpusConfig = CorpusConfig()
+    winogrande: WinograndeConfig = WinograndeConfig()
+    importance: ImportanceConfig = ImportanceConfig()
+    depth: DepthConfig = DepthConfig()
+    space: Space = Space()
+    search: Search = Search()
+    distillation: Distillation = Distillation()
+    retraining: Retraining = Retraining()
+    evaluation: Evaluation = Evaluation()
+    resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _output_follows_name(self) -> "Config":
+        if not self.output:
+            object.__setattr__(self, "output", f"runs/{self.name}")
+        return self
+
+    def dump(self) -> dict[str, Any]:
+        """Plain values, as written to the run directory's config.yaml."""
+        return self.model_dump(mode="json")
+
+
+def load(file: str | None, overrides: list[str]) -> Config:
+    """The configuration of a YAML file (or the embedded default) with dotted overrides on top.
+
+    Raises ValueError with one message that names every wrong key, its value and a valid alternative.
+    """
+    resolved = parse(_read_yaml(file) if file else {}).dump()
+    given = dict(_pairs(overrides))
+    if "name" in given and "output" not in given and resolved["output"] == f"runs/{resolved['name']}":
+        resolved["output"] = ""  # the folder follows the name
+    for key, text in given.items():
+        _set(resolved, key, yaml.safe_load(text))
+    return parse(resolved)
+
+
+def parse(values: Mapping[str, Any]) -> Config:
+    """Raises ValueError as `load` does."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ValueError("\n".join(dict.fromkeys(_messages(error)))) from None
+
+
+def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """`key: left value, right value` for every leaf in which two dumped configurations differ."""
+    for key in [*left, *(key for key in right if key not in left)]:
+        a, b = left.get(key), right.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            yield from differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}: {a!r} there, {b!r} asked now"
+
+
+def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key with its default: what --help prints and what a misspelt key is compared with."""
+    for name, field in model.model_fields.items():
+        section = _section(field.annotation)
+        if section:
+            yield prefix + name, field.default
+            yield from keys(section, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field.default
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    path = Path(file)
+    if not path.is_file():
+        near = sorted(str(other) for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = f"; there are {', '.join(near)}" if near else ""
+        raise ValueError(f"--config: no file {file!r}{hint}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config: {file} is not valid YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"--config: {file} holds a {type(values).__name__}; valid: a mapping such as `seed: 0`")
+    return values
+
+
+def _pairs(arguments: list[str]) -> Iterator[tuple[str, str]]:
+    """`--a.b VALUE` and `--a.b=VALUE`, in order."""
+    rest = list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            raise ValueError(f"{flag!r} is not an option; valid: --search.trials 16")
+        key, equals, text = flag[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ValueError(f"--{key}: no value given; {_suggest(key) or f'valid: --{key} VALUE'}")
+            text = rest.pop(0)
+        yield key.replace("-", "_"), text
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if not isinstance(values.setdefault(parent, {}), dict):
+            raise ValueError(f"{key}: {parent} is {values[parent]!r}, not a section; {_suggest(key)}")
+        values = values[parent]
+    values[leaf] = value
+
+
+def _suggest(key: str) -> str:
+    known = [name for name, _ in keys()]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    leaf = key.rsplit(".", 1)[-1]
+    same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
+    return f"did you mean {(same_leaf or near)[0]}?" if same_leaf or near else ""
+
+
+def _messages(error: ValidationError) -> Iterator[str]:
+    known = [name for name, _ in keys()]
+    problems = error.errors()
+    for problem in problems:
+        if problem["type"] == "literal_error" and problem["ctx"]["expected"] == "'auto'":
+            continue  # the other half of `auto or a count` says what was wrong
+        # the location also names the union's member (`Axis`, `constrained-int`); a user's keys are what is kept
+        parts: list[str] = []
+        for part in map(str, problem["loc"]):
+            if problem["type"] == "extra_forbidden" or part.isdigit() or ".".join([*parts, part]) in known:
+                parts.append(part)
+        key = ".".join(parts)
+        if problem["type"] == "extra_forbidden":
+            siblings = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
+            hint = _suggest(key) or "valid: " + ", ".join(siblings)
+            yield f"{key}: unknown key (value {problem['input']!r}); {hint}"
+        elif problem["type"] == "value_error":
+            message = str(problem["ctx"]["error"])
+            yield (message if re.match(r"[a-z_]+\.[a-z_.]+: ", message) else f"{key}: {problem['input']!r}: {message}")
+        else:
+            message = problem["msg"].removeprefix("Input should be ").partition(", unable to parse")[0]
+            yield f"{key}: {problem['input']!r} is not valid; valid: {message}{_default_of(key)}"
+
+
+def _default_of(key: str) -> str:
+    default = dict(keys()).get(key)
+    plain = isinstance(default, int | float | str | tuple) and default != ""
+    return f", such as {default}" if plain else ""

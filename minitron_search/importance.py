@@ -1,0 +1,168 @@
+"""One teacher pass -> width importance and block importance (poster, "Importance Estimation & Ranking").
+
+Forward passes only, sums in float32. Two aggregations, over positions and then over samples (best practice 2:
+sequence = mean of absolute values, batch = L2).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from minitron_search.families import decoder_layers, family_of, final_hidden, sizes
+from minitron_search.precision import autocast
+from minitron_search.rankings import Rankings
+
+
+@dataclass(frozen=True)
+class Importance:
+    """hidden: (hidden_size,), the sum of `hidden_per_norm` (norms, hidden_size) over norms.
+    mlp: (layers, intermediate_size). heads: (layers, num_attention_heads).
+    block_bi: (layers + 1, layers + 1), entry [i, j] = 1 - mean cosine between the residual stream before layer i
+    and before layer j (after the last layer, before the final norm, for j = layers): the BI of block i..j-1.
+    """
+
+    hidden: Tensor
+    hidden_per_norm: Tensor
+    mlp: Tensor
+    heads: Tensor
+    block_bi: Tensor
+
+    def rankings(self, key_value_heads: int) -> Rankings:
+        return Rankings.of_scores(self.hidden, self.mlp, self.heads, key_value_heads)
+
+    def layer_bi(self) -> Tensor:
+        """(layers,): BI of each layer alone."""
+        return torch.diagonal(self.block_bi, offset=1)
+
+    def save(self, path: Path, samples: int, batch: str, sequence: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        metadata = {"samples": str(samples), "batch": batch, "sequence": sequence}
+        save_file({name: getattr(self, name).contiguous() for name in self.__annotations__}, temporary, metadata)
+        temporary.rename(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Importance":
+        with safe_open(path, framework="pt") as file:
+            return cls(**{name: file.get_tensor(name) for name in cls.__annotations__})
+
+
+def measure(
+    teacher: PreTrainedModel,
+    windows: np.ndarray,
+    *,
+    batch: str = "l2",
+    sequence: str = "mean",
+    precision: str = "float32",
+    rows_at_once: int = 4,
+) -> Importance:
+    """Importance of every width element and of every block, over calibration `windows` (samples, length)."""
+    device = teacher.device
+    sums = _Sums(teacher, batch, sequence)
+    with torch.no_grad(), sums.watching(teacher):
+        for first in range(0, len(windows), rows_at_once):
+            rows = torch.from_numpy(windows[first : first + rows_at_once].astype(np.int64)).to(device)
+            with autocast(precision, device):
+                final_hidden(teacher, rows)
+            sums.end_of_rows()
+    return sums.importance(len(windows))
+
+
+class _Sums:
+    """Running sums over samples, one entry per watched module, fed by hooks during the forward pass."""
+
+    def __init__(self, teacher: PreTrainedModel, batch: str, sequence: str):
+        self.family = family_of(teacher.config)
+        self.head_dim = sizes(teacher.config)["head_dim"]
+        self.over_positions, self.batch = _over_positions(sequence), batch
+        self.first: dict[tuple[int, str], Tensor] = {}  # sum over samples of |s|, or of s for `mean`
+        self.second: dict[tuple[int, str], Tensor] = {}  # sum over samples of s^2
+        self.stream: list[Tensor] = []  # the residual stream before each layer, and after the last
+        self.cosines: Tensor | float = 0.0
+        self.positions = 0
+
+    @contextmanager
+    def watching(self, teacher: PreTrainedModel) -> Iterator[None]:
+        handles = []
+        layers = decoder_layers(teacher)
+        for index, layer in enumerate(layers):
+            for norm in self.family.norms:
+                handles.append(layer.get_submodule(norm).register_forward_hook(self._norm_output(index, norm)))
+            for name, kind in ((self.family.mlp_output, "mlp"), (self.family.attention_output, "heads")):
+                handles.append(layer.get_submodule(name).register_forward_pre_hook(self._input(index, kind)))
+            handles.append(layer.register_forward_pre_hook(self._layer_input, with_kwargs=True))
+        handles.append(layers[-1].register_forward_hook(self._last_output))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _norm_output(self, layer: int, norm: str):  # type: ignore[no-untyped-def]
+        return lambda module, inputs, output: self._add((layer, norm), output)
+
+    def _input(self, layer: int, kind: str):  # type: ignore[no-untyped-def]
+        return lambda module, inputs: self._add((layer, kind), inputs[0])
+
+    def _layer_input(self, module: nn.Module, inputs: tuple, arguments: dict) -> None:
+        self.stream.append(inputs[0] if inputs else arguments["hidden_states"])
+
+    def _last_output(self, module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
+        self.stream.append(output[0] if isinstance(output, tuple) else output)
+
+    def _add(self, key: tuple[int, str], x: Tensor) -> None:
+        """x: (batch, length, channels)."""
+        x = x.float()
+        if key[1] == "heads":  # a head's activation is its output vector: L2 over head_dim
+            x = x.unflatten(-1, (-1, self.head_dim)).norm(dim=-1)
+        samples = self.over_positions(x)
+        magnitude = samples if self.batch == "mean" else samples.abs()
+        self.first[key] = self.first.get(key, 0) + magnitude.sum(0)
+        self.second[key] = self.second.get(key, 0) + samples.square().sum(0)
+
+    def end_of_rows(self) -> None:
+        stream = torch.stack([x.float().flatten(0, 1) for x in self.stream])  # (layers + 1, positions, hidden)
+        stream = nn.functional.normalize(stream, dim=-1)
+        self.cosines = self.cosines + torch.einsum("ith,jth->ij", stream, stream)
+        self.positions += stream.shape[1]
+        self.stream.clear()
+
+    def importance(self, samples: int) -> Importance:
+        layers = len(self.cosines) - 1  # type: ignore[arg-type]
+
+        def stacked(kind: str) -> Tensor:
+            return torch.stack([self._over_samples((layer, kind), samples) for layer in range(layers)]).cpu()
+
+        per_norm = torch.cat([stacked(norm) for norm in self.family.norms])
+        return Importance(
+            hidden=per_norm.sum(0),
+            hidden_per_norm=per_norm,
+            mlp=stacked("mlp"),
+            heads=stacked("heads"),
+            block_bi=(1 - self.cosines / self.positions).cpu(),  # type: ignore[union-attr]
+        )
+
+    def _over_samples(self, key: tuple[int, str], samples: int) -> Tensor:
+        first, second = self.first[key], self.second[key]
+        if self.batch == "l2":
+            return second.sqrt()
+        if self.batch == "variance":
+            return second / samples - (first / samples).square()
+        return first if self.batch == "l1" else first / samples
+
+
+def _over_positions(sequence: str):  # type: ignore[no-untyped-def]
+    """(batch, length, channels) -> (batch, channels)."""
+    return {
+        "mean": lambda x: x.abs().mean(1),
+        "l2": lambda x: x.norm(dim=1),
+        "variance": lambda x: x.var(1, correction=0),
+    }[sequence]

@@ -1,0 +1,174 @@
+"""Everything that can be wrong is found here, before Ray starts and before anything is written."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from minitron_search import __version__
+from minitron_search import config as configuration
+from minitron_search.config import Config, cache_folder
+from minitron_search.corpus import Corpus, load_corpus
+from minitron_search.families import family_of
+from minitron_search.run_directory import RunDirectory
+from minitron_search.search_space import SearchSpace
+from minitron_search.teacher import fingerprint, load_tokenizer, teacher_config, teacher_folder
+from minitron_search.winogrande import Example, PackedOptions, load_examples, pack
+
+VERSIONS = ("torch", "transformers", "ray", "optuna", "numpy", "datasets", "lm_eval")
+PLACEMENT = ("stages", "search.concurrency", "depth.workers", "output")  # a continued run may change these
+# float32 master, two moments: what one checkpoint holds for every parameter
+CHECKPOINT_BYTES = 12
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run's checked inputs."""
+
+    config: Config
+    run: RunDirectory
+    teacher_folder: Path
+    teacher_config: PretrainedConfig
+    teacher_fingerprint: str
+    tokenizer: PreTrainedTokenizerBase
+    space: SearchSpace
+    corpus: Corpus
+    packed: PackedOptions
+
+
+def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace, list[Example]]:
+    """The quick checks, without weights or text. Raises ValueError with the field, the value and an alternative."""
+    run = RunDirectory(config.output)
+    _check_output(run, config, resume)
+    _check_stages(run, config)
+    teacher = teacher_config(config.teacher.model)
+    family_of(teacher)
+    space = SearchSpace(config.space, teacher)
+    limit = getattr(teacher, "max_position_embeddings", None)
+    if limit and config.corpus.sequence_length > limit:
+        raise ValueError(f"corpus.sequence_length: {config.corpus.sequence_length} is above the teacher's {limit} "
+                         f"positions; valid: at most {limit}")  # fmt: skip
+    return teacher, space, load_examples(config.winogrande.source, config.winogrande.limit)
+
+
+def prepare(config: Config, resume: bool) -> Prepared:
+    """All checks and all inputs. Raises ValueError as `check` does, and where text or disk space is too short."""
+    teacher, space, examples = check(config, resume)
+    _check_disk(config, space)
+    folder = teacher_folder(config.teacher.model)
+    tokenizer = load_tokenizer(config.teacher.model)
+    longest = getattr(teacher, "max_position_embeddings", 2048)
+    packed = pack(examples, tokenizer, config.winogrande.shots, max_length=longest)
+    corpus = load_corpus(
+        config.corpus.train,
+        config.corpus.validation,
+        tokenizer,
+        sequence_length=config.corpus.sequence_length,
+        calibration_samples=config.corpus.calibration_samples,
+        validation_samples=config.corpus.validation_samples,
+        train_tokens=max(config.search.rungs[-1], config.retraining.tokens),
+        seed=config.seed,
+    )
+    return Prepared(
+        config=config,
+        run=RunDirectory(config.output),
+        teacher_folder=folder,
+        teacher_config=teacher,
+        teacher_fingerprint=fingerprint(folder),
+        tokenizer=tokenizer,
+        space=space,
+        corpus=corpus,
+        packed=packed,
+    )
+
+
+def environment(prepared: Prepared) -> dict[str, Any]:
+    """Versions, git, hardware, seeds and data ids: what would have to be the same for the same numbers."""
+    return {
+        "python": platform.python_version(),
+        "versions": {"minitron_search": __version__, **{name: version(name) for name in VERSIONS}},
+        "git": _git(),
+        "machine": {
+            "platform": platform.platform(),
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "memory_bytes": _memory(),
+        },
+        "seed": prepared.config.seed,
+        "teacher": {"folder": str(prepared.teacher_folder), "fingerprint": prepared.teacher_fingerprint},
+        "corpus": prepared.corpus.id,
+        "winogrande_examples": len(prepared.packed.answers),
+        "command": sys.argv,
+    }
+
+
+def _check_output(run: RunDirectory, config: Config, resume: bool) -> None:
+    if not run.root.exists() or not any(run.root.iterdir()):
+        if resume:
+            raise ValueError(f"output: {run.root} holds no run to continue; valid: the same command without --resume")
+        return
+    if not run.config.exists():
+        raise ValueError(f"output: {run.root} is not empty and holds no run; valid: a new folder")
+    if not resume:
+        raise ValueError(f"output: {run.root} holds a run; valid: another folder, or --resume to continue it")
+    asked, there = config.dump(), run.read_config()
+    changed = [
+        line for line in configuration.differences(there, asked)
+        if not line.startswith(tuple(f"{key}:" for key in PLACEMENT))
+    ]  # fmt: skip
+    if changed:
+        raise ValueError(f"output: {run.root} holds a run of another configuration; " + "; ".join(changed)
+                         + "; valid: the same values, or another folder")  # fmt: skip
+
+
+def _check_stages(run: RunDirectory, config: Config) -> None:
+    stages = config.stages
+    if "search" in stages and "importance" not in stages and not run.importance.exists():
+        raise ValueError(f"stages: {', '.join(stages)}: search needs importance, which {run.root} does not hold; "
+                         "valid: importance,search")  # fmt: skip
+    if "retrain" in stages and "search" not in stages:
+        promoted = any(row["status"] == "promoted" for row in run.read_trials())
+        if not promoted:
+            raise ValueError(f"stages: {', '.join(stages)}: retrain needs a search, which {run.root} does not "
+                             "hold; valid: importance,search,retrain")  # fmt: skip
+
+
+def _check_disk(config: Config, space: SearchSpace) -> None:
+    largest = max(space.measures(architecture).params for architecture in space.smallest_and_largest())
+    trials = config.search.trials * config.search.seeds if "search" in config.stages else 0
+    retrained = 2 * config.search.promote if "retrain" in config.stages else 0  # its newest checkpoint and best/
+    needed = CHECKPOINT_BYTES * largest * (trials + retrained)
+    for name, folder, bytes_needed in (
+        ("output", Path(config.output), needed),
+        ("MINITRON_SEARCH_CACHE", cache_folder(), 8 * space.measures(space.teacher).params),
+    ):
+        existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+        free = shutil.disk_usage(existing).free
+        if free < bytes_needed:
+            raise ValueError(f"{name}: {existing} has {free / 1e9:.1f} GB free and the run needs about "
+                             f"{bytes_needed / 1e9:.1f} GB; valid: a folder on a larger disk, or fewer "
+                             "search.trials")  # fmt: skip
+
+
+def _git() -> str | None:
+    here = Path(__file__).parent
+    found = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return found.stdout.strip() or None
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
+        if info.exists() else []  # fmt: skip
+    return names[0] if names else platform.processor()
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,94 @@
+"""In which order the elements of each width axis are kept: what importance decides and trimming reads."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from minitron_search.architecture import Architecture
+from minitron_search.families import whole
+
+
+@dataclass(frozen=True)
+class Rankings:
+    """Indices in descending importance, for one teacher.
+
+    hidden: (hidden_size,), one order for the whole model (embedding, norms, projections, head).
+    mlp: (layers, intermediate_size).
+    groups: (layers, key-value heads), the order of whole groups.
+    heads: (layers, key-value heads, query heads per group), the order inside each group; entry [l, g] holds
+        positions inside group g of the teacher, not of the permuted one.
+    """
+
+    hidden: Tensor
+    mlp: Tensor
+    groups: Tensor
+    heads: Tensor
+
+    @classmethod
+    def of_scores(cls, hidden: Tensor, mlp: Tensor, heads: Tensor, key_value_heads: int) -> "Rankings":
+        """From importance scores: hidden (hidden_size,), mlp (layers, neurons), heads (layers, query heads).
+
+        Query heads are ranked inside their group; a group's importance is the sum of its heads'.
+        """
+        grouped = heads.view(len(heads), key_value_heads, -1)
+        return cls(
+            hidden=_descending(hidden),
+            mlp=_descending(mlp),
+            groups=_descending(grouped.sum(-1)),
+            heads=_descending(grouped),
+        )
+
+    @classmethod
+    def identity(cls, config: PretrainedConfig) -> "Rankings":
+        """The order the teacher already has: with it, trimming takes leading slices."""
+        hidden, mlp, heads, key_value_heads = _ones(config)
+        return cls.of_scores(hidden, mlp, heads, key_value_heads)
+
+    @classmethod
+    def random(cls, config: PretrainedConfig, seed: int) -> "Rankings":
+        """Random pruning: the control that ignores importance (Figure 6 of the paper)."""
+        generator = torch.Generator().manual_seed(seed)
+        hidden, mlp, heads, key_value_heads = _ones(config)
+        return cls.of_scores(
+            *(torch.rand(scores.shape, generator=generator) for scores in (hidden, mlp, heads)),
+            key_value_heads,
+        )
+
+    def kept(self, architecture: Architecture, layer: int | None, dim: str, head_dim: int) -> Tensor | None:
+        """Indices of dimension `dim` of a weight in teacher layer `layer` that `architecture` keeps, in order;
+        None where the whole dimension is kept as it is (vocab, head_dim)."""
+        if dim == "hidden":
+            return self.hidden[: architecture.hidden_size]
+        if dim in ("vocab", "head_dim"):
+            return None
+        assert layer is not None, f"dimension {dim} outside the decoder layers"
+        if dim == "mlp":
+            return self.mlp[layer, : architecture.intermediate_size]
+        groups = self.groups[layer, : architecture.num_key_value_heads]
+        if dim == "key_value":
+            return _channels(groups, head_dim)
+        assert dim == "query", dim
+        group_size = self.heads.shape[-1]
+        kept_per_group = architecture.num_attention_heads // architecture.num_key_value_heads
+        heads = groups[:, None] * group_size + self.heads[layer, groups, :kept_per_group]
+        return _channels(heads.flatten(), head_dim)
+
+
+def _channels(heads: Tensor, head_dim: int) -> Tensor:
+    return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
+
+
+def _descending(scores: Tensor) -> Tensor:
+    return torch.argsort(scores, dim=-1, descending=True, stable=True)  # stable: ties keep the teacher's order
+
+
+def _ones(config: PretrainedConfig) -> tuple[Tensor, Tensor, Tensor, int]:
+    shape = whole(config)
+    return (
+        torch.ones(shape.hidden_size),
+        torch.ones(shape.num_hidden_layers, shape.intermediate_size),
+        torch.ones(shape.num_hidden_layers, shape.num_attention_heads),
+        shape.num_key_value_heads,
+    )

@@ -1,0 +1,61 @@
+"""Full retraining of the promoted candidates: from the trim, cosine schedule, checkpoints, one gang at a time."""
+
+import shutil
+from pathlib import Path
+
+import ray
+from transformers import PreTrainedModel
+
+from minitron_search import distillation
+from minitron_search.config import Config
+from minitron_search.launchers import fit
+from minitron_search.model_card import model_card
+from minitron_search.precision import device
+from minitron_search.trial import Materials, Trial, initial_student, run_trial
+
+
+def retrain(config: Config, trial: Trial, materials: ray.ObjectRef) -> None:
+    """Train one promoted candidate on a whole worker group; a retraining that was cut off goes on.
+
+    From a task of its own: in a driver's main thread Ray Train would take Ctrl-C for itself and exit with 0.
+    """
+
+    def placed(hidden: list[ray.ObjectRef]) -> None:
+        fit(hidden[0], trial, config.resources, decided=False, callbacks=[])
+
+    ray.get(ray.remote(num_cpus=0, max_retries=0)(placed).remote([materials]))
+
+
+def export(materials: Materials, trial: Trial, teacher_name: str, teacher_folder: Path, folder: Path) -> None:
+    """Write the retrained student of `trial` as a stock folder, which appears whole or not at all."""
+    student = trained_student(materials, trial)
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    student.save_pretrained(temporary)
+    for pattern in (
+        "tokenizer*",
+        "special_tokens_map.json",
+        "vocab*",
+        "merges.txt",
+        "*.jinja",
+        "generation_config.json",
+    ):
+        for file in teacher_folder.glob(pattern):
+            shutil.copy(file, temporary)
+    row = next(row for row in materials.run.metrics(trial.id) if row["kind"] == "rung")
+    (temporary / "README.md").write_text(model_card(teacher_name, trial, row))
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def trained_student(materials: Materials, trial: Trial) -> PreTrainedModel:
+    student = initial_student(materials, trial)
+    checkpoint = distillation.latest_checkpoint(materials.run.checkpoint(trial.id))
+    assert checkpoint is not None, trial.id
+    distillation.load_weights(checkpoint, student)
+    return student.to(device()).eval()
+
+
+def score_now(materials: Materials, trial: Trial) -> None:
+    """Score a trial that does not train, here."""
+    run_trial(materials, trial, lambda row: None, decided=False)

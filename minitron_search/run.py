@@ -1,0 +1,163 @@
+"""The command: importance -> search -> retrain -> report.
+
+    python -m minitron_search.run [--config FILE] [--stages search,report] [--output DIR] [--resume] [--dry-run]
+                                  [--KEY.SUBKEY VALUE ...]
+
+Exit status: 0 done, 1 a stage failed, 2 the configuration or an input is wrong (nothing was written), 130
+interrupted (`--resume` goes on).
+"""
+
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import ray  # noqa: E402
+import tyro  # noqa: E402
+
+from minitron_search import cluster, retraining  # noqa: E402
+from minitron_search import config as configuration  # noqa: E402
+from minitron_search.architecture import Architecture  # noqa: E402
+from minitron_search.cluster import on_all_cpus, resolved_precision  # noqa: E402
+from minitron_search.console import console, say  # noqa: E402
+from minitron_search.forecast import dry_run  # noqa: E402
+from minitron_search.preparation import Prepared, check, environment, prepare  # noqa: E402
+from minitron_search.search import Search, run_search  # noqa: E402
+from minitron_search.summary import summary_table  # noqa: E402
+from minitron_search.teacher_pass import make_materials, measure_importance  # noqa: E402
+from minitron_search.trial_settings import (  # noqa: E402
+    distillation_settings,
+    make_trial,
+    retraining_settings,
+    untrained,
+)
+
+
+@dataclass
+class Options:
+    """Find the best smaller architecture inside a trained decoder LM, and prove it.
+
+    Every key of the configuration is a flag too: --search.trials 16, --space.budget.params.target 90M.
+    """
+
+    config: Annotated[str | None, tyro.conf.arg(help="YAML file; without one, the embedded default")] = None
+    stages: Annotated[str | None, tyro.conf.arg(help="which stages, as in importance,search,retrain,report")] = None
+    output: Annotated[str | None, tyro.conf.arg(help="the run directory")] = None
+    resume: Annotated[bool, tyro.conf.arg(help="continue the run in --output")] = False
+    dry_run: Annotated[bool, tyro.conf.arg(help="say what would be done, and spend nothing")] = False
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options, overrides = tyro.cli(
+        tyro.conf.configure(tyro.conf.FlagCreatePairsOff)(Options),
+        args=arguments,
+        return_unknown_args=True,
+        prog="python -m minitron_search.run",
+    )
+    for name in ("stages", "output"):
+        if getattr(options, name) is not None:
+            overrides += [f"--{name}", getattr(options, name)]
+    try:
+        config = configuration.load(options.config, overrides)
+        if options.dry_run:
+            _, space, _ = check(config, options.resume)
+            dry_run(config, space, console)
+            return 0
+        say("preparing: teacher, text, Winogrande")
+        prepared = prepare(config, options.resume)
+    except (ValueError, RuntimeError) as error:
+        return complain(error, 2)
+    try:
+        run(prepared)
+    except KeyboardInterrupt:
+        return complain(
+            f"interrupted; every finished row is kept. Continue with --output {config.output} --resume", 130
+        )
+    except (ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        prepared.run.event("run_failed", message=str(error).strip().splitlines()[-1])
+        return complain(f"{error}\n{config.output} keeps what is finished; --resume continues it", 1)
+    return 0
+
+
+def run(prepared: Prepared) -> None:
+    """The pipeline. Each stage reads what those before it left in the run directory."""
+    config, run = prepared.config, prepared.run
+    began = time.monotonic()
+    run.write_config(config.dump())
+    run.event("run_started", stages=list(config.stages))
+    if set(config.stages) & {"importance", "search", "retrain"}:
+        with cluster.joined("warning"):
+            resolved = resolved_precision(config.precision)
+            run.write_environment({**environment(prepared), "precision": resolved})
+            if "importance" in config.stages and not run.importance.exists():
+                measure_importance(prepared, resolved)
+            if set(config.stages) & {"search", "retrain"}:
+                search_and_retrain(prepared, resolved)
+    if "report" in config.stages:
+        from analysis.report import write_report  # reads the run directory only; Plotly is not needed before
+
+        say("report")
+        say(f"report: {write_report(run)}")
+    shutil.rmtree(run.scratch, ignore_errors=True)
+    run.event("run_finished", seconds=time.monotonic() - began)
+    console.print(summary_table(run))
+    say(f"done in {(time.monotonic() - began) / 60:.1f} minutes: {run.root}")
+
+
+def search_and_retrain(prepared: Prepared, resolved: str) -> None:
+    config, run, space = prepared.config, prepared.run, prepared.space
+    materials = ray.put(make_materials(prepared, resolved))
+    settings = distillation_settings(config, resolved)
+    resources = config.resources
+    slots = cluster.slots(resources.workers_per_trial, resources.cpus_per_worker, resources.gpus_per_worker)
+    teacher = make_trial(space, space.teacher, "teacher", config, untrained(settings))
+    begin(run, [teacher])
+    on_all_cpus(retraining.score_now, materials, teacher)
+
+    search = Search(run, config, space, settings)
+    if "search" in config.stages:
+        asked = config.search.concurrency
+        concurrency = slots if asked == "auto" else min(asked, slots)
+        say(f"search: {config.search.trials} of {len(space):,} legal architectures, {concurrency} trials at once")
+        best = run_search(search, materials, concurrency, say)
+    else:
+        best = search.best()
+    if "retrain" in config.stages:
+        for rank, architecture in enumerate(best, 1):
+            retrain(prepared, search, architecture, rank, materials)
+
+
+def retrain(prepared: Prepared, search: Search, architecture: Architecture, rank: int, materials: Any) -> None:
+    config, run, space = prepared.config, prepared.run, prepared.space
+    settings = retraining_settings(config, search.settings.precision)
+    trial = make_trial(space, architecture, "retrained", config, settings)
+    before = make_trial(space, architecture, "untrained", config, untrained(settings))
+    begin(run, [trial, before])
+    say(f"retrain: {architecture} on {config.retraining.tokens:,} tokens")
+    run.event("trial_started", trial=trial.id)
+    on_all_cpus(retraining.score_now, materials, before)
+    retraining.retrain(config, trial, materials)
+    on_all_cpus(retraining.export, materials, trial, config.teacher.model, prepared.teacher_folder, run.best(rank))
+    run.event("trial_finished", trial=trial.id, status="complete")
+    search.write_tables(frozenset(row["trial"] for row in run.read_trials() if row["status"] == "promoted"))
+    say(f"retrain: {run.best(rank)}")
+
+
+def begin(run: Any, trials: list[Any]) -> None:
+    for trial in trials:
+        run.start_trial(trial.id, trial.describe())
+
+
+def complain(problem: Exception | str, status: int) -> int:
+    print(f"minitron_search: {problem}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""The artifacts of a run and their schemas; the only writer of tables.
+
+    config.yaml  environment.json  importance.safetensors  trials.parquet  events.jsonl  study.db
+    trials/<id>/ architecture.json, metrics.jsonl, decisions.jsonl, checkpoint/     best/     report.html
+
+What is true is in `trials/<id>/metrics.jsonl`: a line per logged step and a line per finished rung, written
+by the trial itself when the rung ends, so a driver that is killed loses no finished row. `trials.parquet` is
+those rung lines with the status the search gave each trial. Every table is replaced in one rename: a reader
+never sees half of one.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+AXES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_hidden_layers",
+    "drop_block_start",
+    "drop_block_length",
+)
+
+# One row per trial and rung. Losses in nats per token, margins in nats per example, seconds of wall time.
+# `status` is the trial's, repeated on each of its rows: a stopped trial is never mistaken for a complete one.
+TRIALS_SCHEMA = pa.schema(
+    [
+        ("trial", pa.string()),
+        ("architecture", pa.string()),
+        ("arm", pa.string()),  # search | teacher | untrained | retrained, or an ablation's own arm
+        ("seed", pa.int64()),
+        ("rung", pa.int64()),
+        ("tokens", pa.int64()),
+        ("lm_loss", pa.float64()),
+        ("lm_loss_stderr", pa.float64()),
+        ("lm_loss_n", pa.int64()),  # validation windows
+        ("kl", pa.float64()),
+        ("kl_stderr", pa.float64()),
+        ("winogrande_acc", pa.float64()),
+        ("winogrande_acc_stderr", pa.float64()),
+        ("winogrande_margin", pa.float64()),
+        ("winogrande_margin_stderr", pa.float64()),
+        ("winogrande_n", pa.int64()),  # examples
+        ("bi", pa.float64()),  # block importance, in the teacher, of the block this architecture drops
+        ("params", pa.int64()),
+        ("non_embedding_params", pa.int64()),
+        ("memory_bytes", pa.int64()),
+        ("tokens_per_second", pa.float64()),
+        ("status", pa.string()),  # running | stopped | complete | failed | promoted
+        ("seconds", pa.float64()),
+        ("message", pa.string()),  # why a failed trial failed
+        ("proposal", pa.int64()),  # order in which the search proposed it
+        *((axis, pa.int64()) for axis in AXES),
+    ]
+)
+FINISHED = ("stopped", "complete", "promoted", "failed")
+
+
+class RunDirectory:
+    """One run's folder. Creating the object touches nothing on disk."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(str(root).removeprefix("file://"))
+        self.config = self.root / "config.yaml"
+        self.environment = self.root / "environment.json"
+        self.importance = self.root / "importance.safetensors"
+        self.depth = self.root / "depth.parquet"
+        self.trials_table = self.root / "trials.parquet"
+        self.events_log = self.root / "events.jsonl"
+        self.study = self.root / "study.db"
+        self.report = self.root / "report.html"
+        self.scratch = self.root / ".ray"  # what Ray writes of its own; gone when the run ends
+
+    def trial(self, trial: str) -> Path:
+        return self.root / "trials" / trial
+
+    def checkpoint(self, trial: str) -> Path:
+        return self.trial(trial) / "checkpoint"
+
+    def best(self, rank: int = 1) -> Path:
+        """Folder of the student promoted `rank`-th: best/, best-2/, ..."""
+        return self.root / ("best" if rank == 1 else f"best-{rank}")
+
+    def write_config(self, resolved: Mapping[str, Any]) -> None:
+        replace_text(self.config, yaml.safe_dump(dict(resolved), sort_keys=False))
+
+    def read_config(self) -> dict[str, Any]:
+        return yaml.safe_load(self.config.read_text())
+
+    def write_environment(self, environment: Mapping[str, Any]) -> None:
+        replace_text(self.environment, json.dumps(environment, indent=1))
+
+    def read_environment(self) -> dict[str, Any]:
+        return json.loads(self.environment.read_text()) if self.environment.exists() else {}
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append one event with its Unix time in seconds, durable when this returns."""
+        append_line(self.events_log, {"time": time.time(), "event": kind, **fields})
+
+    def events(self) -> list[dict[str, Any]]:
+        return read_lines(self.events_log)
+
+    def start_trial(self, trial: str, architecture: Mapping[str, Any]) -> None:
+        """`architecture` holds what makes the trial: axes, kept layers, arm, seed, proposal."""
+        replace_text(self.trial(trial) / "architecture.json", json.dumps(architecture, indent=1))
+
+    def log_step(self, trial: str, **metrics: Any) -> None:
+        append_line(self.trial(trial) / "metrics.jsonl", {"kind": "step", **metrics}, durable=False)
+
+    def log_rung(self, trial: str, row: Mapping[str, Any]) -> None:
+        """Append one finished rung: a row of `TRIALS_SCHEMA`, whose status is still the search's to set."""
+        append_line(self.trial(trial) / "metrics.jsonl", {"kind": "rung", **row})
+
+    def decide(self, trial: str, rung: int, decision: str) -> None:
+        """Record whether a trial may train past a rung: `continue` or `stop`."""
+        append_line(self.trial(trial) / "decisions.jsonl", {"rung": rung, "decision": decision, "time": time.time()})
+
+    def decisions(self, trial: str) -> dict[int, dict[str, Any]]:
+        """The decision lines of a trial, by rung."""
+        return {line["rung"]: line for line in read_lines(self.trial(trial) / "decisions.jsonl")}
+
+    def metrics(self, trial: str) -> list[dict[str, Any]]:
+        return read_lines(self.trial(trial) / "metrics.jsonl")
+
+    def rungs(self) -> list[dict[str, Any]]:
+        """Every finished rung of every trial; a rung that a restarted trial wrote twice counts once."""
+        rows = {}
+        for log in sorted((self.root / "trials").glob("*/metrics.jsonl")):
+            for line in read_lines(log):
+                if line.pop("kind") == "rung":
+                    rows[line["trial"], line["rung"]] = line
+        return list(rows.values())
+
+    def write_trials(self, statuses: Mapping[str, str], messages: Mapping[str, str] | None = None) -> None:
+        """Rebuild `trials.parquet` from the trials' own logs and the search's status of each of its trials.
+
+        A row of a trial outside the search (teacher, untrained, retrained) is written when it is complete.
+        """
+        messages = messages or {}
+        rows = [
+            {
+                **row,
+                "status": statuses.get(row["trial"], "complete"),
+                "message": messages.get(row["trial"], ""),
+            }
+            for row in self.rungs()
+        ]
+        seen = {row["trial"] for row in rows}
+        for trial in messages.keys() - seen:  # failed before its first rung: still a row that says so
+            made = json.loads((self.trial(trial) / "architecture.json").read_text())
+            known = {name: made[name] for name in TRIALS_SCHEMA.names if name in made}
+            rows.append({**known, "trial": trial, "rung": 0, "tokens": 0, "status": "failed",
+                         "message": messages[trial]})  # fmt: skip
+        rows.sort(key=lambda row: (row["proposal"], row["arm"], row["trial"], row["rung"]))
+        complete = [{name: row.get(name) for name in TRIALS_SCHEMA.names} for row in rows]
+        write_table(self.trials_table, pa.Table.from_pylist(complete, schema=TRIALS_SCHEMA))
+
+    def read_trials(self) -> list[dict[str, Any]]:
+        return pq.read_table(self.trials_table).to_pylist() if self.trials_table.exists() else []
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a parquet file that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(table, temporary)
+    os.replace(temporary, path)
+
+
+def replace_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def append_line(path: Path, record: Mapping[str, Any], durable: bool = True) -> None:
+    """Append one JSON line in a single write, so that two processes never mix their lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = (json.dumps(record) + "\n").encode()
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        if not ends_whole(path):
+            line = b"\n" + line
+        os.write(file, line)
+        if durable:
+            os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def ends_whole(path: Path) -> bool:
+    """False where a kill in the middle of a write left a line without its end."""
+    with open(path, "rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a log; a line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    return list(_parsed(path.read_text().splitlines()))
+
+
+def _parsed(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue

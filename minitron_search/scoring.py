@@ -1,0 +1,92 @@
+"""A model -> Score: LM loss, KL to the teacher, Winogrande; each with its standard error and n."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from minitron_search import winogrande
+from minitron_search.distillation import output_head
+from minitron_search.distillation_loss import IGNORE, OutputHead, token_losses
+from minitron_search.families import final_hidden
+from minitron_search.precision import autocast
+from minitron_search.winogrande import PackedOptions
+
+ROWS_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Score:
+    """Losses in nats per token, their standard errors over windows (tokens of one window are not independent);
+    Winogrande's over examples. Field names are columns of `trials.parquet`."""
+
+    lm_loss: float
+    lm_loss_stderr: float
+    lm_loss_n: int
+    kl: float
+    kl_stderr: float
+    winogrande_acc: float
+    winogrande_acc_stderr: float
+    winogrande_margin: float
+    winogrande_margin_stderr: float
+    winogrande_n: int
+
+
+def score(
+    model: PreTrainedModel,
+    windows: np.ndarray,
+    teacher_hidden: torch.Tensor,
+    teacher_head: OutputHead,
+    packed: PackedOptions,
+    precision: str,
+) -> Score:
+    """Score `model` on validation `windows` (n, length) and on the packed Winogrande options.
+
+    `teacher_hidden` (n, length, teacher's hidden_size): the teacher's final hidden states of the same windows.
+    LM loss is over the length - 1 next tokens of every window, KL over all positions.
+    """
+    ce, kl = window_losses(model, windows, teacher_hidden, teacher_head, precision)
+    choices = winogrande.evaluate(model, packed, precision)
+    return Score(
+        lm_loss=float(ce.mean()),
+        lm_loss_stderr=standard_error(ce),
+        lm_loss_n=len(windows),
+        kl=float(kl.mean()),
+        kl_stderr=standard_error(kl),
+        winogrande_acc=choices.accuracy,
+        winogrande_acc_stderr=choices.accuracy_stderr,
+        winogrande_margin=choices.margin,
+        winogrande_margin_stderr=choices.margin_stderr,
+        winogrande_n=choices.n,
+    )
+
+
+def window_losses(
+    model: PreTrainedModel,
+    windows: np.ndarray,
+    teacher_hidden: torch.Tensor,
+    teacher_head: OutputHead,
+    precision: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean LM loss and mean KL of every window: (n,) float64 each, arguments as `score`."""
+    losses: list[np.ndarray] = []
+    divergences: list[np.ndarray] = []
+    head = output_head(model)
+    with torch.inference_mode(), autocast(precision, model.device):
+        for first in range(0, len(windows), ROWS_AT_ONCE):
+            rows = slice(first, first + ROWS_AT_ONCE)
+            ids = torch.from_numpy(windows[rows].astype(np.int64)).to(model.device)
+            targets = torch.full_like(ids, IGNORE)
+            targets[:, :-1] = ids[:, 1:]
+            student = final_hidden(model, ids).flatten(0, 1)
+            teacher = teacher_hidden[rows].to(model.device, student.dtype).flatten(0, 1)
+            per_token = token_losses(student, head, targets.flatten(), teacher, teacher_head)
+            assert per_token.kl is not None
+            losses.append(per_token.ce.view_as(ids)[:, :-1].double().mean(1).cpu().numpy())
+            divergences.append(per_token.kl.view_as(ids).double().mean(1).cpu().numpy())
+    return np.concatenate(losses), np.concatenate(divergences)
+
+
+def standard_error(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / len(values) ** 0.5)

@@ -1,0 +1,204 @@
+"""Axes + budget -> legal architectures, and the Optuna distributions that propose them.
+
+The space is enumerated: every shape on the axes' grid that a stock configuration can say and that is inside
+the budget, times every place its dropped block may start. A proposal is always a member of that list.
+"""
+
+import itertools
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from optuna.distributions import BaseDistribution, IntDistribution
+from transformers import PretrainedConfig
+
+from minitron_search.architecture import Architecture, memory_bytes, parameter_count
+from minitron_search.config import Anchor, Axis, Space
+from minitron_search.families import is_expressible, sizes, sizes_of, weights, whole
+
+# The coordinates of a point of the space, in this order; the first four make the shape.
+COORDINATES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "drop_block_length",
+    "drop_block_start",
+)
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What a budget bounds: counts of one architecture, or arrays of them."""
+
+    params: Any
+    non_embedding_params: Any
+    memory_bytes: Any
+
+
+class SearchSpace:
+    """The legal architectures of a space inside one teacher.
+
+    points: (architectures, 5) int64, columns `COORDINATES`, in lexical order.
+    grid_size: shapes and block starts on the grid before legality and budget.
+    Raises ValueError where an axis leaves the teacher, no head count is legal, or no shape meets the budget.
+    """
+
+    def __init__(self, space: Space, config: PretrainedConfig):
+        self.config, self.budget = config, space.budget
+        self.teacher = whole(config)
+        self.weights = weights(config)
+        depth = self.teacher.num_hidden_layers
+        lengths = self._block_lengths(space)
+        values = (
+            self._axis(space.axes.hidden_size, "hidden_size"),
+            self._axis(space.axes.intermediate_size, "intermediate_size"),
+            self._heads(space.axes.num_attention_heads),
+            lengths,
+        )
+        self.grid_size = sum(
+            (depth - length + 1 if length else 1) * len(values[0]) * len(values[1]) * len(values[2])
+            for length in lengths
+        )
+        shapes = np.array(list(itertools.product(*values)), dtype=np.int64)
+        expressible = np.array([is_expressible(config, self._architecture((*shape, 0))) for shape in shapes])
+        shapes = shapes[expressible]
+        self.shapes = shapes[self._inside(shapes)]
+        self.points = np.array(
+            [(*shape, start) for shape in self.shapes.tolist() for start in self._starts(shape[3])],
+            dtype=np.int64,
+        )
+        self.anchors = tuple(self._anchor(anchor) for anchor in space.anchors)
+        # nearness counts steps along each axis, so that a step of hidden_size weighs as one of heads
+        self._span = np.maximum(self.points.max(0) - self.points.min(0), 1)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def architectures(self) -> Iterator[Architecture]:
+        return (self._architecture(point) for point in self.points.tolist())
+
+    def smallest_and_largest(self) -> tuple[Architecture, Architecture]:
+        params = np.asarray(self._measures(self.shapes).params)
+        return tuple(  # type: ignore[return-value]
+            self._architecture((*self.shapes[index].tolist(), 0)) for index in (params.argmin(), params.argmax())
+        )
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Optuna's view of the space: a whole-number range per coordinate that varies."""
+        columns = ((name, np.unique(self.points[:, axis])) for axis, name in enumerate(COORDINATES))
+        return {name: IntDistribution(int(seen[0]), int(seen[-1])) for name, seen in columns if len(seen) > 1}
+
+    def coordinates(self, architecture: Architecture) -> dict[str, int]:
+        start, length = architecture.dropped_block(self.teacher.num_hidden_layers)
+        return {
+            "hidden_size": architecture.hidden_size,
+            "intermediate_size": architecture.intermediate_size,
+            "num_attention_heads": architecture.num_attention_heads,
+            "drop_block_length": length,
+            "drop_block_start": start,
+        }
+
+    def nearest(self, coordinates: Mapping[str, int], taken: Collection[str]) -> Architecture | None:
+        """The legal architecture nearest to `coordinates` whose id is not in `taken`; None when all are."""
+        asked = np.array([coordinates.get(name, self.points[0, axis]) for axis, name in enumerate(COORDINATES)])
+        distance = (((self.points - asked) / self._span) ** 2).sum(1)
+        return self._first_free(np.argsort(distance, kind="stable"), taken)
+
+    def random(self, generator: np.random.Generator, taken: Collection[str]) -> Architecture | None:
+        """A legal architecture drawn uniformly among those whose id is not in `taken`; None when all are."""
+        return self._first_free(generator.permutation(len(self.points)), taken)
+
+    def measures(self, architecture: Architecture) -> Measures:
+        return self._measure(sizes_of(self.config, architecture))
+
+    def _first_free(self, order: np.ndarray, taken: Collection[str]) -> Architecture | None:
+        candidates = (self._architecture(self.points[index].tolist()) for index in order)
+        return next((candidate for candidate in candidates if candidate.id not in taken), None)
+
+    def _architecture(self, point: Any) -> Architecture:
+        hidden_size, intermediate_size, heads, length, start = map(int, point)
+        kept = tuple(layer for layer in range(self.teacher.num_hidden_layers) if not start <= layer < start + length)
+        return Architecture(hidden_size, intermediate_size, heads, self.teacher.num_key_value_heads, kept)
+
+    def _starts(self, length: int) -> range:
+        return range(self.teacher.num_hidden_layers - length + 1) if length else range(1)
+
+    def _axis(self, axis: Axis | None, name: str) -> tuple[int, ...]:
+        whole_size = getattr(self.teacher, name)
+        values = axis.values() if axis else (whole_size,)
+        if values[-1] > whole_size:
+            raise ValueError(f"space.axes.{name}: {values[-1]} is above the teacher's {whole_size}; "
+                             f"valid: at most {whole_size}")  # fmt: skip
+        return values
+
+    def _heads(self, axis: Axis | None) -> tuple[int, ...]:
+        groups = self.teacher.num_key_value_heads
+        values = self._axis(axis, "num_attention_heads")
+        legal = tuple(value for value in values if value % groups == 0)
+        if not legal:
+            valid = list(range(groups, self.teacher.num_attention_heads + 1, groups))
+            raise ValueError(f"space.axes.num_attention_heads: none of {list(values)} is a multiple of the "
+                             f"teacher's {groups} key-value heads; valid: {valid}")  # fmt: skip
+        return legal
+
+    def _block_lengths(self, space: Space) -> tuple[int, ...]:
+        depth = self.teacher.num_hidden_layers
+        lengths = tuple(sorted(set(space.axes.drop_block.lengths))) if space.axes.drop_block else (0,)
+        if lengths[-1] >= depth:
+            raise ValueError(f"space.axes.drop_block.lengths: {lengths[-1]} of the teacher's {depth} layers; "
+                             f"valid: at most {depth - 1}")  # fmt: skip
+        return lengths
+
+    def _anchor(self, anchor: Anchor) -> Architecture:
+        values = {"drop_block": (0, 0)}
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads"):
+            asked = getattr(anchor, name)
+            axis = Axis(choices=(asked,)) if asked else None
+            values[name] = (self._heads(axis) if name == "num_attention_heads" else self._axis(axis, name))[0]  # type: ignore[assignment]
+        start, length = anchor.drop_block or (0, 0)
+        if start + length > self.teacher.num_hidden_layers or length >= self.teacher.num_hidden_layers:
+            raise ValueError(f"space.anchors: drop_block [{start}, {length}] leaves the teacher's "
+                             f"{self.teacher.num_hidden_layers} layers; valid: start + length within them")  # fmt: skip
+        architecture = self._architecture(
+            (values["hidden_size"], values["intermediate_size"], values["num_attention_heads"], length, start)
+        )
+        if not is_expressible(self.config, architecture):
+            raise ValueError(f"space.anchors: no stock configuration says {architecture}; "
+                             "valid: a hidden_size that num_attention_heads divides")  # fmt: skip
+        return architecture
+
+    def _measures(self, shapes: np.ndarray) -> Measures:
+        dims = sizes(self.config)
+        return self._measure({
+            **dims,
+            "hidden": shapes[:, 0],
+            "mlp": shapes[:, 1],
+            "query": shapes[:, 2] * dims["head_dim"],
+            "layers": dims["layers"] - shapes[:, 3],
+        })  # fmt: skip
+
+    def _measure(self, dims: Mapping[str, Any]) -> Measures:
+        bound = self.budget.memory_bytes
+        batch_size, context_length = (bound.batch_size, bound.context_length) if bound else (1, 2048)
+        return Measures(
+            params=parameter_count(self.weights, dims),
+            non_embedding_params=parameter_count(self.weights, dims, embeddings=False),
+            memory_bytes=memory_bytes(self.weights, dims, batch_size, context_length),
+        )
+
+    def _inside(self, shapes: np.ndarray) -> np.ndarray:
+        """Which shapes meet every budget; raises ValueError, with the reachable range, when none does."""
+        measures = self._measures(shapes)
+        inside = np.ones(len(shapes), dtype=bool)
+        ranges = []
+        for name in type(self.budget).model_fields:
+            bound, values = getattr(self.budget, name), np.asarray(getattr(measures, name))
+            if bound is not None:
+                inside &= np.abs(values - bound.target) <= bound.tolerance * bound.target
+                ranges.append(f"space.budget.{name}: {bound.target:,.0f} +- {bound.tolerance:.1%} asked, "
+                              f"{values.min():,} to {values.max():,} reachable")  # fmt: skip
+        if not inside.any():
+            raise ValueError("no architecture on the axes' grid meets the budget; " + "; ".join(ranges)
+                             + "; valid: a target in that range, a wider tolerance, or other axes")  # fmt: skip
+        return inside

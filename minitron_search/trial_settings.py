@@ -1,0 +1,80 @@
+"""From the configuration to the trials of a run: the search's, the controls beside it, the retraining."""
+
+from dataclasses import replace
+
+from minitron_search.architecture import Architecture
+from minitron_search.config import Config
+from minitron_search.distillation import LoopSettings
+from minitron_search.search_space import SearchSpace
+from minitron_search.trial import Trial
+
+CHECKPOINTS = 8  # during one retraining, besides the last
+
+
+def retraining_settings(config: Config, precision: str) -> LoopSettings:
+    asked = config.retraining
+    return replace(
+        distillation_settings(config, precision),
+        total_tokens=asked.tokens,
+        milestones=(asked.tokens,),
+        learning_rate=asked.learning_rate,
+        min_learning_rate=asked.min_learning_rate,
+        warmup_steps=asked.warmup_steps,
+        schedule=asked.schedule,
+        checkpoint_tokens=max(asked.tokens // CHECKPOINTS, config.distillation.batch_tokens),
+    )
+
+
+def distillation_settings(config: Config, precision: str) -> LoopSettings:
+    """Of the search's short distillation, to the last rung."""
+    asked = config.distillation
+    return LoopSettings(
+        total_tokens=config.search.rungs[-1],
+        milestones=config.search.rungs,
+        loss=asked.loss,
+        temperature=asked.temperature,
+        learning_rate=asked.learning_rate,
+        batch_tokens=asked.batch_tokens,
+        precision=precision,  # type: ignore[arg-type]
+        seed=config.seed,
+        threads=config.resources.cpus_per_worker,
+    )
+
+
+def untrained(settings: LoopSettings) -> LoopSettings:
+    """No training: scored as it is."""
+    return replace(settings, total_tokens=0, milestones=(0,))
+
+
+def make_trial(
+    space: SearchSpace, architecture: Architecture, arm: str, config: Config, settings: LoopSettings
+) -> Trial:
+    """A trial outside the search. What users see of it and reload is scored in float32."""
+    return Trial(
+        architecture=architecture,
+        arm=arm,
+        seed=config.seed,
+        proposal=-1,
+        initialization="pruned" if arm in ("teacher",) else config.distillation.initialization,
+        settings=replace(settings, seed=config.seed),
+        score_precision="float32",
+        counts=counts(space, architecture),
+    )
+
+
+def counts(space: SearchSpace, architecture: Architecture) -> dict[str, int]:
+    """The columns of the table that an architecture has by itself: counts and axes."""
+    measures = space.measures(architecture)
+    start, length = architecture.dropped_block(space.teacher.num_hidden_layers)
+    return {
+        "params": measures.params,
+        "non_embedding_params": measures.non_embedding_params,
+        "memory_bytes": measures.memory_bytes,
+        "hidden_size": architecture.hidden_size,
+        "intermediate_size": architecture.intermediate_size,
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_key_value_heads": architecture.num_key_value_heads,
+        "num_hidden_layers": architecture.num_hidden_layers,
+        "drop_block_start": start,
+        "drop_block_length": length,
+    }

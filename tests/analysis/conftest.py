@@ -1,0 +1,219 @@
+"""Synthetic runs, written through RunDirectory's own writers."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from minitron_search.run_directory import RunDirectory
+
+LAYERS, HIDDEN, MLP, HEADS = 30, 576, 1536, 9
+TEACHER_PARAMS, EMBEDDING = 134_515_008, 28_311_552
+RUNGS = (8192, 32768)
+HOSTILE = "</script><script>alert(1)</script>"
+
+
+def architecture(rng: np.random.Generator) -> dict[str, int]:
+    axes = {
+        "hidden_size": int(rng.choice([384, 448, 512])),
+        "intermediate_size": int(rng.choice([768, 1024, 1280])),
+        "num_attention_heads": int(rng.choice([6, 9])),
+        "num_key_value_heads": 3,
+        "drop_block_start": int(rng.integers(4, 20)),
+        "drop_block_length": int(rng.choice([0, 2, 4, 8])),
+    }
+    return axes | {"num_hidden_layers": LAYERS - axes["drop_block_length"]}
+
+
+def scored(loss: float, params: int, rng: np.random.Generator, tokens: int) -> dict[str, float | int]:
+    return {
+        "lm_loss": loss,
+        "lm_loss_stderr": 0.045,
+        "lm_loss_n": 32,
+        "kl": max(loss - 3.15, 0.0),
+        "kl_stderr": 0.01,
+        "winogrande_acc": float(0.5 + 0.04 * rng.standard_normal()),
+        "winogrande_acc_stderr": 0.045,
+        "winogrande_margin": float(0.1 + 0.05 * rng.standard_normal()),
+        "winogrande_margin_stderr": 0.03,
+        "winogrande_n": 120,
+        "params": params,
+        "non_embedding_params": int(params * 0.8),
+        "tokens": tokens,
+        "memory_bytes": params * 4,
+        "tokens_per_second": 2e11 / params,
+        "seconds": 4.0 + tokens / 800,
+    }
+
+
+def log_losses(run: RunDirectory, trial: str, tokens: int, start: float, end: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for seen in range(1024, tokens + 1, 1024):
+        loss = end + (start - end) * (1 + seen / 2000) ** -1.1 + 0.04 * rng.standard_normal()
+        run.log_step(trial, tokens=seen, loss=float(loss), learning_rate=3e-4, tokens_per_second=900.0)
+
+
+def write_importance(run: RunDirectory) -> None:
+    rng = np.random.default_rng(1)
+    bi = 0.05 + 0.5 * np.exp(-np.arange(LAYERS) / 2.0) + 0.13 * (np.arange(LAYERS) / LAYERS) ** 6
+    bi = bi * np.exp(0.25 * rng.standard_normal(LAYERS))
+    path = np.concatenate([[0.0], np.cumsum(bi)])
+    block = np.abs(path[:, None] - path[None, :])
+    scale = np.exp(0.8 * rng.standard_normal((LAYERS, 1)))
+    spread = np.linspace(0.5, 1.2, LAYERS)[:, None]
+    arrays = {
+        "hidden": np.exp(3 + 0.9 * rng.standard_normal(HIDDEN)),
+        "hidden_per_norm": np.exp(0.9 * rng.standard_normal((2 * LAYERS, HIDDEN))),
+        "mlp": scale * np.exp(spread * rng.standard_normal((LAYERS, MLP))),
+        "heads": scale * np.exp(0.7 * spread * rng.standard_normal((LAYERS, HEADS))),
+        "block_bi": block,
+    }
+    run.root.mkdir(parents=True, exist_ok=True)
+    arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
+    save_file(arrays, run.importance, metadata={"samples": "64", "batch": "l2", "sequence": "mean"})
+
+
+def write_run(root: Path, trials: int = 12, name: str = "smollm2-135m", hostile: str = "") -> RunDirectory:
+    """A finished search: `trials` candidates over two rungs, a failure, a promotion, retraining, controls."""
+    run = RunDirectory(root)
+    rng = np.random.default_rng(0)
+    run.write_config(
+        {
+            "name": name + hostile,
+            "output": f"runs/{name}",
+            "seed": 0,
+            "precision": "float32",
+            "stages": ["importance", "depth", "search", "retrain", "report"],
+            "teacher": {"model": "smollm2-135m"},
+            "corpus": {"train": "docstrings" + hostile, "sequence_length": 256, "calibration_samples": 64},
+            "search": {
+                "trials": trials,
+                "sampler": "tpe",
+                "objective": "lm_loss",
+                "rungs": list(RUNGS),
+                "promote": 1,
+            },
+            "distillation": {"loss": "kld", "learning_rate": 3e-4},
+        }
+    )
+    run.write_environment(
+        {"python": "3.11.4", "versions": {"torch": "2.13.0", "ray": "2.60.0" + hostile}, "cpu": {"count": 2}}
+    )
+    run.event("stage_started", stage="importance")
+    write_importance(run)
+    run.event("stage_finished", stage="importance")
+
+    def start(trial: str, arm: str, axes: dict[str, int], proposal: int) -> dict[str, object]:
+        made = {
+            "trial": trial,
+            "architecture": f"a{proposal:07x}",
+            "arm": arm,
+            "seed": 0,
+            "proposal": proposal,
+            **axes,
+        }
+        run.start_trial(trial, made)
+        run.event("trial_started", trial=trial)
+        return made
+
+    full = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": MLP,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": 3,
+        "num_hidden_layers": LAYERS,
+        "drop_block_start": 0,
+        "drop_block_length": 0,
+    }
+    teacher = start("teacher", "teacher", full, -1)
+    row = scored(3.214, TEACHER_PARAMS, rng, 0) | {"kl": 0.0, "winogrande_acc": 0.52}
+    run.log_rung("teacher", {**teacher, **row, "rung": 0})
+
+    statuses, messages = {"teacher": "complete"}, {}
+    finished = []
+    for proposal in range(trials):
+        trial = f"t{proposal:03d}" + (hostile.replace("/", "∕") if proposal == 0 else "")
+        axes = architecture(rng)
+        made = start(trial, "search", axes, proposal)
+        if proposal == 4:
+            statuses[trial], messages[trial] = (
+                "failed",
+                "OutOfMemoryError: 2.1 GiB asked, 1.4 GiB free" + hostile,
+            )
+            continue
+        params = int(
+            EMBEDDING * axes["hidden_size"] / HIDDEN
+            + 2.9e6
+            * axes["num_hidden_layers"]
+            * (axes["intermediate_size"] / MLP * 0.75 + 0.25)
+            * axes["hidden_size"]
+            / HIDDEN
+        )
+        final = 3.3 + 3.2 * (1 - params / TEACHER_PARAMS) + 0.12 * rng.standard_normal()
+        log_losses(run, trial, RUNGS[0], 4.0, final - 2.7, proposal)
+        first = scored(final + 0.5, params, rng, RUNGS[0]) | {"bi": 0.1}
+        run.log_rung(trial, {**made, **first, "rung": 0})
+        statuses[trial] = "stopped"
+        finished.append((final, trial, made, params))
+    finished.sort(key=lambda item: item[0])
+    kept = finished[: max(1, len(finished) // 3)]
+    for final, trial, made, params in kept:
+        log_losses(run, trial, RUNGS[1], 4.0, final - 2.9, 7)
+        run.log_rung(trial, {**made, **scored(final, params, rng, RUNGS[1]), "bi": 0.1, "rung": 1})
+        statuses[trial] = "complete"
+    final, trial, made, params = kept[0]
+    statuses[trial] = "promoted"
+    run.event("promoted", trial=trial)
+    for arm, loss, tokens in (("untrained", 7.9, 0), ("retrained", final - 0.35, 262144)):
+        other = start(f"{trial}-{arm}", arm, {axis: made[axis] for axis in full}, made["proposal"])
+        other["architecture"] = made["architecture"]
+        if tokens:
+            log_losses(run, f"{trial}-{arm}", tokens, 2.0, final - 3.2, 9)
+        run.log_rung(f"{trial}-{arm}", {**other, **scored(loss, params, rng, tokens), "rung": 0})
+        statuses[f"{trial}-{arm}"] = "complete"
+    run.write_trials(statuses, messages)
+    run.event("stage_finished", stage="retrain")
+    return run
+
+
+@pytest.fixture
+def make_run() -> Callable[..., RunDirectory]:
+    return write_run
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A finished run, shared: a test writes nothing into it but its report."""
+    return write_run(tmp_path_factory.mktemp("runs") / "finished")
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> RunDirectory:
+    return write_run(tmp_path / "hostile", hostile=HOSTILE)
+
+
+@pytest.fixture
+def going(tmp_path: Path) -> RunDirectory:
+    """A run in its first rungs: no table, one trial with a rung, one with steps only, a log cut mid-line."""
+    run = RunDirectory(tmp_path / "going")
+    run.write_config({"name": "going", "search": {"trials": 4}})
+    run.event("stage_started", stage="search")
+    rng = np.random.default_rng(2)
+    for proposal in range(2):
+        made = {
+            "trial": f"t{proposal}",
+            "architecture": "a",
+            "arm": "search",
+            "seed": 0,
+            "proposal": proposal,
+            **architecture(rng),
+        }
+        run.start_trial(f"t{proposal}", made)
+        log_losses(run, f"t{proposal}", 4096, 4.0, 1.0, proposal)
+        if proposal == 0:
+            run.log_rung("t0", {**made, **scored(4.4, 90_000_000, rng, 4096), "rung": 0})
+    with open(run.trial("t1") / "metrics.jsonl", "a") as log:
+        log.write('{"kind": "step", "tok')
+    return run

@@ -1,0 +1,163 @@
+"""The page: complete, offline, and deaf to whatever a run says."""
+
+import base64
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import HOSTILE
+
+from analysis import cards
+from analysis.page import embedded, fill, no_formula
+from analysis.report import main, write_report
+from minitron_search.run_directory import RunDirectory
+
+TITLES = ["Outcome", "Size against LM loss", "Loss against tokens", "Importance", "Trials",
+          "Configuration and environment", "Health"]  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, the JSON of every figure, and each card's title or reason."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.data: list[str] = []  # scripts of JSON
+        self.titles: list[str] = []
+        self.reasons: list[str] = []
+        self.filling: list[str] | None = None
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = dict(attrs)
+        self.tags.append((tag, attributes))
+        if attributes.get("type") == "application/json":
+            self.filling = self.data
+        elif tag == "h2":
+            self.filling = self.titles
+        elif attributes.get("class") == "reason":
+            self.filling = self.reasons
+        if self.filling is not None:
+            self.filling.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.filling is not None:
+            self.filling[-1] += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self.filling = None
+
+
+def read(run: RunDirectory) -> Page:
+    return Page(write_report(run).read_text(encoding="utf-8"))
+
+
+def test_a_finished_run_fills_every_card(finished: RunDirectory):
+    page = read(finished)
+    assert page.titles == TITLES and page.reasons == []
+    assert sum(attributes.get("class") == "plot" for _, attributes in page.tags) == 6
+    assert finished.report.stat().st_size < 10_000_000
+
+
+def test_nothing_is_loaded_from_anywhere(finished: RunDirectory):
+    page = read(finished)
+    for tag, attributes in page.tags:
+        assert "src" not in attributes and tag not in ("link", "iframe", "img", "object", "base")
+        assert (attributes.get("href") or "#").startswith(("#", "data:text/csv"))
+    policy = next(a["content"] or "" for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in policy and "http" not in policy and "script-src 'sha256-" in policy
+
+
+def test_no_word_of_a_run_becomes_a_tag(make_run: Callable[..., RunDirectory], tmp_path: Path):
+    tame, wild = read(make_run(tmp_path / "tame")), read(make_run(tmp_path / "wild", hostile=HOSTILE))
+    assert [tag for tag, _ in wild.tags] == [tag for tag, _ in tame.tags]
+    assert "alert(1)" in write_report(RunDirectory(tmp_path / "wild")).read_text()  # it is shown, as text
+    for text in wild.data:
+        json.loads(text)
+        assert "<" not in text
+
+
+@pytest.mark.parametrize("kind", ["=1+1", "+1", "-1", "@SUM(A1)"])
+def test_no_word_of_a_run_becomes_a_formula(kind: str):
+    assert no_formula(kind) == f"'{kind}"
+    assert no_formula("plain") == "plain"
+
+
+def test_every_figure_offers_its_data(finished: RunDirectory):
+    links = {a["download"]: a["href"] or "" for _, a in read(finished).tags if "download" in a}
+    assert set(links) == {f"{name}.csv" for name in (
+        "outcome", "size_and_loss", "loss_curves", "layer_importance", "hidden_importance", "mlp_importance",
+        "head_importance", "trials")}  # fmt: skip
+    tables = {
+        name: pd.read_csv(io.BytesIO(base64.b64decode(address.split(",", 1)[1]))) for name, address in links.items()
+    }
+    assert len(tables["trials.csv"]) == len(finished.read_trials())
+    assert tables["layer_importance.csv"].columns.tolist() == ["layer", "bi"]
+    assert tables["size_and_loss.csv"]["on_front"].any()
+
+
+def test_a_run_that_is_going_renders(going: RunDirectory):
+    page = read(going)
+    assert page.titles == TITLES
+    assert any("importance.safetensors" in reason for reason in page.reasons)
+
+
+@pytest.mark.parametrize("kept", ["config", "importance", "trials_table", "events_log"])
+def test_any_one_artifact_is_enough(make_run: Callable[..., RunDirectory], tmp_path: Path, kept: str):
+    whole, part = make_run(tmp_path / "whole"), RunDirectory(tmp_path / "part")
+    part.root.mkdir()
+    getattr(part, kept).write_bytes(getattr(whole, kept).read_bytes())
+    assert read(part).titles == TITLES
+
+
+def test_a_run_whose_every_trial_failed_renders(tmp_path: Path):
+    run = RunDirectory(tmp_path)
+    run.start_trial("t0", {"trial": "t0", "architecture": "a", "arm": "search", "seed": 0, "proposal": 0})
+    run.write_trials({"t0": "failed"}, {"t0": "it broke"})
+    page = read(run)
+    assert page.titles == TITLES and "it broke" in run.report.read_text()
+
+
+def test_a_damaged_artifact_is_named_and_the_rest_is_shown(make_run: Callable[..., RunDirectory], tmp_path: Path):
+    run = make_run(tmp_path)
+    run.trials_table.write_bytes(b"PAR1")
+    run.importance.write_bytes(b"")
+    page = read(run)
+    assert page.titles == TITLES and len(page.reasons) == 1  # trials come from their own logs
+    text = run.report.read_text()
+    assert "trials.parquet: " in text and "importance.safetensors: " in text
+
+
+def test_a_card_that_fails_says_so_in_its_place(finished: RunDirectory, monkeypatch: pytest.MonkeyPatch):
+    def broken_card(run: object) -> cards.Card:
+        raise KeyError("depth")
+
+    monkeypatch.setattr(cards, "CARDS", [cards.summary_card, broken_card])
+    page = read(finished)
+    assert page.titles == ["Outcome", "Broken"] and "KeyError" in page.reasons[0]
+
+
+def test_a_folder_without_a_run_is_refused_in_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for folder in (tmp_path, tmp_path / "absent"):
+        assert main([str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert str(folder) in error and "no run here" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_report_needs_neither_torch_nor_ray():
+    code = "import sys, analysis.report; print({'torch', 'ray', 'transformers'} & set(sys.modules))"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_what_fills_a_placeholder_is_never_one():
+    assert fill("{{a}} {{b}} {{c}}", {"a": "{{b}}", "b": "1"}) == "{{b}} 1 {{c}}"
+    assert json.loads(embedded(json.dumps({"a": "</script>"}))) == {"a": "</script>"}
