@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import yaml
 
-from analysis import health, importance, loss_curves, size_and_loss, summary, trials_table
+from analysis import depth, health, importance, loss_curves, size_and_loss, summary, trials_table
 from analysis.run_data import RunData
 
 
@@ -102,6 +102,38 @@ def importance_card(run: RunData) -> Card:
     )
 
 
+def depth_card(run: RunData) -> Card:
+    title = "Depth"
+    read = (
+        "Each line: the model without a block of that many layers, by where the block starts. Dashed: as many layers "
+        "chosen one by one, each by how little its removal alone raises the LM loss. (Figures 8 and 9 of 2408.11796 "
+        "number a block by its last layer, from 1.)"
+    )
+    info = depth.depth_info(run)
+    if info.rows.empty:
+        return Card(title, read, reason="No depth.parquet: the stage has not run, or has not finished.")
+    panels = [
+        Panel(
+            f"depth_{metric}",
+            depth.position_plot(info, metric),
+            info.rows[info.rows["metric"] == metric].drop(columns="hover"),
+            depth.METRICS[metric][0],
+        )
+        for metric in info.metrics
+    ]
+    panels += [
+        Panel(
+            f"depth_map_{metric}",
+            depth.heat_map_plot(info, metric),
+            depth.of(info, metric, "contiguous").drop(columns="hover"),
+            f"{depth.METRICS[metric][0]}, start × length",
+        )
+        for metric in info.metrics
+        if metric != "bi"
+    ]
+    return Card(title, read, depth.depth_count(info), depth.depth_html(info), tuple(panels))
+
+
 def trials_card(run: RunData) -> Card:
     title = "Trials"
     read = "One row per trial at its last rung. Click a heading to sort; ranks hold within one rung only."
@@ -153,6 +185,7 @@ CARDS: list[Callable[[RunData], Card]] = [
     size_and_loss_card,
     loss_curves_card,
     importance_card,
+    depth_card,
     trials_card,
     configuration_card,
     health_card,

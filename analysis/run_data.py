@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 from safetensors import safe_open
 
-from minitron_search.run_directory import TRIALS_SCHEMA, RunDirectory
+from minitron_search.run_directory import DEPTH_SCHEMA, TRIALS_SCHEMA, RunDirectory
 
 # The arms that are not candidates; every other arm is the search's or an ablation's.
 CONTROLS = ("teacher", "untrained", "retrained")
@@ -32,6 +32,7 @@ class RunData(NamedTuple):
     trials:   rows of `TRIALS_SCHEMA`; numbers are float64 with NaN where unknown, text is "" where unknown
     steps:    a row per logged training step: trial, tokens, loss, learning_rate, tokens_per_second
     made:     architecture.json of each trial folder
+    depth:    rows of `DEPTH_SCHEMA`;  recommendation: depth.json
     problems: one line per artifact that is there and cannot be read
     """
 
@@ -43,6 +44,8 @@ class RunData(NamedTuple):
     made: dict[str, dict[str, Any]]
     events: list[dict[str, Any]]
     importance: Importance | None
+    depth: pd.DataFrame
+    recommendation: dict[str, Any]
     problems: list[str]
 
 
@@ -88,6 +91,8 @@ def load_run(directory: RunDirectory) -> RunData:
         made=read("trials/*/architecture.json", lambda: read_made(directory, folders), {}),
         events=read("events.jsonl", directory.events, []),
         importance=read("importance.safetensors", lambda: read_importance(directory), None),
+        depth=pd.DataFrame(read("depth.parquet", directory.read_depth, []), columns=DEPTH_SCHEMA.names),
+        recommendation=read("depth.json", directory.read_depth_recommendation, {}),
         problems=problems,
     )
 

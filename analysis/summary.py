@@ -103,7 +103,7 @@ def gap(row: pd.Series, teacher: pd.Series | None, column: str) -> str:
 
 
 def speed_up(row: pd.Series, teacher: pd.Series | None, column: str) -> str:
-    if teacher is None or row is teacher or f.missing(row[column] / teacher[column]):
+    if teacher is None or row is teacher or f.missing(row[column]) or not teacher[column] > 0:
         return ""
     return f"{row[column] / teacher[column]:.2f}× the teacher"
 

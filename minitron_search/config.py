@@ -5,6 +5,7 @@ the key, the value given and what would have been valid.
 """
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -25,10 +26,14 @@ def cache_folder() -> Path:
 
 def _number(value: Any) -> Any:
     """`4.5B`, `8K`, `1e-4` -> number; anything else is left for the field's own type to refuse."""
+    if isinstance(value, bool):
+        raise ValueError("true and false are no numbers; valid: 16, 8K, 4.5B or 1e-4")
     match = re.fullmatch(r"\s*([+-]?[\d_]*\.?\d+(?:e[+-]?\d+)?)\s*([kmbt]?)\s*", str(value), re.IGNORECASE)
-    if isinstance(value, bool) or not match:
+    if not match:
         return value
     number = float(match[1].replace("_", "")) * SUFFIXES.get(match[2].lower(), 1)
+    if math.isinf(number):
+        return value
     # 1.1M * 10**6 is 1100000.0000000001 in floating point
     return round(number) if abs(number - round(number)) < 1e-6 * max(1, abs(number)) and abs(number) >= 1 else number
 
@@ -87,6 +92,7 @@ class DepthConfig(Section):
         tuple[Literal["lm_loss", "winogrande", "bi"], ...], BeforeValidator(_listed), Field(min_length=1)
     ] = ("lm_loss", "winogrande", "bi")
     workers: AutoCount = "auto"
+    weights: Literal["auto", "resident", "streamed"] = "auto"  # streamed: one layer in memory at a time
 
     @model_validator(mode="after")
     def _lengths_are_layers_or_fractions(self) -> "DepthConfig":
@@ -149,9 +155,13 @@ class Axis(Section):
 
 
 class DropBlock(Section):
-    """A contiguous block of layers to drop: its length; where it starts is free."""
+    """A contiguous block of layers to drop: its length; where it starts is free.
+
+    seeds: whether the search first proposes, for every length, the best block that the depth sweep found.
+    """
 
     lengths: Annotated[tuple[CountOrZero, ...], BeforeValidator(_listed), Field(min_length=1)] = (0,)
+    seeds: Literal["none", "sweep"] = "none"
 
 
 class Axes(Section):
@@ -280,7 +290,7 @@ def load(file: str | None, overrides: list[str]) -> Config:
     if "name" in given and "output" not in given and resolved["output"] == f"runs/{resolved['name']}":
         resolved["output"] = ""  # the folder follows the name
     for key, text in given.items():
-        _set(resolved, key, yaml.safe_load(text))
+        _set(resolved, key, _value(text))
     return parse(resolved)
 
 
@@ -352,17 +362,27 @@ def _pairs(arguments: list[str]) -> Iterator[tuple[str, str]]:
         yield key.replace("-", "_"), text
 
 
+def _value(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:  # `*.txt` is an alias to YAML and a glob to a user
+        return text
+
+
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
     for parent in parents:
-        if not isinstance(values.setdefault(parent, {}), dict):
+        if values.get(parent) is None:  # not there, or an optional section that was left out
+            values[parent] = {}
+        if not isinstance(values[parent], dict):
             raise ValueError(f"{key}: {parent} is {values[parent]!r}, not a section; {_suggest(key)}")
         values = values[parent]
     values[leaf] = value
 
 
 def _suggest(key: str) -> str:
-    known = [name for name, _ in keys()]
+    # of `distillation.lr` the section `distillation` is no correction
+    known = [name for name, default in keys() if not (isinstance(default, BaseModel) and key.startswith(f"{name}."))]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     leaf = key.rsplit(".", 1)[-1]
     same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
@@ -378,7 +398,8 @@ def _messages(error: ValidationError) -> Iterator[str]:
         # the location also names the union's member (`Axis`, `constrained-int`); a user's keys are what is kept
         parts: list[str] = []
         for part in map(str, problem["loc"]):
-            if problem["type"] == "extra_forbidden" or part.isdigit() or ".".join([*parts, part]) in known:
+            named = ".".join(name for name in [*parts, part] if not name.isdigit())
+            if problem["type"] == "extra_forbidden" or part.isdigit() or named in known:
                 parts.append(part)
         key = ".".join(parts)
         if problem["type"] == "extra_forbidden":

@@ -145,7 +145,8 @@ def _as_mistral(config: PretrainedConfig) -> PretrainedConfig:
     biases and without a sliding window Mistral is Llama, weight names included.
     """
     known = {key: value for key, value in config.to_dict().items() if key in MistralConfig.__dataclass_fields__}
-    return MistralConfig(**{**known, "sliding_window": None, "architectures": ["MistralForCausalLM"]})
+    known |= {"model_type": "mistral", "sliding_window": None, "architectures": ["MistralForCausalLM"]}
+    return MistralConfig(**known)
 
 
 def is_expressible(config: PretrainedConfig, architecture: Architecture) -> bool:

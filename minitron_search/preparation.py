@@ -14,16 +14,19 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from minitron_search import __version__
 from minitron_search import config as configuration
-from minitron_search.config import Config, cache_folder
+from minitron_search.architecture import parameter_count
+from minitron_search.config import Axes, Budget, Config, Space, Target, cache_folder
 from minitron_search.corpus import Corpus, load_corpus
-from minitron_search.families import family_of
+from minitron_search.depth import in_layers
+from minitron_search.families import family_of, sizes, weights
 from minitron_search.run_directory import RunDirectory
 from minitron_search.search_space import SearchSpace
 from minitron_search.teacher import fingerprint, load_tokenizer, teacher_config, teacher_folder
-from minitron_search.winogrande import Example, PackedOptions, load_examples, pack
+from minitron_search.winogrande import Example, PackedOptions, check_window, load_examples, pack
 
 VERSIONS = ("torch", "transformers", "ray", "optuna", "numpy", "datasets", "lm_eval")
-PLACEMENT = ("stages", "search.concurrency", "depth.workers", "output")  # a continued run may change these
+# what a continued run may change
+PLACEMENT = ("stages", "search.concurrency", "depth.workers", "depth.weights", "output")
 # float32 master, two moments: what one checkpoint holds for every parameter
 CHECKPOINT_BYTES = 12
 
@@ -50,7 +53,9 @@ def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace, 
     _check_stages(run, config)
     teacher = teacher_config(config.teacher.model)
     family_of(teacher)
-    space = SearchSpace(config.space, teacher)
+    space = _space(config, teacher)
+    if "depth" in config.stages:
+        in_layers(config.depth.lengths, teacher.num_hidden_layers)
     limit = getattr(teacher, "max_position_embeddings", None)
     if limit and config.corpus.sequence_length > limit:
         raise ValueError(f"corpus.sequence_length: {config.corpus.sequence_length} is above the teacher's {limit} "
@@ -66,6 +71,8 @@ def prepare(config: Config, resume: bool) -> Prepared:
     tokenizer = load_tokenizer(config.teacher.model)
     longest = getattr(teacher, "max_position_embeddings", 2048)
     packed = pack(examples, tokenizer, config.winogrande.shots, max_length=longest)
+    check_window(teacher, packed)
+    trains = set(config.stages) & {"importance", "search", "retrain"}
     corpus = load_corpus(
         config.corpus.train,
         config.corpus.validation,
@@ -73,7 +80,7 @@ def prepare(config: Config, resume: bool) -> Prepared:
         sequence_length=config.corpus.sequence_length,
         calibration_samples=config.corpus.calibration_samples,
         validation_samples=config.corpus.validation_samples,
-        train_tokens=max(config.search.rungs[-1], config.retraining.tokens),
+        train_tokens=max(config.search.rungs[-1], config.retraining.tokens) if trains else 0,
         seed=config.seed,
     )
     return Prepared(
@@ -109,7 +116,19 @@ def environment(prepared: Prepared) -> dict[str, Any]:
     }
 
 
+def _space(config: Config, teacher: PretrainedConfig) -> SearchSpace:
+    """What is searched; where nothing is, the teacher alone: no budget has to fit it."""
+    if set(config.stages) & {"search", "retrain"}:
+        return SearchSpace(config.space, teacher)
+    params = parameter_count(weights(teacher), sizes(teacher))
+    return SearchSpace(Space(budget=Budget(params=Target(target=params)), axes=Axes()), teacher)
+
+
 def _check_output(run: RunDirectory, config: Config, resume: bool) -> None:
+    root = run.root.absolute()
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"output: {existing} is no folder that can be written to; valid: a new folder")
     if not run.root.exists() or not any(run.root.iterdir()):
         if resume:
             raise ValueError(f"output: {run.root} holds no run to continue; valid: the same command without --resume")
@@ -133,6 +152,11 @@ def _check_stages(run: RunDirectory, config: Config) -> None:
     if "search" in stages and "importance" not in stages and not run.importance.exists():
         raise ValueError(f"stages: {', '.join(stages)}: search needs importance, which {run.root} does not hold; "
                          "valid: importance,search")  # fmt: skip
+    block = config.space.axes.drop_block
+    seeded = block is not None and block.seeds == "sweep" and "search" in stages
+    if seeded and "depth" not in stages and not run.depth_recommendation.exists():
+        raise ValueError(f"space.axes.drop_block.seeds: sweep needs the depth stage, which {run.root} does not hold; "
+                         "valid: stages importance,depth,search, or seeds none")  # fmt: skip
     if "retrain" in stages and "search" not in stages:
         promoted = any(row["status"] == "promoted" for row in run.read_trials())
         if not promoted:
@@ -165,8 +189,8 @@ def _git() -> str | None:
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
-        if info.exists() else []  # fmt: skip
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
 
 

@@ -4,6 +4,7 @@ The tables are the truth: every proposal rebuilds the study from the observation
 search that was killed therefore proposes what it would have proposed, and no study can disagree with a table.
 """
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from minitron_search.architecture import Architecture
 from minitron_search.search_space import SearchSpace
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+# multivariate sampling and the constant liar have been Optuna's "experimental" features since 2.2
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 STARTUP = 4  # uniform draws before TPE has anything to model; Optuna's default of 10 is most of a small search
 

@@ -1,6 +1,7 @@
 """Full retraining of the promoted candidates: from the trim, cosine schedule, checkpoints, one gang at a time."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import ray
@@ -11,19 +12,36 @@ from minitron_search.config import Config
 from minitron_search.launchers import fit
 from minitron_search.model_card import model_card
 from minitron_search.precision import device
+from minitron_search.run_directory import RunDirectory
 from minitron_search.trial import Materials, Trial, initial_student, run_trial
 
+PROGRESS_S = 20.0
 
-def retrain(config: Config, trial: Trial, materials: ray.ObjectRef) -> None:
+
+def retrain(config: Config, trial: Trial, materials: ray.ObjectRef, progress: Callable[[str], None]) -> None:
     """Train one promoted candidate on a whole worker group; a retraining that was cut off goes on.
 
     From a task of its own: in a driver's main thread Ray Train would take Ctrl-C for itself and exit with 0.
     """
+    inline = config.resources.launcher == "inline"
 
     def placed(hidden: list[ray.ObjectRef]) -> None:
-        fit(hidden[0], trial, config.resources, decided=False, callbacks=[])
+        if inline:
+            run_trial(ray.get(hidden[0]), trial, lambda row: None, decided=False)
+        else:
+            fit(hidden[0], trial, config.resources, decided=False, callbacks=[])
 
-    ray.get(ray.remote(num_cpus=0, max_retries=0)(placed).remote([materials]))
+    cpus, gpus = (config.resources.cpus_per_worker, config.resources.gpus_per_worker) if inline else (0, 0)
+    running = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(placed).remote([materials])
+    run, total = RunDirectory(config.output), trial.settings.total_tokens
+    while not ray.wait([running], timeout=PROGRESS_S)[0]:
+        steps = [line for line in run.metrics(trial.id) if line["kind"] == "step"]
+        if steps:
+            last = steps[-1]
+            left = (total - last["tokens"]) / last["tokens_per_second"] / 60
+            progress(f"retrain: {last['tokens']:,} of {total:,} tokens, loss {last['loss']:.3f}, "
+                     f"{last['tokens_per_second']:.0f} tokens/s, about {left:.0f} min left")  # fmt: skip
+    ray.get(running)
 
 
 def export(materials: Materials, trial: Trial, teacher_name: str, teacher_folder: Path, folder: Path) -> None:
@@ -57,5 +75,6 @@ def trained_student(materials: Materials, trial: Trial) -> PreTrainedModel:
 
 
 def score_now(materials: Materials, trial: Trial) -> None:
-    """Score a trial that does not train, here."""
-    run_trial(materials, trial, lambda row: None, decided=False)
+    """Score a trial that does not train, here, unless it has been."""
+    if not materials.run.metrics(trial.id):
+        run_trial(materials, trial, lambda row: None, decided=False)

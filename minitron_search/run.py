@@ -1,4 +1,4 @@
-"""The command: importance -> search -> retrain -> report.
+"""The command: importance -> depth -> search -> retrain -> report.
 
     python -m minitron_search.run [--config FILE] [--stages search,report] [--output DIR] [--resume] [--dry-run]
                                   [--KEY.SUBKEY VALUE ...]
@@ -25,6 +25,8 @@ from minitron_search import config as configuration  # noqa: E402
 from minitron_search.architecture import Architecture  # noqa: E402
 from minitron_search.cluster import on_all_cpus, resolved_precision  # noqa: E402
 from minitron_search.console import console, say  # noqa: E402
+from minitron_search.depth_recommendation import best_blocks  # noqa: E402
+from minitron_search.depth_stage import measure_depth  # noqa: E402
 from minitron_search.forecast import dry_run  # noqa: E402
 from minitron_search.preparation import Prepared, check, environment, prepare  # noqa: E402
 from minitron_search.search import Search, run_search  # noqa: E402
@@ -91,12 +93,14 @@ def run(prepared: Prepared) -> None:
     began = time.monotonic()
     run.write_config(config.dump())
     run.event("run_started", stages=list(config.stages))
-    if set(config.stages) & {"importance", "search", "retrain"}:
+    if set(config.stages) & {"importance", "depth", "search", "retrain"}:
         with cluster.joined("warning"):
             resolved = resolved_precision(config.precision)
             run.write_environment({**environment(prepared), "precision": resolved})
             if "importance" in config.stages and not run.importance.exists():
                 measure_importance(prepared, resolved)
+            if "depth" in config.stages and not run.depth_recommendation.exists():
+                measure_depth(prepared, resolved)
             if set(config.stages) & {"search", "retrain"}:
                 search_and_retrain(prepared, resolved)
     if "report" in config.stages:
@@ -120,6 +124,9 @@ def search_and_retrain(prepared: Prepared, resolved: str) -> None:
     begin(run, [teacher])
     on_all_cpus(retraining.score_now, materials, teacher)
 
+    drop_block = config.space.axes.drop_block
+    if drop_block and drop_block.seeds == "sweep":
+        space.anchors += space.largest_without(best_blocks(run.read_depth_recommendation(), config.search.objective))
     search = Search(run, config, space, settings)
     if "search" in config.stages:
         asked = config.search.concurrency
@@ -142,8 +149,9 @@ def retrain(prepared: Prepared, search: Search, architecture: Architecture, rank
     say(f"retrain: {architecture} on {config.retraining.tokens:,} tokens")
     run.event("trial_started", trial=trial.id)
     on_all_cpus(retraining.score_now, materials, before)
-    retraining.retrain(config, trial, materials)
-    on_all_cpus(retraining.export, materials, trial, config.teacher.model, prepared.teacher_folder, run.best(rank))
+    if not run.best(rank).exists():
+        retraining.retrain(config, trial, materials, say)
+        on_all_cpus(retraining.export, materials, trial, config.teacher.model, prepared.teacher_folder, run.best(rank))
     run.event("trial_finished", trial=trial.id, status="complete")
     search.write_tables(frozenset(row["trial"] for row in run.read_trials() if row["status"] == "promoted"))
     say(f"retrain: {run.best(rank)}")

@@ -1,6 +1,7 @@
 """The artifacts of a run and their schemas; the only writer of tables.
 
     config.yaml  environment.json  importance.safetensors  trials.parquet  events.jsonl  study.db
+    depth.parquet  depth.json  depth_pieces/
     trials/<id>/ architecture.json, metrics.jsonl, decisions.jsonl, checkpoint/     best/     report.html
 
 What is true is in `trials/<id>/metrics.jsonl`: a line per logged step and a line per finished rung, written
@@ -54,12 +55,26 @@ TRIALS_SCHEMA = pa.schema(
         ("params", pa.int64()),
         ("non_embedding_params", pa.int64()),
         ("memory_bytes", pa.int64()),
-        ("tokens_per_second", pa.float64()),
+        ("tokens_per_second", pa.float64()),  # of a forward pass, in the run's precision, on the trial's threads
         ("status", pa.string()),  # running | stopped | complete | failed | promoted
-        ("seconds", pa.float64()),
+        ("seconds", pa.float64()),  # training and scoring from the rung before to this one
         ("message", pa.string()),  # why a failed trial failed
         ("proposal", pa.int64()),  # order in which the search proposed it
         *((axis, pa.int64()) for axis in AXES),
+    ]
+)
+# One row per metric, and cut of the depth sweep: layers `start`..`start + length - 1` of a contiguous block, the
+# comma-separated `layers` of any cut. Losses in nats per token, margins in nats per example.
+DEPTH_SCHEMA = pa.schema(
+    [
+        ("start", pa.int64()),  # the first removed layer; 0 for the teacher
+        ("length", pa.int64()),  # how many are removed; 0 for the teacher
+        ("metric", pa.string()),  # lm_loss | winogrande_acc | winogrande_margin | bi
+        ("value", pa.float64()),
+        ("stderr", pa.float64()),
+        ("n", pa.int64()),  # validation windows, or Winogrande examples
+        ("kind", pa.string()),  # contiguous | one_by_one | teacher
+        ("layers", pa.string()),
     ]
 )
 FINISHED = ("stopped", "complete", "promoted", "failed")
@@ -74,6 +89,8 @@ class RunDirectory:
         self.environment = self.root / "environment.json"
         self.importance = self.root / "importance.safetensors"
         self.depth = self.root / "depth.parquet"
+        self.depth_recommendation = self.root / "depth.json"
+        self.depth_pieces = self.root / "depth_pieces"  # what a killed sweep goes on from
         self.trials_table = self.root / "trials.parquet"
         self.events_log = self.root / "events.jsonl"
         self.study = self.root / "study.db"
@@ -163,6 +180,18 @@ class RunDirectory:
         rows.sort(key=lambda row: (row["proposal"], row["arm"], row["trial"], row["rung"]))
         complete = [{name: row.get(name) for name in TRIALS_SCHEMA.names} for row in rows]
         write_table(self.trials_table, pa.Table.from_pylist(complete, schema=TRIALS_SCHEMA))
+
+    def write_depth(self, rows: list[dict[str, Any]]) -> None:
+        write_table(self.depth, pa.Table.from_pylist(rows, schema=DEPTH_SCHEMA))
+
+    def read_depth(self) -> list[dict[str, Any]]:
+        return pq.read_table(self.depth).to_pylist() if self.depth.exists() else []
+
+    def write_depth_recommendation(self, found: Mapping[str, Any]) -> None:
+        replace_text(self.depth_recommendation, json.dumps(found, indent=1))
+
+    def read_depth_recommendation(self) -> dict[str, Any]:
+        return json.loads(self.depth_recommendation.read_text()) if self.depth_recommendation.exists() else {}
 
     def read_trials(self) -> list[dict[str, Any]]:
         return pq.read_table(self.trials_table).to_pylist() if self.trials_table.exists() else []

@@ -1,5 +1,6 @@
 """A model -> Score: LM loss, KL to the teacher, Winogrande; each with its standard error and n."""
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,6 +87,21 @@ def window_losses(
             losses.append(per_token.ce.view_as(ids)[:, :-1].double().mean(1).cpu().numpy())
             divergences.append(per_token.kl.view_as(ids).double().mean(1).cpu().numpy())
     return np.concatenate(losses), np.concatenate(divergences)
+
+
+def throughput(model: PreTrainedModel, windows: np.ndarray, precision: str, rows: int = 4) -> float:
+    """Tokens per second of a forward pass, all logits of every position, over `rows` windows; one window warms up."""
+    rows = min(rows, len(windows))
+    ids = torch.from_numpy(windows[:rows].astype(np.int64)).to(model.device)
+    with torch.inference_mode(), autocast(precision, model.device):
+        model(ids[:1], use_cache=False)
+        wait = torch.cuda.synchronize if ids.is_cuda else lambda: None
+        wait()
+        began = time.perf_counter()
+        for row in ids:
+            model(row[None], use_cache=False)
+        wait()
+    return ids.numel() / (time.perf_counter() - began)
 
 
 def standard_error(values: np.ndarray) -> float:

@@ -5,13 +5,12 @@ from its own folder: none is ever killed, so a stopped trial has trained exactly
 """
 
 import json
+import logging
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import optuna
 import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
@@ -20,6 +19,7 @@ from ray.tune.search import Searcher
 from minitron_search.architecture import Architecture
 from minitron_search.config import Config
 from minitron_search.distillation import LoopSettings
+from minitron_search.forecast import search_tokens
 from minitron_search.launchers import tune_function
 from minitron_search.proposals import Observation, propose, write_study
 from minitron_search.run_directory import FINISHED, TRIALS_SCHEMA, RunDirectory
@@ -163,7 +163,9 @@ def run_search(
             max_t=factor ** max(rungs - 1, 1), reduction_factor=factor,
         )  # fmt: skip
         scheduler.prepare(search)
-        results = tune.Tuner(
+        # Tune looks for result files that nobody here writes, and says so for every trial
+        logging.getLogger("ray.tune").setLevel(logging.ERROR)
+        tune.Tuner(
             tune.with_resources(tune_function(materials, config.resources), resources),
             tune_config=tune.TuneConfig(
                 search_alg=Proposals(search),
@@ -171,6 +173,8 @@ def run_search(
                 num_samples=-1,
                 max_concurrent_trials=concurrency,
                 reuse_actors=True,
+                trial_name_creator=_id_of,
+                trial_dirname_creator=_id_of,
             ),
             run_config=tune.RunConfig(
                 name="search",
@@ -180,7 +184,6 @@ def run_search(
                 verbose=0,
             ),
         ).fit()
-        del results  # every row is in the run directory already
     unruled = [trial for trial in search.trials if search.status(trial) == "running"]
     if unruled or len(search.observed()) < min(config.search.trials, len(search.space)):
         raise KeyboardInterrupt  # Tune returns quietly when it is interrupted
@@ -190,7 +193,6 @@ def run_search(
     for architecture in best:
         run.event("promoted", architecture=architecture.id)
     search.write_tables(promoted)
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     write_study(search.space, search.observed(), config.name, run.study)
     return best
 
@@ -301,7 +303,7 @@ class Bookkeeping(tune.Callback):
         ruling = self.search.run.decisions(ours.id).get(row["rung"], {}).get("decision", "complete")
         self.progress(
             f"{self._place(ours)} rung {row['rung']} at {row['tokens']:,} tokens: LM loss {row['lm_loss']:.3f} "
-            f"+- {row['lm_loss_stderr']:.3f}, KL {row['kl']:.3f}, {row['tokens_per_second']:.0f} tokens/s -> {ruling}"
+            f"+- {row['lm_loss_stderr']:.3f}, KL {row['kl']:.3f}, {self._pace(row)} -> {ruling}"
         )
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
@@ -317,6 +319,16 @@ class Bookkeeping(tune.Callback):
         self.search.write_tables()
         self.progress(f"{self._place(ours)} failed: {message}")
 
+    def _pace(self, row: dict[str, Any]) -> str:
+        """Training speed of all trials together, and the time left at it if ASHA keeps one trial in the factor."""
+        before = self.search.rows[row["trial"]].get(row["rung"] - 1, {"tokens": 0})
+        self.tokens += row["tokens"] - before["tokens"]
+        speed = self.tokens / (time.monotonic() - self.began)
+        left = max(0, search_tokens(self.search.config) - sum(
+            max((row["tokens"] for row in rows.values()), default=0) for rows in self.search.rows.values()
+        ))  # fmt: skip
+        return f"{speed:.0f} tokens/s in all, about {left / speed / 60:.0f} min left"
+
     def _place(self, trial: Trial) -> str:
         done = sum(self.search.status(other) in FINISHED for other in self.search.trials)
         total = self.search.config.search.trials * self.search.config.search.seeds
@@ -325,6 +337,10 @@ class Bookkeeping(tune.Callback):
 
 def _row(result: dict[str, Any]) -> dict[str, Any]:
     return {name: result[name] for name in TRIALS_SCHEMA.names if name in result}
+
+
+def _id_of(trial: Any) -> str:
+    return trial.config["trial"].id
 
 
 def _cause(trial: Any) -> str:

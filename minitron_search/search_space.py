@@ -62,6 +62,9 @@ class SearchSpace:
         )
         shapes = np.array(list(itertools.product(*values)), dtype=np.int64)
         expressible = np.array([is_expressible(config, self._architecture((*shape, 0))) for shape in shapes])
+        if not expressible.any():
+            raise ValueError(f"space.axes: no stock configuration of a {config.model_type} with biases says any shape "
+                             "of the grid; valid: a hidden_size that num_attention_heads divides")  # fmt: skip
         shapes = shapes[expressible]
         self.shapes = shapes[self._inside(shapes)]
         self.points = np.array(
@@ -108,6 +111,16 @@ class SearchSpace:
     def random(self, generator: np.random.Generator, taken: Collection[str]) -> Architecture | None:
         """A legal architecture drawn uniformly among those whose id is not in `taken`; None when all are."""
         return self._first_free(generator.permutation(len(self.points)), taken)
+
+    def largest_without(self, blocks: Mapping[int, int]) -> tuple[Architecture, ...]:
+        """For each block, length -> start, the legal architecture of most parameters that drops it, if any does."""
+        params = np.asarray(self._measures(self.points[:, :4]).params)
+        found = []
+        for length, start in sorted(blocks.items()):
+            legal = np.flatnonzero((self.points[:, 3] == length) & (self.points[:, 4] == start))
+            if len(legal):
+                found.append(self._architecture(self.points[legal[params[legal].argmax()]].tolist()))
+        return tuple(found)
 
     def measures(self, architecture: Architecture) -> Measures:
         return self._measure(sizes_of(self.config, architecture))

@@ -2,27 +2,33 @@
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from minitron_search.run_directory import RunDirectory
 
 
 def summary_table(run: RunDirectory) -> Table:
-    table = Table(title=f"{run.root}: LM loss and KL in nats per token, +- standard error")
+    table = Table(title="losses and margin in nats; (standard error) in the last digits", box=SIMPLE_HEAD)
     for name in ("", "parameters", "tokens", "LM loss", "KL", "Winogrande", "margin", "tokens/s"):
-        table.add_column(name, justify="left" if not name else "right")
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for name, row in chosen_rows(run.read_trials()):
         table.add_row(
             name,
             f"{row['params'] / 1e6:.1f}M",
             f"{row['tokens']:,}",
-            f"{row['lm_loss']:.3f} +- {row['lm_loss_stderr']:.3f}",
-            f"{row['kl']:.3f} +- {row['kl_stderr']:.3f}",
-            f"{row['winogrande_acc']:.3f} +- {row['winogrande_acc_stderr']:.3f}",
-            f"{row['winogrande_margin']:+.3f} +- {row['winogrande_margin_stderr']:.3f}",
+            with_error(row["lm_loss"], row["lm_loss_stderr"]),
+            with_error(row["kl"], row["kl_stderr"]),
+            with_error(row["winogrande_acc"], row["winogrande_acc_stderr"]),
+            with_error(row["winogrande_margin"], row["winogrande_margin_stderr"]),
             f"{row['tokens_per_second']:.0f}" if row["tokens_per_second"] else "-",
         )
     return table
+
+
+def with_error(value: float, error: float) -> str:
+    """3.142(27) is 3.142 +- 0.027."""
+    return f"{value:.3f}({round(1000 * error)})"
 
 
 def chosen_rows(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
@@ -34,5 +40,5 @@ def chosen_rows(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
         same = [row for row in rows if row["architecture"] == candidate["architecture"]]
         chosen += [("untrained trim", row) for row in same if row["arm"] == "untrained"]
         chosen += [("best candidate", candidate)]
-        chosen += [("retrained student", row) for row in same if row["arm"] == "retrained"]
+        chosen += [("retrained", row) for row in same if row["arm"] == "retrained"]
     return chosen

@@ -20,7 +20,7 @@ from minitron_search.distillation_loss import OutputHead
 from minitron_search.precision import device
 from minitron_search.rankings import Rankings
 from minitron_search.run_directory import TRIALS_SCHEMA, RunDirectory
-from minitron_search.scoring import score
+from minitron_search.scoring import score, throughput
 from minitron_search.teacher_cache import CacheReader
 from minitron_search.trimming import load_head, load_teacher, random_student, trim
 from minitron_search.winogrande import PackedOptions
@@ -33,8 +33,8 @@ class Materials:
     """What every trial of a run reads; made once, shared through Ray's object store and memory-mapped files.
 
     `teacher_folder` holds the permuted teacher as it is stored, which students are cut from; `compute_folder` the
-    same in the dtype of the products, which nobody then converts for itself. `train_cache` and `validation_cache` are teacher caches of the
-    windows beside them; None for a train cache means that the teacher is asked live.
+    same in the dtype of the products, which nobody then converts for itself. `train_cache` and `validation_cache`
+    are teacher caches of the windows beside them; None for a train cache means that the teacher is asked live.
     """
 
     run: RunDirectory
@@ -102,7 +102,7 @@ def run_trial(
     rows = {row["rung"]: row for row in run.metrics(trial.id) if row["kind"] == "rung"}
     checkpoints = run.checkpoint(trial.id)
     student = initial_student(materials, trial).to(device())
-    began, speed = time.monotonic(), 0.0
+    began = time.monotonic()
 
     def reached(milestone: Milestone) -> bool:
         nonlocal began
@@ -116,7 +116,6 @@ def run_trial(
                     **score_student(materials, milestone.student, trial),
                     "rung": rung,
                     "tokens": milestone.tokens_seen,
-                    "tokens_per_second": speed,
                     "seconds": time.monotonic() - began,
                 }
                 run.log_rung(trial.id, row)
@@ -128,18 +127,13 @@ def run_trial(
         began = time.monotonic()
         return go_on
 
-    def log(record: dict[str, float]) -> None:
-        nonlocal speed
-        speed = record["tokens_per_second"]
-        run.log_step(trial.id, **record)
-
     distillation.train(
         student,
         materials.train,
         settings,
         teacher_of(materials, settings),
         on_milestone=reached,
-        log=log,
+        log=lambda record: run.log_step(trial.id, **record),
         checkpoint_folder=checkpoints,
         resume=distillation.latest_checkpoint(checkpoints),
         world_size=world_size,
@@ -181,7 +175,8 @@ def teacher_head(materials: Materials) -> OutputHead:
 
 
 def score_student(materials: Materials, student: PreTrainedModel, trial: Trial) -> dict[str, Any]:
-    """The columns of `Score`, and `bi`: the teacher's block importance of the block this architecture drops."""
+    """The columns of `Score`, `bi` (the teacher's block importance of the block this architecture drops) and
+    `tokens_per_second` of a forward pass in the run's own precision, whatever the score's."""
     student.eval()
     reader = CacheReader(materials.validation_cache)
     everything = np.arange(len(materials.validation))
@@ -194,7 +189,11 @@ def score_student(materials: Materials, student: PreTrainedModel, trial: Trial) 
         trial.score_precision,
     )
     start, length = trial.architecture.dropped_block(len(materials.block_bi) - 1)
-    return {**asdict(scored), "bi": float(materials.block_bi[start, start + length])}
+    return {
+        **asdict(scored),
+        "bi": float(materials.block_bi[start, start + length]),
+        "tokens_per_second": throughput(student, materials.validation, materials.precision),
+    }
 
 
 def trial_columns(trial: Trial) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from minitron_search.families import final_hidden, head_logits
 
@@ -394,7 +394,24 @@ def at_chance(score: WinograndeScore) -> bool:
     The bar is 0.5 + 1.645 standard errors of a coin flipped n times, 0.5 / sqrt(n): the sample standard error
     is that to rounding near 0.5, but 0 for a handful of examples that happen to be all right.
     """
-    return bool(score.accuracy <= 0.5 + 1.645 * 0.5 / np.sqrt(score.n))
+    return bool(score.accuracy <= chance_bar(score.n))
+
+
+def chance_bar(n: int) -> float:
+    """The accuracy on `n` examples that chance alone passes one time in twenty."""
+    return float(0.5 + 1.645 * 0.5 / np.sqrt(n))
+
+
+def check_window(config: PretrainedConfig, packed: PackedOptions) -> None:
+    """Raises ValueError when the sequences do not fit in the model's sliding window, which the tree mask would
+    ignore."""
+    window = getattr(config, "sliding_window", None)
+    longest = int(packed.position_ids.max()) + 1
+    if window is not None and longest > window:
+        raise ValueError(
+            f"winogrande.shots: an example with its shots is {longest} tokens, beyond the model's sliding "
+            f"window of {window}; use fewer shots"
+        )
 
 
 def evaluate(
@@ -402,16 +419,9 @@ def evaluate(
 ) -> WinograndeScore:
     """Scores `model` (float32 weights) on `packed`; `precision` is float32 or bfloat16 (autocast).
 
-    Raises ValueError when the sequences do not fit in the model's sliding window, which the tree mask would
-    ignore.
+    Raises ValueError as `check_window`.
     """
-    window = getattr(model.config, "sliding_window", None)
-    longest = int(packed.position_ids.max()) + 1
-    if window is not None and longest > window:
-        raise ValueError(
-            f"winogrande.shots: an example with its shots is {longest} tokens, beyond the model's sliding "
-            f"window of {window}; use fewer shots"
-        )
+    check_window(model.config, packed)
     device, was_training = model.device, model.training
     model.eval()
     sums = np.zeros(2 * len(packed.answers))

@@ -206,7 +206,7 @@ def test_divergence_is_an_error_that_names_the_step_and_keeps_no_checkpoint(tmp_
         run(settings, teacher=_broken(7, float("nan")), checkpoint_folder=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
     with pytest.raises(DivergedError) as too_high:
-        run(settings, teacher=_broken(14, 100.0), student=tiny(0, 24))
+        run(settings, teacher=_broken(14, -100.0), student=tiny(0, 24))
     assert too_high.value.step == 14 and too_high.value.value > too_high.value.limit >= 3.0
     copy = pickle.loads(pickle.dumps(not_finite.value))
     assert copy.step == 7 and str(copy) == str(not_finite.value)

@@ -18,7 +18,7 @@ from analysis.page import embedded, fill, no_formula
 from analysis.report import main, write_report
 from minitron_search.run_directory import RunDirectory
 
-TITLES = ["Outcome", "Size against LM loss", "Loss against tokens", "Importance", "Trials",
+TITLES = ["Outcome", "Size against LM loss", "Loss against tokens", "Importance", "Depth", "Trials",
           "Configuration and environment", "Health"]  # fmt: skip
 
 

@@ -1,0 +1,94 @@
+"""Real runs of the command on a tiny teacher: real processes, real Ray."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+
+ROOT = Path(__file__).parents[1]
+TIMES = {"seconds", "tokens_per_second"}  # the columns that two equal runs may differ in
+
+
+def tiny_configuration(teacher: Path, text: Path) -> dict[str, Any]:
+    """120 legal architectures of a 6-layer teacher; three rungs; seconds."""
+    return {
+        "name": "tiny",
+        "precision": "float32",
+        "teacher": {"model": str(teacher)},
+        "corpus": {"train": str(text), "validation": str(text), "sequence_length": 32, "calibration_samples": 8,
+                   "validation_samples": 4},
+        "winogrande": {"limit": 10},
+        "space": {
+            "budget": {"params": {"target": 105_000, "tolerance": 0.1}},
+            "axes": {
+                "hidden_size": {"low": 42, "high": 48, "step": 6},
+                "intermediate_size": {"low": 64, "high": 128, "step": 16},
+                "num_attention_heads": {"choices": [3, 6]},
+                "drop_block": {"lengths": [0, 1, 2]},
+            },
+        },
+        "search": {"trials": 5, "rungs": [128, 256, 512], "reduction_factor": 2},
+        "distillation": {"batch_tokens": 64},
+        "retraining": {"tokens": 512, "warmup_steps": 2},
+    }  # fmt: skip
+
+
+class Command:
+    """`python -m minitron_search.run` with a configuration of its own, in a process group of its own."""
+
+    def __init__(self, folder: Path, configuration: dict[str, Any]):
+        self.folder = folder
+        self.file = folder / "config.yaml"
+        self.file.write_text(yaml.safe_dump(configuration))
+        self.environment = {
+            **os.environ,
+            "MINITRON_SEARCH_CACHE": str(folder / "cache"),
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": str(ROOT),
+        }
+        self.environment.pop("RAY_ADDRESS", None)
+
+    def start(self, output: Path, *arguments: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, "-m", "minitron_search.run", "--config", str(self.file), "--output", str(output),
+             *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=self.environment, cwd=self.folder,
+        )  # fmt: skip
+
+    def run(self, output: Path, *arguments: str) -> str:
+        """Run to the end; what it printed."""
+        process = self.start(output, *arguments)
+        printed, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, printed
+        return printed
+
+    def interrupt(self, output: Path, at: str, how: signal.Signals, *arguments: str) -> int:
+        """Run until a printed line holds `at`, then send `how`; the exit status."""
+        process = self.start(output, *arguments)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if at in line:
+                process.send_signal(how)
+                break
+        else:
+            raise AssertionError(f"the run ended before it printed {at!r}")
+        threading.Thread(target=process.stdout.read, daemon=True).start()  # a full pipe would hold it up
+        return process.wait(timeout=120)
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    """trials.parquet but for times."""
+    table = pq.read_table(output / "trials.parquet").to_pylist()
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in table]
+
+
+def events(output: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == kind]

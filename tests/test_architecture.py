@@ -1,0 +1,122 @@
+"""Counts are those of the model that would be built; shapes have one id and no illegal ones exist."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from minitron_search.architecture import Architecture, digest, forward_flops, memory_bytes, parameter_count
+from minitron_search.families import sizes_of, student_config, weights
+from tests import tiny
+
+SEEDS = range(20)
+SHAPE = Architecture(24, 20, 4, 2, (0, 1, 4))
+
+
+def drawn(seed: int, **given: object):  # type: ignore[no-untyped-def]
+    """(teacher's weights, sizes, configuration) of a random architecture in a random teacher."""
+    config = tiny.random_config(seed, **given)
+    architecture = tiny.random_architecture(config, seed)
+    return weights(config), sizes_of(config, architecture), student_config(config, architecture)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_parameters_are_those_of_the_materialised_model_tied_ones_once(seed: int) -> None:
+    listed, sizes, config = drawn(seed)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert parameter_count(listed, sizes) == sum(parameter.numel() for parameter in model.parameters())
+    embeddings = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    outside = sum(parameter.numel() for parameter in model.parameters() if parameter not in embeddings)
+    assert parameter_count(listed, sizes, embeddings=False) == outside
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_memory_is_that_of_weights_and_a_real_key_value_cache(seed: int) -> None:
+    listed, sizes, config = drawn(seed, sliding_window=None)
+    model = tiny.model(config)
+    rows, length = 3, 7
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(tiny.tokens(config, rows, length), past_key_values=cache, use_cache=True)
+    cached = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    expected = sum(parameter.numel() for parameter in model.parameters()) + cached
+    assert memory_bytes(listed, sizes, rows, length) == 2 * expected
+    assert memory_bytes(listed, sizes, rows, length, element_bytes=4) == 4 * expected
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_flops_are_those_counted_in_a_forward_pass_with_half_of_attention(seed: int) -> None:
+    listed, sizes, config = drawn(seed)
+    model = tiny.model(config)
+    model.set_attn_implementation("eager")
+    length = 16
+    with FlopCounterMode(display=False) as counter:
+        tiny.logits(model, tiny.tokens(config, rows=1, length=length))
+    # eager attention multiplies every query with every key, causal or not
+    masked_half = 2 * sizes["layers"] * sizes["query"] * length * length
+    assert forward_flops(listed, sizes, length) * length == counter.get_total_flops() - masked_half
+
+
+def test_counts_of_many_architectures_at_once_are_those_of_each() -> None:
+    config = tiny.config(num_hidden_layers=5, tie_word_embeddings=False)
+    listed = weights(config)
+    each = [sizes_of(config, tiny.random_architecture(config, seed)) for seed in range(10)]
+    together = {name: torch.tensor([sizes[name] for sizes in each]).numpy() for name in each[0]}
+    assert parameter_count(listed, together).tolist() == [parameter_count(listed, sizes) for sizes in each]
+    assert memory_bytes(listed, together, 2, 9).tolist() == [memory_bytes(listed, sizes, 2, 9) for sizes in each]
+    assert forward_flops(listed, together, 9).tolist() == [forward_flops(listed, sizes, 9) for sizes in each]
+
+
+def test_large_counts_do_not_overflow() -> None:
+    config = tiny.config(vocab_size=256_000, hidden_size=16_384, intermediate_size=65_536, num_hidden_layers=126)
+    listed = weights(config)
+    sizes = sizes_of(config, Architecture(16_384, 65_536, 4, 2, tuple(range(126))))
+    assert parameter_count(listed, sizes) > 2**38
+    assert isinstance(parameter_count(listed, sizes), int)
+
+
+def test_equal_shapes_have_equal_ids_in_every_process_and_unequal_ones_do_not() -> None:
+    again = Architecture.from_dict(json.loads(json.dumps(SHAPE.to_dict())))
+    assert again == SHAPE and again.id == SHAPE.id and hash(again) == hash(SHAPE)
+    code = (
+        "from minitron_search.architecture import Architecture; print(Architecture(24, 20, 4, 2, (0, 1, 4)).id, end='')"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    )
+    assert out.stdout == SHAPE.id
+    others = [
+        dataclasses.replace(SHAPE, **{name: value})
+        for name, value in [
+            ("hidden_size", 25), ("intermediate_size", 21), ("num_attention_heads", 2), ("num_key_value_heads", 1),
+            ("layers", (0, 1, 3)), ("layers", (0, 1)),
+        ]
+    ]  # fmt: skip
+    assert len({SHAPE.id, *(other.id for other in others)}) == 7
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+
+
+def test_an_architecture_cannot_be_changed_or_be_illegal() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SHAPE.hidden_size = 1  # type: ignore[misc]
+    for illegal in ({"hidden_size": 0}, {"num_attention_heads": 3}, {"layers": ()}, {"layers": (1, 0)},
+                    {"layers": (0, 0)}):  # fmt: skip
+        with pytest.raises(AssertionError):
+            dataclasses.replace(SHAPE, **illegal)  # type: ignore[arg-type]
+
+
+def test_the_dropped_block_is_where_layers_are_missing() -> None:
+    for start in range(5):
+        for length in range(1, 6 - start):
+            layers = tuple(layer for layer in range(6) if not start <= layer < start + length)
+            assert dataclasses.replace(SHAPE, layers=layers).dropped_block(6) == (start, length)
+    assert dataclasses.replace(SHAPE, layers=tuple(range(6))).dropped_block(6) == (0, 0)
+    with pytest.raises(AssertionError):
+        dataclasses.replace(SHAPE, layers=(0, 2, 4)).dropped_block(6)

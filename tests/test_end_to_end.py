@@ -1,0 +1,119 @@
+"""The command on a tiny teacher: what it leaves, that it repeats itself, and that nothing kills it for good."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tests import tiny
+from tests.runs import Command, events, rows, tiny_configuration
+
+ONE = ("--search.concurrency", "1")
+INLINE = ("--resources.launcher", "inline")
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
+    folder = tmp_path_factory.mktemp("runs")
+    config = tiny.config(
+        vocab_size=258, hidden_size=48, intermediate_size=128, num_hidden_layers=6, num_attention_heads=6,
+        num_key_value_heads=3, head_dim=8, max_position_embeddings=512,
+    )  # fmt: skip
+    tiny.model(config).save_pretrained(folder / "teacher")
+    tiny.tokenizer().save_pretrained(folder / "teacher")
+    text = folder / "text.txt"
+    text.write_text(tiny.prose(20_000))
+    return Command(folder, tiny_configuration(folder / "teacher", text))
+
+
+@pytest.fixture(scope="module")
+def unbroken(command: Command) -> Path:
+    """A whole run at concurrency 1, inside the Tune trials."""
+    output = command.folder / "unbroken"
+    command.run(output, *ONE, *INLINE)
+    return output
+
+
+def test_a_run_leaves_every_artifact(unbroken: Path) -> None:
+    for name in ("config.yaml", "environment.json", "importance.safetensors", "trials.parquet", "events.jsonl",
+                 "study.db", "report.html", "best/config.json", "best/README.md", "best/tokenizer.json"):  # fmt: skip
+        assert (unbroken / name).exists(), name
+    arms = {row["arm"] for row in rows(unbroken)}
+    assert arms == {"teacher", "search", "untrained", "retrained"}
+
+
+def test_the_best_student_reloads_inside_the_budget(unbroken: Path) -> None:
+    student, info = AutoModelForCausalLM.from_pretrained(unbroken / "best", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    row = next(row for row in rows(unbroken) if row["arm"] == "retrained")
+    assert student.num_parameters() == row["params"]
+    assert abs(row["params"] - 105_000) <= 0.1 * 105_000
+
+
+def test_ranks_compare_within_a_rung_and_stopped_trials_stay_stopped(unbroken: Path) -> None:
+    found = [row for row in rows(unbroken) if row["arm"] == "search"]
+    last = max(row["rung"] for row in found)
+    for trial in {row["trial"] for row in found}:
+        mine = [row for row in found if row["trial"] == trial]
+        assert [row["rung"] for row in mine] == list(range(len(mine)))
+        assert len({row["status"] for row in mine}) == 1
+        assert (mine[0]["status"] in ("complete", "promoted")) == (mine[-1]["rung"] == last)
+    best = min((row for row in found if row["rung"] == last), key=lambda row: row["lm_loss"])
+    assert best["status"] == "promoted"
+
+
+@pytest.mark.parametrize("at", ["importance:", "[1/5", "retrain:"])
+def test_sigkill_of_the_driver_then_resume_gives_the_unbroken_table(command: Command, unbroken: Path, at: str) -> None:
+    output = command.folder / f"killed-{at.strip('[:').replace('/', '-')}"
+    assert command.interrupt(output, at, signal.SIGKILL, *ONE, *INLINE) == -signal.SIGKILL
+    before = rows(output) if (output / "trials.parquet").exists() else []
+    command.run(output, *ONE, *INLINE, "--resume")
+    assert rows(output) == rows(unbroken)
+    started = [event["trial"] for event in events(output, "trial_started")]
+    finished = {row["trial"] for row in before if row["arm"] == "search" and row["status"] != "running"}
+    assert all(started.count(trial) == 1 for trial in finished), "a finished trial was repeated"
+
+
+def test_ctrl_c_stops_cleanly_and_keeps_finished_rows(command: Command, unbroken: Path) -> None:
+    output = command.folder / "interrupted"
+    assert command.interrupt(output, "rung 0", signal.SIGINT, *ONE, *INLINE) == 130
+    assert rows(output)
+    command.run(output, *ONE, *INLINE, "--resume")
+    assert rows(output) == rows(unbroken)
+
+
+@pytest.mark.slow
+def test_two_at_once_through_ray_train_give_the_same_numbers(command: Command, unbroken: Path) -> None:
+    """Both launchers, any concurrency: what both runs reached is equal, and trials really overlap."""
+    output = command.folder / "parallel"
+    command.run(output, "--search.concurrency", "2")
+    alone = {(row["trial"], row["rung"]): row for row in rows(unbroken)}
+    both = [row for row in rows(output) if (row["trial"], row["rung"]) in alone]
+    assert len(both) >= 4
+    for row in both:
+        other = alone[row["trial"], row["rung"]]
+        assert {**row, "status": "", "proposal": 0} == {**other, "status": "", "proposal": 0}
+    spans = []
+    for event in events(output, "trial_started"):
+        if event["trial"].startswith("search-"):
+            ends = [e["time"] for e in events(output, "trial_finished") if e["trial"] == event["trial"]]
+            spans.append((event["time"], ends[0]))
+    assert any(a[0] < b[0] < a[1] for a in spans for b in spans), "no two trials ran at once"
+
+
+@pytest.mark.slow
+def test_two_workers_train_like_one(command: Command, unbroken: Path) -> None:
+    """Data-parallel at the same global batch: losses agree to 1e-4 relative (sums are split differently)."""
+    output = command.folder / "two-workers"
+    command.run(output, *ONE, "--resources.workers_per_trial", "2", "--stages", "importance,search",
+                "--search.trials", "2")  # fmt: skip
+    compared = 0
+    for log in output.glob("trials/search-*/metrics.jsonl"):
+        two, one = ([json.loads(line)["loss"] for line in (root / "trials" / log.parent.name / "metrics.jsonl").open()
+                     if '"step"' in line] for root in (output, unbroken))  # fmt: skip
+        for left, right in zip(two, one, strict=False):
+            assert left == pytest.approx(right, rel=1e-4)
+            compared += 1
+    assert compared >= 4

@@ -1,0 +1,165 @@
+"""What a family declares is what its models have; what it does not is refused by name."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
+
+from minitron_search import families
+from minitron_search.architecture import Architecture
+from minitron_search.families import (
+    LLAMA,
+    decoder_layers,
+    family_of,
+    final_hidden,
+    head_logits,
+    is_expressible,
+    sizes,
+    sizes_of,
+    split_name,
+    student_config,
+    weights,
+    whole,
+)
+from tests import tiny
+
+SEEDS = range(20)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_parameter_is_listed_once_with_its_dimensions(seed: int) -> None:
+    config = tiny.random_config(seed)
+    model, dims = tiny.model(config), sizes(config)
+    listed = {weight.name: weight for weight in weights(config)}
+    assert list(listed) == [name for name, _ in model.named_parameters()]
+    for name, parameter in model.named_parameters():
+        weight = listed[name]
+        assert parameter.shape == tuple(dims[dim] for dim in weight.dims)
+        assert weight.embedding == (name in ("model.embed_tokens.weight", "lm_head.weight"))
+        assert weight.layer == (int(name.split(".")[2]) if ".layers." in name else None)
+    lookup = listed["model.embed_tokens.weight"]
+    assert lookup.matmul == config.tie_word_embeddings  # a tied embedding is the head's product too
+    assert all(w.matmul == (len(w.dims) == 2) for w in listed.values() if w is not lookup)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_whole_teacher_has_its_own_sizes(seed: int) -> None:
+    config = tiny.random_config(seed)
+    assert sizes_of(config, whole(config)) == sizes(config)
+    student = student_config(config, whole(config))
+    assert student.to_dict() == config.to_dict()
+
+
+def test_head_dim_and_key_value_heads_have_the_familys_defaults() -> None:
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4)
+    assert sizes(config)["head_dim"] == 8 and whole(config).num_key_value_heads == 4
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_students_configuration_survives_a_round_trip_with_head_dim_written(seed: int, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    config = tiny.random_config(seed)
+    architecture = tiny.random_architecture(config, seed)
+    before = config.to_dict()
+    student_config(config, architecture).save_pretrained(tmp_path)
+    assert config.to_dict() == before  # the teacher's is not touched
+    written = json.loads((tmp_path / "config.json").read_text())
+    reloaded = AutoConfig.from_pretrained(tmp_path)
+    assert written["head_dim"] == reloaded.head_dim == config.head_dim
+    assert whole(reloaded) == dataclasses.replace(architecture, layers=tuple(range(len(architecture.layers))))
+    for kept in ("vocab_size", "tie_word_embeddings", "rms_norm_eps", "rope_parameters", "hidden_act"):
+        assert getattr(reloaded, kept) == getattr(config, kept), kept
+
+
+def test_lists_over_layers_are_sliced_with_them() -> None:
+    config = tiny.config(num_hidden_layers=4)
+    config.layer_types = ["full", "sliding", "full", "chunked"]
+    assert student_config(config, Architecture(24, 20, 4, 2, (1, 3))).layer_types == ["sliding", "chunked"]
+    assert config.layer_types == ["full", "sliding", "full", "chunked"]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_expressible_is_exactly_what_stock_classes_accept(model_type: str, biased: bool) -> None:
+    if model_type == "mistral" and biased:
+        pytest.skip("Mistral has no biases")
+    bias = {"attention_bias": True} if biased else {}
+    config = tiny.config(model_type, num_attention_heads=6, num_key_value_heads=2, **bias)
+    for hidden_size in range(14, 24):
+        for heads in (2, 4, 6):
+            architecture = Architecture(hidden_size, 20, heads, 2, (0, 1))
+            divides = hidden_size % heads == 0
+            assert is_expressible(config, architecture) == (divides or model_type == "mistral" or not biased)
+            if is_expressible(config, architecture):
+                with torch.device("meta"):
+                    model = AutoModelForCausalLM.from_config(student_config(config, architecture))
+                assert model.config.model_type == (model_type if divides else "mistral")
+                query = model.model.layers[0].self_attn.q_proj
+                assert query.weight.shape == (heads * 6, hidden_size) and (query.bias is not None) == biased
+
+
+def test_what_llama_refuses_is_why_mistral_is_needed() -> None:
+    with pytest.raises(Exception, match="multiple of the number of attention heads"):
+        tiny.config(hidden_size=20, num_attention_heads=6).validate()
+
+
+def test_other_families_are_refused_by_name_with_those_that_are_not() -> None:
+    with pytest.raises(ValueError, match=r"teacher\.model.*'gpt2'.*llama, mistral"):
+        family_of(GPT2Config())
+
+
+def test_quantised_weights_are_refused() -> None:
+    config = tiny.config(quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ValueError, match=r"teacher\.model.*quantised.*valid"):
+        family_of(config)
+
+
+def test_a_weight_that_the_family_does_not_declare_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fewer = {name: dims for name, dims in LLAMA.layer_weights.items() if name != "mlp.up_proj.weight"}
+    monkeypatch.setattr(families, "FAMILIES", (dataclasses.replace(LLAMA, layer_weights=fewer),))
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.up_proj\.weight.*does not declare"):
+        weights(tiny.config())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_the_declared_modules_are_there(model_type: str) -> None:
+    model = tiny.model(tiny.config(model_type))
+    layers = decoder_layers(model)
+    assert len(layers) == 3
+    for name in (*LLAMA.norms, LLAMA.attention_output, LLAMA.mlp_output):
+        assert layers[0].get_submodule(name) is not None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_body_and_head_are_the_model(seed: int) -> None:
+    config = tiny.random_config(seed)
+    model, input_ids = tiny.model(config), tiny.tokens(config)
+    with torch.no_grad():
+        hidden = final_hidden(model, input_ids)
+        assert hidden.shape == (*input_ids.shape, config.hidden_size)
+        assert torch.equal(head_logits(model, hidden), tiny.logits(model, input_ids))
+
+
+def test_an_additive_mask_hides_what_it_hides() -> None:
+    config = tiny.config()
+    model, input_ids = tiny.model(config), tiny.tokens(config, rows=1, length=6)
+    alone = torch.full((6, 6), torch.finfo(torch.float32).min).triu(1)
+    alone[3:, :3] = alone[0, 1]  # two texts of three tokens in a row
+    with torch.no_grad():
+        packed = final_hidden(model, input_ids, torch.tensor([[0, 1, 2, 0, 1, 2]]), alone[None, None])
+        apart = final_hidden(model, input_ids.view(2, 3))
+    torch.testing.assert_close(packed.view(2, 3, -1), apart, rtol=1e-4, atol=1e-5)
+
+
+def test_names_split_at_their_layer() -> None:
+    assert split_name(LLAMA, "model.layers.12.mlp.up_proj.weight") == (12, "mlp.up_proj.weight")
+    assert split_name(LLAMA, "model.norm.weight") == (None, "model.norm.weight")
+
+
+def test_a_configuration_of_the_embedded_teacher_is_declared() -> None:
+    from minitron_search.embedded.teacher import config as embedded_config
+
+    config: PretrainedConfig = embedded_config()
+    counted = sum(torch.Size(sizes(config)[dim] for dim in weight.dims).numel() for weight in weights(config))
+    assert counted == 134_515_008

@@ -1,0 +1,303 @@
+"""Every architecture of a space is legal and in budget, and every legal one in budget is in the space."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from minitron_search.architecture import Architecture
+from minitron_search.config import Space, parse
+from minitron_search.families import is_expressible, student_config, whole
+from minitron_search.search_space import COORDINATES, SearchSpace
+from tests import tiny
+
+TEACHER = tiny.config(hidden_size=24, num_attention_heads=6, num_key_value_heads=2, num_hidden_layers=5)
+AXES: dict[str, Any] = {
+    "hidden_size": {"low": 12, "high": 24, "step": 4},
+    "intermediate_size": {"choices": [8, 20]},
+    "num_attention_heads": {"low": 1, "high": 6, "step": 1},
+    "drop_block": {"lengths": [0, 1, 3]},
+}
+
+
+COUNTS: dict[str, dict[tuple[int, ...], tuple[int, int, int]]] = {}  # a teacher's shapes, built once
+
+
+def space(axes: Any = AXES, budget: Any = None, anchors: Any = (), teacher: PretrainedConfig = TEACHER) -> SearchSpace:
+    return SearchSpace(of(axes, budget, anchors), teacher)
+
+
+def of(axes: Any, budget: Any = None, anchors: Any = ()) -> Space:
+    return parse({"space": {"budget": budget or around(11_000, 0.9), "axes": axes, "anchors": list(anchors)}}).space
+
+
+def around(target: int, tolerance: float, name: str = "params") -> Any:
+    return {name: {"target": target, "tolerance": tolerance}}
+
+
+def refusal(*given: Any, **named: Any) -> str:
+    with pytest.raises(ValueError) as caught:
+        space(*given, **named)
+    return str(caught.value)
+
+
+def measured(teacher: PretrainedConfig, architecture: Architecture) -> tuple[int, int, int]:
+    """Parameters, non-embedding parameters and key-value cache elements a token, of the model itself."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(student_config(teacher, architecture))
+    params = sum(parameter.numel() for parameter in model.parameters())
+    embeddings = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    keys = sum(layer.self_attn.k_proj.out_features for layer in model.model.layers)
+    return params, params - sum(weight.numel() for weight in embeddings), 2 * keys
+
+
+def brute_force(teacher: PretrainedConfig, space: Space) -> list[Architecture]:
+    """By definition: every point of the grid, built and measured."""
+    whole_teacher, depth = whole(teacher), teacher.num_hidden_layers
+    axes = space.axes
+    found, counts = [], COUNTS.setdefault(teacher.to_json_string(), {})
+    for hidden, mlp, heads, length in itertools.product(
+        axes.hidden_size.values() if axes.hidden_size else [whole_teacher.hidden_size],
+        axes.intermediate_size.values() if axes.intermediate_size else [whole_teacher.intermediate_size],
+        axes.num_attention_heads.values() if axes.num_attention_heads else [whole_teacher.num_attention_heads],
+        axes.drop_block.lengths if axes.drop_block else [0],
+    ):
+        for start in range(depth - length + 1) if length else [0]:
+            if heads % whole_teacher.num_key_value_heads:
+                continue
+            shape = (hidden, mlp, heads, length)  # where the block starts changes no count
+            layers = tuple(layer for layer in range(depth) if not start <= layer < start + length)
+            architecture = Architecture(hidden, mlp, heads, whole_teacher.num_key_value_heads, layers)
+            if not is_expressible(teacher, architecture):
+                continue
+            if shape not in counts:
+                counts[shape] = measured(teacher, architecture)
+            if all(within(space, *counts[shape])):
+                found.append(architecture)
+    return found
+
+
+def within(space: Space, params: int, non_embedding: int, cache_per_token: int) -> list[bool]:
+    budget = space.budget
+    checks = [(budget.params, params), (budget.non_embedding_params, non_embedding)]
+    if budget.memory_bytes:
+        tokens = budget.memory_bytes.batch_size * budget.memory_bytes.context_length
+        checks.append((budget.memory_bytes, 2 * (params + cache_per_token * tokens)))
+    return [abs(value - bound.target) <= bound.tolerance * bound.target for bound, value in checks if bound]
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        around(11_000, 0.9),
+        around(10_000, 0.2),
+        around(8_000, 0.15, "non_embedding_params"),
+        {"memory_bytes": {"target": 24_000, "tolerance": 0.2, "batch_size": 2, "context_length": 10}},
+        {**around(10_000, 0.2), **around(8_500, 0.2, "non_embedding_params"),
+         "memory_bytes": {"target": 21_000, "tolerance": 0.15, "batch_size": 1, "context_length": 8}},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        TEACHER,
+        tiny.config(hidden_size=24, num_attention_heads=6, num_hidden_layers=5, tie_word_embeddings=False),
+        tiny.config(hidden_size=24, num_attention_heads=6, num_hidden_layers=5, attention_bias=True, mlp_bias=True),
+        tiny.config("mistral", hidden_size=24, num_attention_heads=6, num_hidden_layers=5),
+    ],
+    ids=["tied", "untied", "biased", "mistral"],
+)
+def test_the_space_is_exactly_the_legal_architectures_in_budget(budget: Any, teacher: PretrainedConfig) -> None:
+    asked = of(AXES, budget)
+    expected = brute_force(teacher, asked)
+    assert expected, "the case is empty: it shows nothing"
+    found = list(SearchSpace(asked, teacher).architectures())
+    assert {architecture.id for architecture in found} == {architecture.id for architecture in expected}
+    assert len(found) == len(expected)  # and none is there twice
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_in_random_teachers_too(seed: int) -> None:
+    teacher, draw = tiny.random_config(seed), np.random.default_rng(seed)
+    shape = whole(teacher)
+    axes: dict[str, Any] = {
+        "hidden_size": {"low": max(1, shape.hidden_size // 2), "high": shape.hidden_size, "step": 3},
+        "num_attention_heads": {"choices": sorted({shape.num_key_value_heads, shape.num_attention_heads})},
+        "drop_block": {"lengths": [0, 1]},
+    }
+    target = int(draw.uniform(0.5, 1.0) * measured(teacher, shape)[0])
+    asked = of(axes, around(target, 0.3))
+    expected = brute_force(teacher, asked)
+    if not expected:
+        with pytest.raises(ValueError, match="space.budget.params"):
+            SearchSpace(asked, teacher)
+        return
+    found = SearchSpace(asked, teacher)
+    assert {a.id for a in found.architectures()} == {a.id for a in expected}
+
+
+def test_budgets_are_anded() -> None:
+    first, second = around(10_000, 0.2), around(7_000, 0.1, "non_embedding_params")
+    both = {a.id for a in space(budget={**first, **second}).architectures()}
+    apart = [{a.id for a in space(budget=budget).architectures()} for budget in (first, second)]
+    assert both == apart[0] & apart[1]
+    assert both < apart[0] and both < apart[1]
+
+
+def test_a_budget_that_nothing_meets_says_what_is_reachable() -> None:
+    smallest, largest = (measured(TEACHER, a)[0] for a in space().smallest_and_largest())
+    said = refusal(budget=around(1_000_000, 0.05))
+    assert "space.budget.params: 1,000,000 +- 5.0% asked" in said
+    assert f"{smallest:,} to {largest:,} reachable" in said and "valid" in said
+    both = refusal(budget={**around(1_000_000, 0.05), **around(10, 0.05, "non_embedding_params")})
+    assert "space.budget.params" in both and "space.budget.non_embedding_params: 10" in both
+
+
+def test_budgets_that_are_met_apart_and_not_together_are_refused() -> None:
+    smallest, largest = (space().measures(a) for a in space().smallest_and_largest())
+    params, non_embedding = (
+        around(smallest.params, 0.0),
+        around(largest.non_embedding_params, 0.0, "non_embedding_params"),
+    )
+    assert len(space(budget=params)) and len(space(budget=non_embedding))
+    assert "no architecture" in refusal(budget={**params, **non_embedding})
+
+
+def test_a_step_that_leaves_no_legal_head_count_says_which_are() -> None:
+    said = refusal({"num_attention_heads": {"low": 1, "high": 5, "step": 2}})
+    assert "space.axes.num_attention_heads: none of [1, 3, 5]" in said and "valid: [2, 4, 6]" in said
+
+
+def test_illegal_head_counts_among_legal_ones_are_left_out() -> None:
+    assert {a.num_attention_heads for a in space().architectures()} == {2, 4, 6}
+
+
+@pytest.mark.parametrize(
+    ("axes", "parts"),
+    [
+        ({"hidden_size": {"low": 12, "high": 32, "step": 4}}, ["space.axes.hidden_size: 32", "24"]),
+        ({"intermediate_size": {"choices": [8, 21]}}, ["space.axes.intermediate_size: 21", "20"]),
+        ({"num_attention_heads": {"choices": [8]}}, ["space.axes.num_attention_heads: 8", "6"]),
+        ({"drop_block": {"lengths": [0, 5]}}, ["space.axes.drop_block.lengths: 5", "at most 4"]),
+    ],
+)
+def test_an_axis_that_leaves_the_teacher_is_refused(axes: Any, parts: list[str]) -> None:
+    said = refusal(axes)
+    assert all(part in said for part in parts), said
+
+
+def test_a_grid_that_no_stock_configuration_says_is_refused() -> None:
+    biased = tiny.config(hidden_size=24, num_attention_heads=6, attention_bias=True)
+    said = refusal({"hidden_size": {"choices": [20, 22]}, "num_attention_heads": {"choices": [6]}}, teacher=biased)
+    assert "space.axes" in said and "valid" in said and "num_attention_heads" in said
+
+
+def test_an_axis_left_out_keeps_the_teachers_value() -> None:
+    (only,) = space({}, around(measured(TEACHER, whole(TEACHER))[0], 0.01)).architectures()
+    assert only == whole(TEACHER)
+
+
+def test_the_grid_counts_every_shape_and_block_start() -> None:
+    # 4 hidden sizes, 2 intermediate sizes, 3 legal head counts; blocks: 1 of none, 5 of one layer, 3 of three
+    assert space().grid_size == 4 * 2 * 3 * (1 + 5 + 3)
+    assert len(space()) == 4 * 2 * 3 * (1 + 5 + 3)
+
+
+def test_the_smallest_and_the_largest_are() -> None:
+    tested = space(budget=around(10_000, 0.2))
+    params = [tested.measures(a).params for a in tested.architectures()]
+    smallest, largest = tested.smallest_and_largest()
+    assert tested.measures(smallest).params == min(params) and tested.measures(largest).params == max(params)
+    assert {smallest.id, largest.id} <= {a.id for a in tested.architectures()}
+
+
+def test_measures_are_those_of_the_model() -> None:
+    tested = space(budget={"memory_bytes": {"target": 16_000, "tolerance": 0.9, "batch_size": 3, "context_length": 5}})
+    for architecture in itertools.islice(tested.architectures(), 0, None, 17):
+        params, non_embedding, cache = measured(TEACHER, architecture)
+        counted = tested.measures(architecture)
+        assert (counted.params, counted.non_embedding_params) == (params, non_embedding)
+        assert counted.memory_bytes == 2 * (params + cache * 15)
+
+
+def test_coordinates_and_architectures_are_each_others() -> None:
+    tested = space()
+    for architecture, point in zip(tested.architectures(), tested.points.tolist(), strict=True):
+        coordinates = tested.coordinates(architecture)
+        assert tuple(coordinates[name] for name in COORDINATES) == tuple(point)
+        assert tested.nearest(coordinates, ()) == architecture
+
+
+def test_distributions_hold_every_point_and_only_what_varies() -> None:
+    tested = space({**AXES, "intermediate_size": {"choices": [8]}})
+    distributions = tested.distributions()
+    assert set(distributions) == set(COORDINATES) - {"intermediate_size"}
+    for architecture in tested.architectures():
+        coordinates = tested.coordinates(architecture)
+        assert all(allowed._contains(coordinates[name]) for name, allowed in distributions.items())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_nearest_is_the_nearest_that_is_free(seed: int) -> None:
+    tested, draw = space(budget=around(10_000, 0.2)), np.random.default_rng(seed)
+    everything = list(tested.architectures())
+    taken = {a.id for a in everything if draw.random() < 0.7}
+    for _ in range(20):
+        asked = {name: int(draw.integers(0, 25)) for name in COORDINATES}
+        found = tested.nearest(asked, taken)
+        assert found is not None and found.id not in taken
+        span = np.ptp(tested.points, axis=0).clip(1)
+
+        def distance(a: Architecture, asked: dict[str, int] = asked, span: np.ndarray = span) -> float:
+            there = tested.coordinates(a)
+            return sum(((there[n] - asked[n]) / s) ** 2 for n, s in zip(COORDINATES, span, strict=True))
+
+        assert distance(found) == pytest.approx(min(distance(a) for a in everything if a.id not in taken))
+
+
+def test_what_is_taken_is_never_given_and_none_when_all_are() -> None:
+    tested, generator = space(budget=around(10_000, 0.1)), np.random.default_rng(0)
+    taken: set[str] = set()
+    for turn in range(len(tested)):
+        found = tested.random(generator, taken) if turn % 2 else tested.nearest({"hidden_size": 16}, taken)
+        assert found is not None and found.id not in taken
+        taken.add(found.id)
+    assert taken == {a.id for a in tested.architectures()}
+    assert tested.random(generator, taken) is None and tested.nearest({}, taken) is None
+
+
+def test_random_draws_are_their_generators_and_reach_everything() -> None:
+    tested = space(budget=around(10_000, 0.1))
+    draws = [[tested.random(np.random.default_rng(seed), ()) for seed in range(400)] for _ in range(2)]
+    assert draws[0] == draws[1]
+    assert len({a.id for a in draws[0] if a}) > 0.9 * min(len(tested), 400)
+
+
+# Anchors
+
+
+def test_anchors_keep_the_teachers_value_where_they_are_silent_and_need_no_budget() -> None:
+    tested = space(budget=around(10_000, 0.01), anchors=[{}, {"hidden_size": 13, "drop_block": [2, 2]}])
+    assert tested.anchors == (whole(TEACHER), Architecture(13, 20, 6, 2, (0, 1, 4)))
+
+
+@pytest.mark.parametrize(
+    ("anchor", "parts"),
+    [
+        ({"hidden_size": 25}, ["hidden_size: 25", "24"]),
+        ({"num_attention_heads": 3}, ["num_attention_heads", "[2, 4, 6]"]),
+        ({"drop_block": [3, 3]}, ["space.anchors", "[3, 3]", "5"]),
+        ({"drop_block": [0, 5]}, ["space.anchors", "[0, 5]", "5"]),
+    ],
+)
+def test_an_anchor_that_leaves_the_teacher_is_refused(anchor: Any, parts: list[str]) -> None:
+    said = refusal(anchors=[anchor])
+    assert all(part in said for part in parts), said
+
+
+def test_an_anchor_that_no_stock_configuration_says_is_refused() -> None:
+    biased = tiny.config(hidden_size=24, num_attention_heads=6, num_hidden_layers=5, attention_bias=True)
+    assert "space.anchors" in refusal(anchors=[{"hidden_size": 20}], teacher=biased)

@@ -1,0 +1,120 @@
+"""A model taken apart computes what it computed whole, and a streamed one holds one layer at a time."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minitron_search.families import final_hidden, head_logits
+from minitron_search.precision import autocast
+from minitron_search.walk import Walk
+from tests import tiny
+
+
+def walked(walk: Walk, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(final hidden states, logits) of the whole model, layer by layer."""
+    with walk.computing():
+        begun = walk.begin(*inputs)
+        stream = begun.stream
+        for index in range(len(walk.layers)):
+            with walk.layer(index, begun) as layer:
+                stream = layer(stream)
+        hidden = walk.final_norm(stream)
+        with walk.head() as head:
+            return hidden, walk.logits(head, hidden)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_walk_gives_the_models_own_numbers_to_the_last_bit(
+    tmp_path: Path, seed: int, precision: str, streamed: bool
+) -> None:
+    config = tiny.random_config(seed)  # Llama or Mistral, tied or not, biased or not, with a sliding window or not
+    model = tiny.model(config, seed)
+    model.save_pretrained(tmp_path)
+    ids = tiny.tokens(config)
+    with torch.inference_mode(), autocast(precision, model.device):
+        hidden = final_hidden(model, ids)
+        logits = head_logits(model, hidden)
+    found = walked(Walk(tmp_path, precision, streamed=streamed), ids)
+    assert torch.equal(found[0], hidden) and torch.equal(found[1], logits)
+
+
+def test_positions_and_masks_reach_every_layer(tmp_path: Path) -> None:
+    config = tiny.config()
+    model = tiny.model(config)
+    model.save_pretrained(tmp_path)
+    ids, length = tiny.tokens(config), 12
+    positions = torch.arange(length).flip(0)[None].repeat(2, 1)
+    mask = torch.zeros(2, 1, length, length).masked_fill_(~torch.ones(length, length).tril().bool(), -1e9)
+    mask[1, :, 5:, :3] = -1e9
+    with torch.inference_mode():
+        expected = final_hidden(model, ids, positions, mask)
+    assert torch.equal(walked(Walk(tmp_path, "float32"), ids, positions, mask)[0], expected)
+
+
+def test_weights_stored_in_bfloat16_are_computed_with_around_float32_sums(tmp_path: Path) -> None:
+    config = tiny.config()
+    tiny.model(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    whole = type(tiny.model(config)).from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ids = tiny.tokens(config)
+    with torch.inference_mode():
+        expected = final_hidden(whole, ids)
+    for streamed in (False, True):
+        assert torch.equal(walked(Walk(tmp_path, "float32", streamed=streamed), ids)[0], expected)
+
+
+def test_a_streamed_walk_lets_go_of_what_it_has_used(tmp_path: Path) -> None:
+    config = tiny.config()
+    tiny.model(config).save_pretrained(tmp_path)
+    walk = Walk(tmp_path, "float32", streamed=True)
+    with walk.computing():
+        begun = walk.begin(tiny.tokens(config))
+        for index in range(len(walk.layers)):
+            with walk.layer(index, begun):
+                held = [place for place, layer in enumerate(walk.layers) if not is_meta(layer)]
+                assert held == [index]
+    assert all(is_meta(layer) for layer in walk.layers) and is_meta(walk.embedding)
+
+
+def is_meta(module: torch.nn.Module) -> bool:
+    return all(parameter.is_meta for parameter in module.parameters())
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import numpy as np
+from minitron_search import depth
+from minitron_search.walk import Walk
+from tests import tiny
+
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+
+before = peak()
+walk = Walk(Path(sys.argv[1]), "float32", streamed=True)
+windows = np.arange(4 * 32, dtype=np.int32).reshape(4, 32) % 97
+depth.text_values(walk, windows, [(), (0,), (3, 4)], [(3, 4)])
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_a_streamed_sweep_needs_one_layer_of_a_model_not_all_of_it(tmp_path: Path) -> None:
+    config = tiny.config(
+        vocab_size=1000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=8,
+        num_key_value_heads=8, head_dim=128,
+    )  # fmt: skip
+    tiny.model(config).save_pretrained(tmp_path)
+    weights = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert weights > 800e6
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True,
+        cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert int(done.stdout) < weights / 3
