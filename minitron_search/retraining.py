@@ -1,5 +1,6 @@
 """Full retraining of the promoted candidates: from the trim, cosine schedule, checkpoints, one gang at a time."""
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ import ray
 from transformers import PreTrainedModel
 
 from minitron_search import distillation
-from minitron_search.config import Config
+from minitron_search.config import Config, Resources
 from minitron_search.launchers import fit
 from minitron_search.model_card import model_card
 from minitron_search.precision import device
@@ -18,7 +19,17 @@ from minitron_search.trial import Materials, Trial, initial_student, run_trial
 PROGRESS_S = 20.0
 
 
-def retrain(config: Config, trial: Trial, materials: ray.ObjectRef, progress: Callable[[str], None]) -> None:
+def gang(config: Config, slots: int) -> Resources:
+    """All the workers of the cluster that can share a batch equally: the search is over, and nothing else runs."""
+    windows = math.ceil(config.distillation.batch_tokens / config.corpus.sequence_length)
+    most = slots * config.resources.workers_per_trial
+    workers = max(count for count in range(1, most + 1) if windows % count == 0)
+    return config.resources.model_copy(update={"workers_per_trial": workers})
+
+
+def retrain(
+    config: Config, trial: Trial, materials: ray.ObjectRef, slots: int, progress: Callable[[str], None]
+) -> None:
     """Train one promoted candidate on a whole worker group; a retraining that was cut off goes on.
 
     From a task of its own: in a driver's main thread Ray Train would take Ctrl-C for itself and exit with 0.
@@ -29,7 +40,7 @@ def retrain(config: Config, trial: Trial, materials: ray.ObjectRef, progress: Ca
         if inline:
             run_trial(ray.get(hidden[0]), trial, lambda row: None, decided=False)
         else:
-            fit(hidden[0], trial, config.resources, decided=False, callbacks=[])
+            fit(hidden[0], trial, gang(config, slots), decided=False, callbacks=[])
 
     cpus, gpus = (config.resources.cpus_per_worker, config.resources.gpus_per_worker) if inline else (0, 0)
     running = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(placed).remote([materials])

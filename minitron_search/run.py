@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         return complain(
             f"interrupted; every finished row is kept. Continue with --output {config.output} --resume", 130
         )
-    except (ValueError, RuntimeError, ray.exceptions.RayError) as error:
+    except (ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
         prepared.run.event("run_failed", message=str(error).strip().splitlines()[-1])
         return complain(f"{error}\n{config.output} keeps what is finished; --resume continues it", 1)
     return 0
@@ -137,10 +137,12 @@ def search_and_retrain(prepared: Prepared, resolved: str) -> None:
         best = search.best()
     if "retrain" in config.stages:
         for rank, architecture in enumerate(best, 1):
-            retrain(prepared, search, architecture, rank, materials)
+            retrain(prepared, search, architecture, rank, materials, slots)
 
 
-def retrain(prepared: Prepared, search: Search, architecture: Architecture, rank: int, materials: Any) -> None:
+def retrain(
+    prepared: Prepared, search: Search, architecture: Architecture, rank: int, materials: Any, slots: int
+) -> None:
     config, run, space = prepared.config, prepared.run, prepared.space
     settings = retraining_settings(config, search.settings.precision)
     trial = make_trial(space, architecture, "retrained", config, settings)
@@ -150,7 +152,7 @@ def retrain(prepared: Prepared, search: Search, architecture: Architecture, rank
     run.event("trial_started", trial=trial.id)
     on_all_cpus(retraining.score_now, materials, before)
     if not run.best(rank).exists():
-        retraining.retrain(config, trial, materials, say)
+        retraining.retrain(config, trial, materials, slots, say)
         on_all_cpus(retraining.export, materials, trial, config.teacher.model, prepared.teacher_folder, run.best(rank))
     run.event("trial_finished", trial=trial.id, status="complete")
     search.write_tables(frozenset(row["trial"] for row in run.read_trials() if row["status"] == "promoted"))

@@ -109,7 +109,9 @@ def run_trial(
         rung = settings.milestones.index(milestone.tokens)
         if rung not in rows:
             if milestone.step > 0:
+                paused = time.monotonic()
                 milestone.save(checkpoints / f"step-{milestone.step:08d}")
+                began += time.monotonic() - paused  # a row's seconds are training and scoring
             if rank == 0:
                 row = {
                     **trial_columns(trial),

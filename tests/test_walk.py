@@ -90,7 +90,6 @@ from pathlib import Path
 import numpy as np
 from minitron_search import depth
 from minitron_search.walk import Walk
-from tests import tiny
 
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024

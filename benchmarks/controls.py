@@ -1,0 +1,50 @@
+"""The retrained student against its own untrained trim and the same architecture from random weights, equal tokens.
+
+    python -m benchmarks.controls RUN_DIR
+
+Trains the random initialisation exactly as the run trained its student (same tokens, data, schedule), as one more
+trial of that run (arm `random_init`, Figure 6 of arXiv:2408.11796), and prints the three validation LM losses.
+"""
+
+import sys
+from dataclasses import replace
+
+import ray
+
+from minitron_search import cluster, config, retraining
+from minitron_search.architecture import Architecture
+from minitron_search.cluster import resolved_precision
+from minitron_search.console import say
+from minitron_search.preparation import prepare
+from minitron_search.run_directory import RunDirectory
+from minitron_search.search import Search
+from minitron_search.teacher_pass import make_materials
+from minitron_search.trial_settings import distillation_settings, make_trial, retraining_settings
+
+
+def main(folder: str) -> None:
+    run = RunDirectory(folder)
+    settings = config.parse({**run.read_config(), "output": folder})
+    prepared = prepare(settings, resume=True)
+    with cluster.joined("warning"):
+        precision = resolved_precision(settings.precision)
+        materials = ray.put(make_materials(prepared, precision))
+        rows = {row["arm"]: row for row in run.read_trials() if row["arm"] in ("untrained", "retrained")}
+        best: Architecture = Search(run, settings, prepared.space, distillation_settings(settings, precision)).best()[0]
+        trial = make_trial(
+            prepared.space, best, "random_init", settings, retraining_settings(settings, precision)
+        )
+        trial = replace(trial, initialization="random")
+        run.start_trial(trial.id, trial.describe())
+        asked = settings.resources
+        slots = cluster.slots(asked.workers_per_trial, asked.cpus_per_worker, asked.gpus_per_worker)
+        retraining.retrain(settings, trial, materials, slots, say)
+    control = next(row for row in run.metrics(trial.id) if row["kind"] == "rung")
+    print(f"{best}: validation LM loss, nats per token +- standard error ({control['lm_loss_n']} windows)")
+    for name, row in (("untrained trim", rows["untrained"]), ("random initialisation", control),
+                      ("retrained student", rows["retrained"])):  # fmt: skip
+        print(f"  {name:22} {row['tokens']:>9,} tokens  {row['lm_loss']:.4f} +- {row['lm_loss_stderr']:.4f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,36 @@
+"""Seconds per trial outside training and scoring, and which trials ran at once, of a finished run.
+
+    python -m benchmarks.overhead RUN_DIR
+
+A trial's own clock runs from the trimmed student to its last row; what is left of the time between its start and
+its end is process start, trim, load and save.
+"""
+
+import statistics
+import sys
+
+from minitron_search.run_directory import RunDirectory
+
+
+def main(folder: str) -> None:
+    run = RunDirectory(folder)
+    began = {event["trial"]: event["time"] for event in run.events() if event["event"] == "trial_started"}
+    ended = {event["trial"]: event["time"] for event in run.events() if event["event"] == "trial_finished"}
+    worked: dict[str, float] = {}
+    for row in run.rungs():
+        worked[row["trial"]] = worked.get(row["trial"], 0.0) + row["seconds"]
+    first = min(began.values())
+    overheads = []
+    for trial, start in sorted(began.items(), key=lambda item: item[1]):
+        if trial not in ended or not trial.startswith("search-"):
+            continue
+        overheads.append(ended[trial] - start - worked[trial])
+        at_once = [other for other, time in began.items() if other != trial and time < ended[trial]
+                   and ended.get(other, time) > start]  # fmt: skip
+        print(f"{trial}: {start - first:7.1f} s to {ended[trial] - first:7.1f} s, of which {overheads[-1]:5.1f} s outside "
+              f"training and scoring; at once with {', '.join(at_once) or 'none'}")  # fmt: skip
+    print(f"overhead per trial: median {statistics.median(overheads):.1f} s, largest {max(overheads):.1f} s")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

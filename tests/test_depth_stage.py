@@ -1,0 +1,221 @@
+"""The stage: one table whatever the number of workers, nothing finished computed twice, nothing lost to a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from minitron_search import depth, winogrande
+from minitron_search.depth_stage import CHOICES, TEXT, Job, compute, missing_pieces, read
+from minitron_search.run import main
+from minitron_search.run_directory import DEPTH_SCHEMA, RunDirectory
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+
+
+def prose(words: int, seed: int) -> str:
+    vocabulary = "the quick brown fox jumps over a lazy dog and runs away, then 12 wolves sleep.".split()
+    return " ".join(np.random.default_rng(seed).choice(vocabulary, words))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher, texts and questions."""
+    folder = tmp_path_factory.mktemp("data")
+    tiny.teacher_folder(folder / "teacher", num_hidden_layers=5)
+    tiny.teacher_folder(folder / "slow", num_hidden_layers=10, hidden_size=512, intermediate_size=1024, head_dim=128)
+    (folder / "train.txt").write_text(prose(2000, seed=0))
+    (folder / "valid.txt").write_text(prose(8000, seed=1))
+    tiny.winogrande_file(folder / "questions.jsonl", 40)
+    return folder
+
+
+def arguments(data: Path, output: Path, *more: str, teacher: str = "teacher") -> list[str]:
+    return [
+        "--stages", "depth", "--precision", "float32", "--output", str(output), "--teacher.model",
+        str(data / teacher), "--corpus.train", str(data / "train.txt"), "--corpus.validation",
+        str(data / "valid.txt"), "--corpus.sequence_length", "64", "--corpus.validation_samples", "40",
+        "--corpus.calibration_samples", "2", "--winogrande.source", str(data / "questions.jsonl"),
+        "--depth.lengths", "1,0.4,3", *more,
+    ]  # fmt: skip
+
+
+def job(data: Path, pieces: Path, **given: Any) -> Job:
+    windows = np.random.default_rng(0).integers(0, 258, (40, 64)).astype(np.int32)
+    examples = winogrande.load_examples(str(data / "questions.jsonl"))
+    packed = winogrande.pack(examples, tiny.tokenizer(), row_length=512, max_length=256)
+    made = Job(
+        folder=data / "teacher", fingerprint="f", depth=5, hidden_size=24, weight_bytes=10**6, precision="float32",
+        windows=windows, packed=packed, pieces=pieces,
+    )  # fmt: skip
+    return replace(made, **given)
+
+
+def last_event(run: Path) -> dict[str, Any]:
+    return [event for event in RunDirectory(run).events() if event["event"] == "depth_finished"][-1]
+
+
+@pytest.fixture(scope="module")
+def swept(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole sweep by one worker."""
+    output = tmp_path_factory.mktemp("runs") / "one"
+    assert main(arguments(data, output, "--depth.workers", "1")) == 0
+    return output
+
+
+def test_the_table_has_the_schema_and_every_cut(swept: Path) -> None:
+    table = pq.read_table(swept / "depth.parquet")
+    assert table.schema.equals(DEPTH_SCHEMA)
+    rows = table.to_pylist()
+    blocks = {(row["start"], row["length"]) for row in rows if row["kind"] == "contiguous"}
+    assert blocks == {(start, length) for length in (1, 2, 3) for start in range(5 - length + 1)}
+    for metric in ("lm_loss", "winogrande_acc", "winogrande_margin"):
+        kinds = [row["kind"] for row in rows if row["metric"] == metric]
+        assert (kinds.count("teacher"), kinds.count("contiguous"), kinds.count("one_by_one")) == (1, 12, 3)
+    assert all(row["n"] == 40 for row in rows)
+    single = {row["start"]: row["value"] for row in rows
+              if (row["metric"], row["kind"], row["length"]) == ("lm_loss", "contiguous", 1)}  # fmt: skip
+    (chosen,) = (row for row in rows
+                 if (row["metric"], row["kind"], row["length"]) == ("lm_loss", "one_by_one", 2))  # fmt: skip
+    assert chosen["layers"] == ",".join(map(str, sorted(sorted(single, key=lambda layer: single[layer])[:2])))
+    assert json.loads((swept / "depth.json").read_text())["words"]
+
+
+def test_two_workers_and_streamed_weights_give_the_same_bytes(data: Path, swept: Path, tmp_path: Path) -> None:
+    output = tmp_path / "two"
+    assert main(arguments(data, output, "--depth.workers", "2", "--depth.weights", "streamed")) == 0
+    assert (output / "depth.json").read_bytes() == (swept / "depth.json").read_bytes()
+    assert pq.read_table(output / "depth.parquet").equals(pq.read_table(swept / "depth.parquet"))
+
+
+def test_more_workers_than_chunks_share_a_chunk_and_change_nothing(data: Path, tmp_path: Path) -> None:
+    cuts = [depth.TEACHER, *depth.blocks([1, 2], 5)]
+    few, many = job(data, tmp_path / "few"), job(data, tmp_path / "many")
+    for made, workers in ((few, 1), (many, 7)):
+        pieces = missing_pieces(made, {TEXT: (cuts, cuts[1:]), CHOICES: (cuts, [])}, workers)
+        for piece in pieces:
+            compute(made, piece)
+        for kind in (TEXT, CHOICES):
+            chunks = len(made.chunks(kind))
+            assert sum(piece.kind == kind for piece in pieces) == (chunks if workers == 1 else chunks * (7 // chunks))
+        assert missing_pieces(made, {TEXT: (cuts, cuts[1:]), CHOICES: (cuts, [])}, 1) == []
+    for kind in (TEXT, CHOICES):
+        one, other = read(few, kind), read(many, kind)
+        assert one.keys() == other.keys()
+        for metric, of in one.items():
+            assert of.keys() == other[metric].keys()
+            assert all(np.array_equal(values, other[metric][cut]) for cut, values in of.items())
+
+
+def test_what_is_kept_is_for_the_same_content_only(data: Path, tmp_path: Path) -> None:
+    made, cuts = job(data, tmp_path), [depth.TEACHER, (1,)]
+    for piece in missing_pieces(made, {TEXT: (cuts, [])}, 1):
+        compute(made, piece)
+    assert missing_pieces(made, {TEXT: (cuts, [])}, 1) == []
+    more = missing_pieces(made, {TEXT: ([*cuts, (2,)], [(1,)])}, 1)
+    assert {(piece.cuts, piece.bi_blocks) for piece in more} == {(((2,),), ((1,),))}
+    other_windows = made.windows.copy()
+    other_windows[-1, -1] += 1
+    for changed in (
+        {"fingerprint": "g"}, {"precision": "bfloat16"}, {"threads": 2}, {"windows": other_windows[::-1]},
+    ):  # fmt: skip
+        assert len(missing_pieces(replace(made, **changed), {TEXT: (cuts, [])}, 1)) == len(made.chunks(TEXT))
+    # one token of the last window: the other chunks still hold
+    assert len(missing_pieces(replace(made, windows=other_windows), {TEXT: (cuts, [])}, 1)) == 1
+
+
+def test_a_stopped_sweep_computes_only_what_is_missing(data: Path, swept: Path) -> None:
+    before = (swept / "depth.json").read_bytes()
+    pieces = sorted((swept / "depth_pieces").iterdir())
+    total = last_event(swept)["pieces"]
+    assert len(pieces) == total > 3
+    times = {path: path.stat().st_mtime_ns for path in pieces[1:]}
+    pieces[0].unlink()
+    (swept / "depth.json").unlink()
+    assert main([*arguments(data, swept, "--depth.workers", "1"), "--resume"]) == 0
+    assert last_event(swept)["pieces"] == 1
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert (swept / "depth.json").read_bytes() == before
+
+
+def test_a_length_that_leaves_no_layer_is_refused_before_anything_is_written(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(data, tmp_path / "run", "--depth.lengths", "5")) == 2
+    assert "depth.lengths: 5 of the teacher's 5 layers; valid: at most 4" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_bi_alone_needs_no_suffix_and_has_no_one_by_one_line(data: Path, tmp_path: Path) -> None:
+    assert main(arguments(data, tmp_path / "run", "--depth.metrics", "bi")) == 0
+    rows = RunDirectory(tmp_path / "run").read_depth()
+    assert {(row["metric"], row["kind"]) for row in rows} == {("bi", "contiguous")}
+
+
+def test_winogrande_alone_still_chooses_one_by_one_by_lm_loss(data: Path, swept: Path, tmp_path: Path) -> None:
+    assert main(arguments(data, tmp_path / "run", "--depth.metrics", "winogrande")) == 0
+    alone = RunDirectory(tmp_path / "run").read_depth()
+    both = [row for row in RunDirectory(swept).read_depth() if row["metric"].startswith("winogrande")]
+    assert alone == both
+
+
+# Kills, on processes of a run of their own
+
+
+def start(data: Path, output: Path, *more: str) -> subprocess.Popen[bytes]:
+    command = arguments(data, output, "--corpus.validation_samples", "320", *more, teacher="slow")
+    return subprocess.Popen([sys.executable, "-m", "minitron_search.run", *command], cwd=ROOT, start_new_session=True)
+
+
+def until_pieces(run: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while len(list((run / "depth_pieces").glob("*.npz"))) < count:
+        assert process.poll() is None, "the sweep ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_the_piece_it_was_at(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(data, run)
+    until_pieces(run, 2, process)
+    kept = {path: path.stat().st_mtime_ns for path in (run / "depth_pieces").glob("*.npz")}
+    workers = [child for child in descendants(process) if child.name().startswith("ray::compute")]
+    assert workers
+    workers[0].send_signal(signal.SIGKILL)
+    assert process.wait(timeout=300) == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(list((run / "depth_pieces").glob("*.npz"))) == last_event(run)["pieces"]
+
+
+@pytest.mark.slow
+def test_a_killed_driver_loses_no_finished_piece(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(data, run)
+    until_pieces(run, 3, process)
+    left = descendants(process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    psutil.wait_procs(left, timeout=30)
+    kept = {path: path.stat().st_mtime_ns for path in (run / "depth_pieces").glob("*.npz")}
+    assert len(kept) >= 3 and not (run / "depth.json").exists()
+    again = start(data, run, "--resume")
+    assert again.wait(timeout=300) == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert last_event(run)["pieces"] == len(list((run / "depth_pieces").glob("*.npz"))) - len(kept)
