@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: run test lint clean
+.PHONY: run test lint bench-depth clean
 
 run: $(VENV)/.installed
 	$(BIN)/python -m minitron_search.run $(ARGS)
@@ -14,6 +14,10 @@ test: $(VENV)/.installed
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy minitron_search analysis
+
+# the depth sweep against a forward pass per cut and against lm-eval, and its peak memory
+bench-depth: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.depth_speed $(ARGS)
 
 # the stamp is written last: an installation that was cut off is done again
 $(VENV)/.installed: pyproject.toml constraints.txt

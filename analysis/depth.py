@@ -19,10 +19,8 @@ METRICS = {
 }
 LENGTH_COLOURS = (palette.BLUE, palette.ORANGE, palette.GREEN, palette.PURPLE, palette.VERMILLION, palette.SKY)
 # 2408.11796, "Depth Pruning Metrics": Llama 3.1 8B without 16 of its 32 layers, Winogrande accuracy.
-PUBLISHED = (
-    ("one by one, 16 layers", 0.5, None),
-    ("layers 16–31", 0.595, 16),
-)
+PUBLISHED = (("16 layers one by one", 0.5, "diamond-open"), ("layers 16–31", 0.595, "diamond"))
+PUBLISHED_START = 16
 PUBLISHED_MODEL = "Llama 3.1 8B, another model (2408.11796)"
 
 
@@ -79,12 +77,13 @@ def position_plot(info: DepthInfo, metric: str) -> go.Figure:
             line={"color": colour, "width": 2}, marker={"size": 5, "color": colour},
             legendgroup=f"length {length}", hovertext=rows["hover"], hoverinfo="text",
         )  # fmt: skip
-        _level(figure, of(info, metric, "one_by_one", length), rows, colour, "dash", f"length {length}",
-               f"{_layers(length)}, one by one")  # fmt: skip
+        if length > 1:  # of one layer it is the lowest point of the line
+            _level(figure, of(info, metric, "one_by_one", length), rows, colour, "dash", f"length {length}",
+                   f"{_layers(length)}, one by one")  # fmt: skip
     whole = info.rows[(info.rows["metric"] == metric) & (info.rows["kind"] == "contiguous")]
     _level(figure, of(info, metric, "teacher"), whole, palette.INK, "dot", "teacher", "teacher")
     if metric == "winogrande_acc":
-        _published(figure, whole)
+        _published(figure)
         figure.add_hline(y=0.5, line={"color": palette.MUTED, "width": 1})
     figure.update_xaxes(title_text="first removed layer (0 is the first)", showgrid=False, nticks=12)
     figure.update_yaxes(title_text=METRICS[metric][1])
@@ -125,14 +124,13 @@ def _level(
     )  # fmt: skip
 
 
-def _published(figure: go.Figure, across: pd.DataFrame) -> None:
-    """The two numbers the paper's text states, at the place they would have; nobody should take them for ours."""
-    for what, value, start in PUBLISHED:
-        label = f"{PUBLISHED_MODEL}<br>{what}: {value:g}"
+def _published(figure: go.Figure) -> None:
+    """The two numbers the paper's text states, at the block they are of; nobody should take them for ours."""
+    for what, value, symbol in PUBLISHED:
         figure.add_scatter(
-            x=[across["start"].max() if start is None else start], y=[value], mode="markers",
-            name=f"{what}: {PUBLISHED_MODEL}", hovertext=[label], hoverinfo="text",
-            marker={"symbol": "diamond-open" if start is None else "diamond", "size": 11, "color": palette.MUTED},
+            x=[PUBLISHED_START], y=[value], mode="markers", name=f"{what}: {PUBLISHED_MODEL}",
+            hovertext=[f"{PUBLISHED_MODEL}<br>without {what}: {value:g}"], hoverinfo="text",
+            marker={"symbol": symbol, "size": 11, "color": palette.MUTED},
         )  # fmt: skip
 
 

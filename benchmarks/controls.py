@@ -26,14 +26,12 @@ def main(folder: str) -> None:
     run = RunDirectory(folder)
     settings = config.parse({**run.read_config(), "output": folder})
     prepared = prepare(settings, resume=True)
-    with cluster.joined("warning"):
+    with cluster.joined():
         precision = resolved_precision(settings.precision)
         materials = ray.put(make_materials(prepared, precision))
         rows = {row["arm"]: row for row in run.read_trials() if row["arm"] in ("untrained", "retrained")}
         best: Architecture = Search(run, settings, prepared.space, distillation_settings(settings, precision)).best()[0]
-        trial = make_trial(
-            prepared.space, best, "random_init", settings, retraining_settings(settings, precision)
-        )
+        trial = make_trial(prepared.space, best, "random_init", settings, retraining_settings(settings, precision))
         trial = replace(trial, initialization="random")
         run.start_trial(trial.id, trial.describe())
         asked = settings.resources

@@ -27,8 +27,8 @@ def main(folder: str) -> None:
         overheads.append(ended[trial] - start - worked[trial])
         at_once = [other for other, time in began.items() if other != trial and time < ended[trial]
                    and ended.get(other, time) > start]  # fmt: skip
-        print(f"{trial}: {start - first:7.1f} s to {ended[trial] - first:7.1f} s, of which {overheads[-1]:5.1f} s outside "
-              f"training and scoring; at once with {', '.join(at_once) or 'none'}")  # fmt: skip
+        print(f"{trial}: {start - first:7.1f} s to {ended[trial] - first:7.1f} s, of which {overheads[-1]:5.1f} s "
+              f"outside training and scoring; at once with {', '.join(at_once) or 'none'}")  # fmt: skip
     print(f"overhead per trial: median {statistics.median(overheads):.1f} s, largest {max(overheads):.1f} s")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from minitron_search import precision
+from minitron_search.precision import Precision
 
 # Set before Ray starts: read by the driver, and inherited by the processes of an embedded start.
 ENVIRONMENT = {
@@ -29,7 +30,7 @@ ENVIRONMENT = {
 
 
 @contextmanager
-def joined(log: str) -> Iterator[None]:
+def joined() -> Iterator[None]:
     """Join the cluster that `RAY_ADDRESS` names, else start Ray inside this process on all of this machine.
 
     An embedded Ray listens on loopback only and is gone when the block ends; a cluster is left as it was.
@@ -39,13 +40,13 @@ def joined(log: str) -> Iterator[None]:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level="warning", log_to_driver=False, runtime_env={"env_vars": ENVIRONMENT})
+        ray.init(logging_level=logging.WARNING, log_to_driver=False, runtime_env={"env_vars": ENVIRONMENT})
     else:
         ray.init(
             address="local",
             include_dashboard=False,  # nothing here asks the state API: trials end themselves, none is killed
             _node_ip_address="127.0.0.1",
-            logging_level=log,
+            logging_level=logging.WARNING,
             log_to_driver=False,
         )
     try:
@@ -87,6 +88,6 @@ def on_all_cpus(function: Any, *arguments: Any) -> Any:
     return ray.get(ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1)(placed).remote(*arguments))
 
 
-def resolved_precision(asked: str) -> str:
+def resolved_precision(asked: str) -> Precision:
     """`precision.resolve` where the work is done: a cluster's head may be another machine."""
     return ray.get(ray.remote(num_cpus=0)(precision.resolve).remote(asked))

@@ -194,10 +194,10 @@ class Space(Section):
 
 
 class Search(Section):
-    trials: Count = 12
+    trials: Count = 8
     sampler: Literal["tpe", "random"] = "tpe"
     objective: Literal["lm_loss", "kl", "winogrande_margin"] = "lm_loss"
-    rungs: Annotated[tuple[Count, ...], BeforeValidator(_listed), Field(min_length=1)] = (8_000, 32_000)
+    rungs: Annotated[tuple[Count, ...], BeforeValidator(_listed), Field(min_length=1)] = (4_000, 16_000)
     reduction_factor: Annotated[int, BeforeValidator(_number), Field(ge=2)] = 3
     concurrency: AutoCount = "auto"
     promote: Count = 1
@@ -215,17 +215,18 @@ class Search(Section):
 class Distillation(Section):
     loss: Literal["kld", "ce", "clm+kld"] = "kld"
     temperature: Positive = 1.0
+    intermediate: Annotated[Real, Field(ge=0, le=0)] = 0.0  # logits only (best practice 7)
     learning_rate: Positive = 3e-4
-    batch_tokens: Count = 2_000
+    batch_tokens: Count = 1_000
     teacher_cache: Literal["auto", "hidden", "off"] = "auto"
     initialization: Literal["pruned", "random", "random_pruned"] = "pruned"
 
 
 class Retraining(Section):
-    tokens: Count = 256_000
-    learning_rate: Positive = 1e-4
+    tokens: Count = 64_000
+    learning_rate: Positive = 3e-4
     min_learning_rate: Annotated[Real, Field(ge=0)] = 1e-5
-    warmup_steps: CountOrZero = 40
+    warmup_steps: CountOrZero = 4
     schedule: Literal["cosine", "constant"] = "cosine"
 
 
@@ -249,8 +250,8 @@ class Resources(Section):
 
 
 class Config(Section):
-    name: str = "smollm2-135m"
-    output: str = ""
+    name: Annotated[str, Field(coerce_numbers_to_str=True, min_length=1)] = "smollm2-135m"
+    output: Annotated[str, Field(coerce_numbers_to_str=True)] = ""
     seed: CountOrZero = 0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     stages: Annotated[
@@ -273,6 +274,9 @@ class Config(Section):
     def _output_follows_name(self) -> "Config":
         if not self.output:
             object.__setattr__(self, "output", f"runs/{self.name}")
+        scheme = re.match(r"([a-z0-9]+)://", self.output)
+        if scheme and scheme[1] != "file":
+            raise ValueError(f"output: {self.output!r} is no folder of this machine; valid: runs/{self.name}")
         return self
 
     def dump(self) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from typing import Any
 import ray
 import ray.train
 import ray.tune
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2.api.config import FailureConfig
 
 from minitron_search.config import Resources
 from minitron_search.trial import Trial, run_trial

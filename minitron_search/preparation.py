@@ -18,6 +18,7 @@ from minitron_search.architecture import parameter_count
 from minitron_search.config import Axes, Budget, Config, Space, Target, cache_folder
 from minitron_search.corpus import Corpus, load_corpus
 from minitron_search.depth import in_layers
+from minitron_search.evaluation import check_tasks
 from minitron_search.families import family_of, sizes, weights
 from minitron_search.run_directory import RunDirectory
 from minitron_search.search_space import SearchSpace
@@ -60,6 +61,7 @@ def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace, 
     if limit and config.corpus.sequence_length > limit:
         raise ValueError(f"corpus.sequence_length: {config.corpus.sequence_length} is above the teacher's {limit} "
                          f"positions; valid: at most {limit}")  # fmt: skip
+    check_tasks(config.evaluation.tasks)
     return teacher, space, load_examples(config.winogrande.source, config.winogrande.limit)
 
 

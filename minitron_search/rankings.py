@@ -51,10 +51,8 @@ class Rankings:
         """Random pruning: the control that ignores importance (Figure 6 of the paper)."""
         generator = torch.Generator().manual_seed(seed)
         hidden, mlp, heads, key_value_heads = _ones(config)
-        return cls.of_scores(
-            *(torch.rand(scores.shape, generator=generator) for scores in (hidden, mlp, heads)),
-            key_value_heads,
-        )
+        hidden, mlp, heads = (torch.rand(scores.shape, generator=generator) for scores in (hidden, mlp, heads))
+        return cls.of_scores(hidden, mlp, heads, key_value_heads)
 
     def kept(self, architecture: Architecture, layer: int | None, dim: str, head_dim: int) -> Tensor | None:
         """Indices of dimension `dim` of a weight in teacher layer `layer` that `architecture` keeps, in order;

@@ -12,7 +12,7 @@ from minitron_search import distillation
 from minitron_search.config import Config, Resources
 from minitron_search.launchers import fit
 from minitron_search.model_card import model_card
-from minitron_search.precision import device
+from minitron_search.precision import on_device
 from minitron_search.run_directory import RunDirectory
 from minitron_search.trial import Materials, Trial, initial_student, run_trial
 
@@ -82,7 +82,7 @@ def trained_student(materials: Materials, trial: Trial) -> PreTrainedModel:
     checkpoint = distillation.latest_checkpoint(materials.run.checkpoint(trial.id))
     assert checkpoint is not None, trial.id
     distillation.load_weights(checkpoint, student)
-    return student.to(device()).eval()
+    return on_device(student).eval()
 
 
 def score_now(materials: Materials, trial: Trial) -> None:

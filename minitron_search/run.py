@@ -20,7 +20,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import ray  # noqa: E402
 import tyro  # noqa: E402
 
-from minitron_search import cluster, retraining  # noqa: E402
+from minitron_search import cluster, evaluation, retraining  # noqa: E402
 from minitron_search import config as configuration  # noqa: E402
 from minitron_search.architecture import Architecture  # noqa: E402
 from minitron_search.cluster import on_all_cpus, resolved_precision  # noqa: E402
@@ -28,6 +28,7 @@ from minitron_search.console import console, say  # noqa: E402
 from minitron_search.depth_recommendation import best_blocks  # noqa: E402
 from minitron_search.depth_stage import measure_depth  # noqa: E402
 from minitron_search.forecast import dry_run  # noqa: E402
+from minitron_search.precision import Precision  # noqa: E402
 from minitron_search.preparation import Prepared, check, environment, prepare  # noqa: E402
 from minitron_search.search import Search, run_search  # noqa: E402
 from minitron_search.summary import summary_table  # noqa: E402
@@ -73,8 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         say("preparing: teacher, text, Winogrande")
         prepared = prepare(config, options.resume)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         return complain(error, 2)
+    except KeyboardInterrupt:
+        return complain("interrupted before anything was written", 130)
     try:
         run(prepared)
     except KeyboardInterrupt:
@@ -91,10 +94,11 @@ def run(prepared: Prepared) -> None:
     """The pipeline. Each stage reads what those before it left in the run directory."""
     config, run = prepared.config, prepared.run
     began = time.monotonic()
-    run.write_config(config.dump())
+    if not run.config.exists():
+        run.write_config(config.dump())
     run.event("run_started", stages=list(config.stages))
     if set(config.stages) & {"importance", "depth", "search", "retrain"}:
-        with cluster.joined("warning"):
+        with cluster.joined():
             resolved = resolved_precision(config.precision)
             run.write_environment({**environment(prepared), "precision": resolved})
             if "importance" in config.stages and not run.importance.exists():
@@ -114,7 +118,7 @@ def run(prepared: Prepared) -> None:
     say(f"done in {(time.monotonic() - began) / 60:.1f} minutes: {run.root}")
 
 
-def search_and_retrain(prepared: Prepared, resolved: str) -> None:
+def search_and_retrain(prepared: Prepared, resolved: Precision) -> None:
     config, run, space = prepared.config, prepared.run, prepared.space
     materials = ray.put(make_materials(prepared, resolved))
     settings = distillation_settings(config, resolved)
@@ -138,6 +142,8 @@ def search_and_retrain(prepared: Prepared, resolved: str) -> None:
     if "retrain" in config.stages:
         for rank, architecture in enumerate(best, 1):
             retrain(prepared, search, architecture, rank, materials, slots)
+        if config.evaluation.tasks:
+            evaluate_all(prepared, len(best))
 
 
 def retrain(
@@ -157,6 +163,16 @@ def retrain(
     run.event("trial_finished", trial=trial.id, status="complete")
     search.write_tables(frozenset(row["trial"] for row in run.read_trials() if row["status"] == "promoted"))
     say(f"retrain: {run.best(rank)}")
+
+
+def evaluate_all(prepared: Prepared, promoted: int) -> None:
+    """lm-eval's tasks on the teacher and on every student in best/, into evaluation.json."""
+    run, tasks = prepared.run, prepared.config.evaluation.tasks
+    folders = {"teacher": prepared.teacher_folder, **{run.best(n).name: run.best(n) for n in range(1, promoted + 1)}}
+    for name, folder in folders.items():
+        if name not in run.read_evaluation():
+            say(f"evaluation: {', '.join(tasks)} on {name}")
+            run.write_evaluation({**run.read_evaluation(), name: on_all_cpus(evaluation.evaluate, folder, tasks)})
 
 
 def begin(run: Any, trials: list[Any]) -> None:

@@ -93,6 +93,7 @@ class RunDirectory:
         self.depth_pieces = self.root / "depth_pieces"  # what a killed sweep goes on from
         self.trials_table = self.root / "trials.parquet"
         self.events_log = self.root / "events.jsonl"
+        self.evaluation = self.root / "evaluation.json"
         self.study = self.root / "study.db"
         self.report = self.root / "report.html"
         self.scratch = self.root / ".ray"  # what Ray writes of its own; gone when the run ends
@@ -118,6 +119,13 @@ class RunDirectory:
 
     def read_environment(self) -> dict[str, Any]:
         return json.loads(self.environment.read_text()) if self.environment.exists() else {}
+
+    def write_evaluation(self, scores: Mapping[str, Any]) -> None:
+        """lm-eval's scores by model: `teacher`, `best`, `best-2`, ..."""
+        replace_text(self.evaluation, json.dumps(scores, indent=1))
+
+    def read_evaluation(self) -> dict[str, Any]:
+        return json.loads(self.evaluation.read_text()) if self.evaluation.exists() else {}
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one event with its Unix time in seconds, durable when this returns."""

@@ -119,7 +119,7 @@ class Search:
         if len(observed) >= self.config.search.trials:
             return None
         architecture = propose(self.space, observed, sampler=self.config.search.sampler, seed=self.config.seed)
-        return architecture and self.make(architecture, len(observed), self.config.seed)
+        return self.make(architecture, len(observed), self.config.seed) if architecture else None
 
     def write_tables(self, promoted: frozenset[str] = frozenset()) -> None:
         statuses = {trial: "promoted" if trial in promoted else self.status(trial) for trial in self.trials}
@@ -226,8 +226,8 @@ class Ruling(ASHAScheduler):
         if rung < len(self.search.settings.milestones) - 1 and rung not in self.search.run.decisions(ours.id):
             action = super().on_trial_result(
                 tune_controller,
-                _StandIn(ours.id),
-                tune_result(self.search, result),  # type: ignore[arg-type]
+                _StandIn(ours.id),  # type: ignore[arg-type]
+                tune_result(self.search, result),
             )
             self.search.run.decide(ours.id, rung, "stop" if action == TrialScheduler.STOP else "continue")
         return TrialScheduler.CONTINUE
@@ -262,7 +262,7 @@ class Proposals(Searcher):
         self.search = search
         self.unfinished = [t for t in search.trials.values() if search.status(t.id) == "running"]
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
         trial = self.unfinished.pop(0) if self.unfinished else self.search.next_trial()
         if trial is None:
             return Searcher.FINISHED

@@ -25,10 +25,9 @@ from transformers import PreTrainedModel
 
 from minitron_search import config
 from minitron_search.families import final_hidden
-from minitron_search.precision import autocast
+from minitron_search.precision import Precision, autocast
 
 Mode = Literal["auto", "hidden", "off"]
-Precision = Literal["float32", "bfloat16"]
 FORMULA = 1  # part of the key: raise it when what is stored for the same inputs changes
 MAX_BYTES = 16 * 2**30
 FORWARD_TOKENS = 2048  # teacher tokens per forward pass

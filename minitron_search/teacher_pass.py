@@ -12,13 +12,14 @@ from minitron_search.architecture import digest
 from minitron_search.cluster import on_all_cpus
 from minitron_search.console import say
 from minitron_search.importance import Importance
+from minitron_search.precision import Precision
 from minitron_search.preparation import Prepared
 from minitron_search.run_directory import RunDirectory
 from minitron_search.trial import Materials
 from minitron_search.trimming import load_teacher, permute_teacher
 
 
-def measure_importance(prepared: Prepared, resolved: str) -> None:
+def measure_importance(prepared: Prepared, resolved: Precision) -> None:
     """Write importance.safetensors from one teacher pass over the calibration windows."""
     config = prepared.config
     say(f"importance: one teacher pass over {config.corpus.calibration_samples} windows")
@@ -30,7 +31,7 @@ def measure_importance(prepared: Prepared, resolved: str) -> None:
     say(f"importance: {time.monotonic() - began:.0f} s")
 
 
-def make_materials(prepared: Prepared, resolved: str) -> Materials:
+def make_materials(prepared: Prepared, resolved: Precision) -> Materials:
     """The permuted teacher and what it says of every window, asked once."""
     run = prepared.run
     key = digest([prepared.teacher_fingerprint, importance_id(run)])
@@ -43,12 +44,14 @@ def make_materials(prepared: Prepared, resolved: str) -> Materials:
     return made
 
 
-def _importance(folder: Path, windows: np.ndarray, asked: configuration.ImportanceConfig, resolved: str) -> Importance:
-    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(precision.device()).eval()
+def _importance(
+    folder: Path, windows: np.ndarray, asked: configuration.ImportanceConfig, resolved: Precision
+) -> Importance:
+    teacher = precision.on_device(AutoModelForCausalLM.from_pretrained(folder, dtype="auto")).eval()
     return importance.measure(teacher, windows, batch=asked.batch, sequence=asked.sequence, precision=resolved)
 
 
-def _materials(prepared: Prepared, resolved: str, folder: Path, key: str) -> tuple[Materials, int]:
+def _materials(prepared: Prepared, resolved: Precision, folder: Path, key: str) -> tuple[Materials, int]:
     config, corpus = prepared.config, prepared.corpus
     found = Importance.load(prepared.run.importance)
     rankings = found.rankings(prepared.space.teacher.num_key_value_heads)
@@ -59,7 +62,7 @@ def _materials(prepared: Prepared, resolved: str, folder: Path, key: str) -> tup
     def cache(name: str, windows: np.ndarray) -> Path:
         nonlocal tokens
         built = teacher_cache.ensure(
-            lambda: load_teacher(computing).to(precision.device()),
+            lambda: precision.on_device(load_teacher(computing)),
             key,
             f"{corpus.id} {name}",
             windows,

@@ -17,7 +17,7 @@ from minitron_search import distillation
 from minitron_search.architecture import Architecture, digest
 from minitron_search.distillation import LoopSettings, Milestone, Teacher
 from minitron_search.distillation_loss import OutputHead
-from minitron_search.precision import device
+from minitron_search.precision import Precision, device, on_device
 from minitron_search.rankings import Rankings
 from minitron_search.run_directory import TRIALS_SCHEMA, RunDirectory
 from minitron_search.scoring import score, throughput
@@ -46,7 +46,7 @@ class Materials:
     train_cache: Path | None
     validation_cache: Path
     block_bi: np.ndarray
-    precision: str
+    precision: Precision
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Trial:
     proposal: int
     initialization: str
     settings: LoopSettings
-    score_precision: str
+    score_precision: Precision
     counts: dict[str, int]
 
     @property
@@ -101,7 +101,7 @@ def run_trial(
     torch.set_num_threads(settings.threads)  # scoring too: how sums are split over threads decides their rounding
     rows = {row["rung"]: row for row in run.metrics(trial.id) if row["kind"] == "rung"}
     checkpoints = run.checkpoint(trial.id)
-    student = initial_student(materials, trial).to(device())
+    student = on_device(initial_student(materials, trial))
     began = time.monotonic()
 
     def reached(milestone: Milestone) -> bool:
@@ -167,7 +167,7 @@ def teacher_of(materials: Materials, settings: LoopSettings) -> Teacher | None:
     if settings.loss == "ce":
         return None
     if materials.train_cache is None:
-        return distillation.live_teacher(load_teacher(materials.compute_folder).to(device()), settings.precision)
+        return distillation.live_teacher(on_device(load_teacher(materials.compute_folder)), settings.precision)
     return distillation.cached_teacher(materials.train_cache, teacher_head(materials), settings.precision)
 
 

@@ -5,13 +5,15 @@ from dataclasses import replace
 from minitron_search.architecture import Architecture
 from minitron_search.config import Config
 from minitron_search.distillation import LoopSettings
+from minitron_search.precision import Precision
 from minitron_search.search_space import SearchSpace
 from minitron_search.trial import Trial
 
+WARMUP_STEPS = 4  # of a short distillation, whose first rung may be no more than that
 CHECKPOINTS = 8  # during one retraining, besides the last
 
 
-def retraining_settings(config: Config, precision: str) -> LoopSettings:
+def retraining_settings(config: Config, precision: Precision) -> LoopSettings:
     asked = config.retraining
     return replace(
         distillation_settings(config, precision),
@@ -25,7 +27,7 @@ def retraining_settings(config: Config, precision: str) -> LoopSettings:
     )
 
 
-def distillation_settings(config: Config, precision: str) -> LoopSettings:
+def distillation_settings(config: Config, precision: Precision) -> LoopSettings:
     """Of the search's short distillation, to the last rung."""
     asked = config.distillation
     return LoopSettings(
@@ -35,7 +37,8 @@ def distillation_settings(config: Config, precision: str) -> LoopSettings:
         temperature=asked.temperature,
         learning_rate=asked.learning_rate,
         batch_tokens=asked.batch_tokens,
-        precision=precision,  # type: ignore[arg-type]
+        warmup_steps=WARMUP_STEPS,
+        precision=precision,
         seed=config.seed,
         threads=config.resources.cpus_per_worker,
     )
@@ -55,7 +58,7 @@ def make_trial(
         arm=arm,
         seed=config.seed,
         proposal=-1,
-        initialization="pruned" if arm in ("teacher",) else config.distillation.initialization,
+        initialization="pruned" if arm == "teacher" else config.distillation.initialization,
         settings=replace(settings, seed=config.seed),
         score_precision="float32",
         counts=counts(space, architecture),

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -83,7 +84,8 @@ def student_of(
     config: PretrainedConfig, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
     """A stock model on exactly the tensors of `state` (tied ones once), not copies; evaluation mode."""
-    model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+    family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model, info = family.from_pretrained(
         None, config=config, state_dict=dict(state), dtype=dtype, output_loading_info=True
     )
     assert not info["unexpected_keys"] and not info["mismatched_keys"], info

@@ -9,11 +9,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import yaml
-
-from tests.tiny import WORDS
 
 ROOT = Path(__file__).parents[1]
 TIMES = {"seconds", "tokens_per_second"}  # the columns that two equal runs may differ in
@@ -95,8 +92,3 @@ def rows(output: Path) -> list[dict[str, Any]]:
 def events(output: Path, kind: str) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]
     return [line for line in lines if line["event"] == kind]
-
-
-def prose(words: int, seed: int = 0) -> str:
-    """Text of `words` words, the same every time."""
-    return " ".join(np.random.default_rng(seed).choice(WORDS, words).tolist())

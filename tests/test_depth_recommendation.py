@@ -5,8 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from minitron_search.config import parse
 from minitron_search.depth import TEACHER, Values, block
 from minitron_search.depth_recommendation import best_blocks, paired, recommendation
+from minitron_search.search_space import SearchSpace
+from tests import tiny
 
 
 def sweep(n: int = 40, accuracy: float = 0.5, seed: int = 0) -> Values:
@@ -94,3 +97,13 @@ def test_it_is_json_and_a_search_reads_its_seeds_from_it() -> None:
     found = json.loads(json.dumps(recommendation(sweep(400), [2], 4, {2: (0, 3)})))
     assert best_blocks(found, "lm_loss") == best_blocks(found, "kl") == {2: 1}
     assert best_blocks(found, "winogrande_margin") == {2: 2}
+
+
+def test_a_seed_is_the_largest_legal_architecture_without_the_block() -> None:
+    teacher = tiny.config(num_hidden_layers=4)
+    axes = {"intermediate_size": {"choices": [10, 20]}, "drop_block": {"lengths": [0, 1, 2]}}
+    budget = {"params": {"target": 8_000, "tolerance": 0.5}}
+    space = SearchSpace(parse({"space": {"axes": axes, "budget": budget}}).space, teacher)
+    seeds = space.largest_without({2: 1, 1: 3, 3: 0})  # length 3 is not in the space
+    assert [seed.layers for seed in seeds] == [(0, 1, 2), (0, 3)]
+    assert all(seed.intermediate_size == 20 and seed in list(space.architectures()) for seed in seeds)

@@ -34,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher, texts and questions."""
     folder = tmp_path_factory.mktemp("data")
     tiny.teacher_folder(folder / "teacher", num_hidden_layers=5)
-    tiny.teacher_folder(folder / "slow", num_hidden_layers=10, hidden_size=512, intermediate_size=1024, head_dim=128)
+    tiny.teacher_folder(folder / "slow", num_hidden_layers=6, hidden_size=256, intermediate_size=512, head_dim=64)
     (folder / "train.txt").write_text(prose(2000, seed=0))
     (folder / "valid.txt").write_text(prose(8000, seed=1))
     tiny.winogrande_file(folder / "questions.jsonl", 40)
@@ -155,6 +155,14 @@ def test_a_length_that_leaves_no_layer_is_refused_before_anything_is_written(
     assert main(arguments(data, tmp_path / "run", "--depth.lengths", "5")) == 2
     assert "depth.lengths: 5 of the teacher's 5 layers; valid: at most 4" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_seeds_from_a_sweep_that_is_not_there_are_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seeded = ["--stages", "importance,search", "--space.axes.drop_block.seeds", "sweep"]
+    assert main(arguments(data, tmp_path / "run", *seeded)) == 2
+    assert "space.axes.drop_block.seeds: sweep needs the depth stage" in capsys.readouterr().err
 
 
 def test_bi_alone_needs_no_suffix_and_has_no_one_by_one_line(data: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
-from tests.runs import Command, events, prose, rows, tiny_configuration
+from tests.runs import Command, events, rows, tiny_configuration
 
 ONE = ("--search.concurrency", "1")
 INLINE = ("--resources.launcher", "inline")
@@ -24,7 +24,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
     tiny.model(config).save_pretrained(folder / "teacher")
     tiny.tokenizer().save_pretrained(folder / "teacher")
     text = folder / "text.txt"
-    text.write_text(prose(20_000))
+    text.write_text(tiny.prose(20_000))
     return Command(folder, tiny_configuration(folder / "teacher", text))
 
 

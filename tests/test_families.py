@@ -72,6 +72,14 @@ def test_the_students_configuration_survives_a_round_trip_with_head_dim_written(
         assert getattr(reloaded, kept) == getattr(config, kept), kept
 
 
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_a_head_dim_that_the_teacher_leaves_to_its_family_is_written_for_the_student(model_type: str) -> None:
+    config = tiny.config(model_type, head_dim=None)  # 24 / 4
+    config.head_dim = None
+    for hidden_size, heads in ((24, 4), (16, 2), (20, 4)):
+        assert student_config(config, Architecture(hidden_size, 20, heads, 2, (0,))).head_dim == 6
+
+
 def test_lists_over_layers_are_sliced_with_them() -> None:
     config = tiny.config(num_hidden_layers=4)
     config.layer_types = ["full", "sliding", "full", "chunked"]

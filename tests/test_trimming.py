@@ -303,13 +303,13 @@ def test_rankings_descend_and_ties_keep_the_teachers_order() -> None:
 
 
 def test_whole_groups_are_ranked_by_the_sum_of_their_heads() -> None:
-    heads = torch.tensor([[1.0, 1.0, 9.0, 0.0, 4.0, 4.0]])
+    heads = torch.tensor([[1.0, 1.0, 9.0, 0.0, 5.0, 6.0]])  # sums 2, 9 and 11
     rankings = Rankings.of_scores(torch.ones(2), torch.ones(1, 2), heads, key_value_heads=3)
-    assert rankings.groups.tolist() == [[1, 2, 0]]
+    assert rankings.groups.tolist() == [[2, 1, 0]]
     kept = rankings.kept(Architecture(2, 2, 2, 2, (0,)), 0, "query", head_dim=2)
-    assert kept is not None and kept.tolist() == [4, 5, 8, 9]  # head 2 of group 1, head 4 of group 2
+    assert kept is not None and kept.tolist() == [10, 11, 4, 5]  # head 5 of group 2, head 2 of group 1
     groups = rankings.kept(Architecture(2, 2, 2, 2, (0,)), 0, "key_value", head_dim=2)
-    assert groups is not None and groups.tolist() == [2, 3, 4, 5]
+    assert groups is not None and groups.tolist() == [4, 5, 2, 3]
 
 
 @pytest.mark.parametrize(("seed", "ratio"), HEADED)

@@ -136,3 +136,8 @@ def winogrande_file(path: Path, examples: int = 4) -> Path:
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def prose(words: int, seed: int = 0) -> str:
+    """Text of `words` words, the same every time."""
+    return " ".join(np.random.default_rng(seed).choice(WORDS, words).tolist())
