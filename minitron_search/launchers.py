@@ -1,7 +1,8 @@
 """Two thin adapters that place a trial: a Ray Train worker group, or the Tune trial's own process."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -12,6 +13,8 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import FailureConfig
 
 from minitron_search.config import Resources
+from minitron_search.distillation import DivergedError
+from minitron_search.run_directory import RunDirectory
 from minitron_search.trial import Trial, run_trial
 
 WORKER_RESTARTS = 2  # of a worker group whose worker died: it goes on from its last checkpoint
@@ -45,14 +48,26 @@ def fit(materials: ray.ObjectRef, trial: Trial, resources: Resources, decided: b
 
 def _worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
-    run_trial(
-        ray.get(config["materials"][0]),
-        config["trial"],
-        ray.train.report,
-        decided=config["decided"],
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
-    )
+    materials, trial, rank = ray.get(config["materials"][0]), config["trial"], context.get_world_rank()
+    with diverging_ends(materials.run, trial, rank):
+        run_trial(
+            materials,
+            trial,
+            ray.train.report,
+            decided=config["decided"],
+            rank=rank,
+            world_size=context.get_world_size(),
+        )
+
+
+@contextmanager
+def diverging_ends(run: RunDirectory, trial: Trial, rank: int = 0) -> Iterator[None]:
+    """A trial whose loss diverges has failed and says so; it is not started again, which would only repeat it."""
+    try:
+        yield
+    except DivergedError as error:
+        if rank == 0:
+            run.event("trial_failed", trial=trial.id, message=str(error))
 
 
 def tune_function(materials: ray.ObjectRef, resources: Resources) -> Callable[[dict[str, Any]], None]:
@@ -64,6 +79,8 @@ def tune_function(materials: ray.ObjectRef, resources: Resources) -> Callable[[d
         fit(materials, config["trial"], resources, decided=True, callbacks=[TuneReportCallback()])
 
     def inline(config: dict[str, Any]) -> None:
-        run_trial(ray.get(materials), config["trial"], ray.tune.report, decided=True)
+        made = ray.get(materials)
+        with diverging_ends(made.run, config["trial"]):
+            run_trial(made, config["trial"], ray.tune.report, decided=True)
 
     return through_train if resources.launcher == "train" else inline

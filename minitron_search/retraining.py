@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from minitron_search import distillation
 from minitron_search.config import Config, Resources
-from minitron_search.launchers import fit
+from minitron_search.launchers import diverging_ends, fit
 from minitron_search.model_card import model_card
 from minitron_search.precision import on_device
 from minitron_search.run_directory import RunDirectory
@@ -38,7 +38,9 @@ def retrain(
 
     def placed(hidden: list[ray.ObjectRef]) -> None:
         if inline:
-            run_trial(ray.get(hidden[0]), trial, lambda row: None, decided=False)
+            made = ray.get(hidden[0])
+            with diverging_ends(made.run, trial):
+                run_trial(made, trial, lambda row: None, decided=False)
         else:
             fit(hidden[0], trial, gang(config, slots), decided=False, callbacks=[])
 
@@ -53,6 +55,9 @@ def retrain(
             progress(f"retrain: {last['tokens']:,} of {total:,} tokens, loss {last['loss']:.3f}, "
                      f"{last['tokens_per_second']:.0f} tokens/s, about {left:.0f} min left")  # fmt: skip
     ray.get(running)
+    failed = [event for event in run.events() if event["event"] == "trial_failed" and event["trial"] == trial.id]
+    if failed:
+        raise RuntimeError(f"retraining: {failed[-1]['message']}; a smaller retraining.learning_rate may hold")
 
 
 def export(materials: Materials, trial: Trial, teacher_name: str, teacher_folder: Path, folder: Path) -> None:

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -27,7 +28,7 @@ from minitron_search.search_space import SearchSpace
 from minitron_search.trial import Trial
 from minitron_search.trial_settings import counts
 
-TRIAL_RESTARTS = 2  # of a trial whose process died
+TRIAL_RESTARTS = 1  # of a trial whose process died
 TRIAL_MEMORY = 300 * 2**20  # a Tune trial that only waits for its workers asks for memory, not for a CPU
 SIGN = {"lm_loss": 1.0, "kl": 1.0, "winogrande_margin": -1.0}  # the objective is always minimised
 
@@ -54,8 +55,12 @@ class Search:
         for row in self.run.rungs():
             if row["trial"] in self.rows:
                 self.rows[row["trial"]][row["rung"]] = row
+        self.read_failures()
+
+    def read_failures(self) -> None:
+        """A trial that diverged has said so itself."""
         for event in self.run.events():
-            if event["event"] == "trial_failed":
+            if event["event"] == "trial_failed" and event["trial"] in self.trials:
                 self.failures[event["trial"]] = event["message"]
 
     def make(self, architecture: Architecture, proposal: int, seed: int) -> Trial:
@@ -308,8 +313,11 @@ class Bookkeeping(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         ours: Trial = trial.config["trial"]
+        self.search.read_failures()
         self.search.run.event("trial_finished", trial=ours.id, status=self.search.status(ours.id))
         self.search.write_tables()
+        if ours.id in self.search.failures:
+            self.progress(f"{self._place(ours)} failed: {self.search.failures[ours.id]}")
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         ours: Trial = trial.config["trial"]
@@ -344,6 +352,7 @@ def _id_of(trial: Any) -> str:
 
 
 def _cause(trial: Any) -> str:
-    """The last line of what a trial died of."""
-    lines = (trial.get_error() and str(trial.get_error()) or "its process died").strip().splitlines()
-    return lines[-1]
+    """The last line of what a trial died of; Tune has written it to a file by now, and not yet to storage."""
+    error = Path(trial.error_file)
+    lines = error.read_text().strip().splitlines() if error.is_file() else []
+    return lines[-1] if lines else "its process died"

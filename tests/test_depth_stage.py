@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from minitron_search import depth, winogrande
-from minitron_search.depth_stage import CHOICES, TEXT, Job, compute, missing_pieces, read
+from minitron_search.depth_stage import CHOICES, TEXT, Job, _streamed, compute, missing_pieces, read
 from minitron_search.run import main
 from minitron_search.run_directory import DEPTH_SCHEMA, RunDirectory
 from tests import tiny
@@ -155,6 +155,13 @@ def test_a_length_that_leaves_no_layer_is_refused_before_anything_is_written(
     assert main(arguments(data, tmp_path / "run", "--depth.lengths", "5")) == 2
     assert "depth.lengths: 5 of the teacher's 5 layers; valid: at most 4" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_would_fill_a_workers_memory_are_streamed(data: Path, tmp_path: Path) -> None:
+    made = job(data, tmp_path, weight_bytes=100)
+    assert not _streamed(replace(made, memory_bytes=200.0)) and _streamed(replace(made, memory_bytes=199.0))
+    assert _streamed(replace(made, weights="streamed"))
+    assert not _streamed(replace(made, weights="resident", memory_bytes=1.0))
 
 
 def test_seeds_from_a_sweep_that_is_not_there_are_refused(

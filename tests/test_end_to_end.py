@@ -1,6 +1,7 @@
 """The command on a tiny teacher: what it leaves, that it repeats itself, and that nothing kills it for good."""
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -101,6 +102,48 @@ def test_two_at_once_through_ray_train_give_the_same_numbers(command: Command, u
             ends = [e["time"] for e in events(output, "trial_finished") if e["trial"] == event["trial"]]
             spans.append((event["time"], ends[0]))
     assert any(a[0] < b[0] < a[1] for a in spans for b in spans), "no two trials ran at once"
+
+
+@pytest.mark.slow
+def test_a_killed_train_worker_is_replaced_and_changes_no_number(command: Command, unbroken: Path) -> None:
+    output = command.folder / "killed-worker"
+    process = command.start(output, *ONE, "--stages", "importance,search")
+    assert process.stdout is not None
+    killed = False
+    for line in process.stdout:
+        if "rung 0" in line and "continue" in line and not killed:  # its worker trains towards the next rung
+            killed = kill_train_worker()
+    assert process.wait(timeout=300) == 0 and killed
+    ours = [row for row in rows(output) if row["arm"] == "search"]
+    expected = [row for row in rows(unbroken) if row["arm"] == "search"]
+    assert ours == expected
+
+
+def kill_train_worker() -> bool:
+    """SIGKILL the newest Ray Train worker of this machine's tests; whether there was one."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            name = (folder / "cmdline").read_bytes().decode()
+        except OSError:
+            continue
+        if name.startswith("ray::") and "TrainWorker" in name:
+            found.append(int(folder.name))
+    for pid in sorted(found)[-1:]:
+        os.kill(pid, signal.SIGKILL)
+    return bool(found)
+
+
+def test_a_diverging_trial_fails_with_its_reason_and_is_not_repeated(command: Command) -> None:
+    output = command.folder / "diverging"
+    process = command.start(output, *ONE, *INLINE, "--stages", "importance,search", "--search.trials", "2",
+                            "--distillation.learning_rate", "1e30")  # fmt: skip
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 1, printed
+    assert "nothing to promote" in printed
+    failed = [row for row in rows(output) if row["arm"] == "search"]
+    assert len(failed) == 2
+    assert all(row["status"] == "failed" and "diverged at step" in row["message"] for row in failed)
 
 
 @pytest.mark.slow

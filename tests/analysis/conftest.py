@@ -12,6 +12,8 @@ from minitron_search.run_directory import RunDirectory
 LAYERS, HIDDEN, MLP, HEADS = 30, 576, 1536, 9
 TEACHER_PARAMS, EMBEDDING = 134_515_008, 28_311_552
 RUNGS = (8192, 32768)
+LENGTHS = (1, 2)  # of the depth sweep
+METRICS = ("lm_loss", "winogrande_acc", "winogrande_margin", "bi")
 HOSTILE = "</script><script>alert(1)</script>"
 
 
@@ -75,6 +77,30 @@ def write_importance(run: RunDirectory) -> None:
     save_file(arrays, run.importance, metadata={"samples": "64", "batch": "l2", "sequence": "mean"})
 
 
+def depth_row(kind: str, layers: list[int], metric: str, value: float) -> dict[str, object]:
+    return {
+        "start": layers[0] if layers else 0, "length": len(layers), "metric": metric, "value": value,
+        "stderr": 0.05, "n": 8, "kind": kind, "layers": ",".join(map(str, layers)),
+    }  # fmt: skip
+
+
+def write_depth(run: RunDirectory, metrics: tuple[str, ...], words: tuple[str, ...]) -> None:
+    """A sweep over 6 layers; 3.2 for the teacher, 3.4 one by one."""
+    draw = np.random.default_rng(0)
+    rows = []
+    for metric in metrics:
+        if metric != "bi":
+            rows.append(depth_row("teacher", [], metric, 3.2))
+        for length in LENGTHS:
+            for start in range(6 - length + 1):
+                layers = list(range(start, start + length))
+                rows.append(depth_row("contiguous", layers, metric, 3.3 + draw.random()))
+            if metric != "bi":
+                rows.append(depth_row("one_by_one", list(range(0, 2 * length, 2)), metric, 3.4))
+    run.write_depth(rows)
+    run.write_depth_recommendation({"words": list(words), "at_chance": True})
+
+
 def write_run(root: Path, trials: int = 12, name: str = "smollm2-135m", hostile: str = "") -> RunDirectory:
     """A finished search: `trials` candidates over two rungs, a failure, a promotion, retraining, controls."""
     run = RunDirectory(root)
@@ -104,6 +130,7 @@ def write_run(root: Path, trials: int = 12, name: str = "smollm2-135m", hostile:
     run.event("stage_started", stage="importance")
     write_importance(run)
     run.event("stage_finished", stage="importance")
+    write_depth(run, METRICS, ("2 layers: drop layers 3-4." + hostile,))
 
     def start(trial: str, arm: str, axes: dict[str, int], proposal: int) -> dict[str, object]:
         made = {

@@ -13,33 +13,15 @@ from analysis import depth, depth_figures
 from analysis.cards import depth_card, make_cards
 from analysis.run_data import load_run
 from minitron_search.run_directory import RunDirectory
+from tests.analysis.conftest import LENGTHS, METRICS, write_depth
 
-LAYERS, LENGTHS = 6, (1, 2)
-METRICS = ("lm_loss", "winogrande_acc", "winogrande_margin", "bi")
 HOSTILE = "<script>alert(1)</script>"
 
 
-def row(kind: str, layers: list[int], metric: str, value: float) -> dict[str, object]:
-    return {
-        "start": layers[0] if layers else 0, "length": len(layers), "metric": metric, "value": value,
-        "stderr": 0.05, "n": 8, "kind": kind, "layers": ",".join(map(str, layers)),
-    }  # fmt: skip
-
-
 def write_sweep(root: Path, metrics: tuple[str, ...] = METRICS, words: tuple[str, ...] = ("Drop it.",)) -> RunDirectory:
-    run, draw = RunDirectory(root), np.random.default_rng(0)
+    run = RunDirectory(root)
     run.write_config({"name": "swept"})
-    rows = []
-    for metric in metrics:
-        if metric != "bi":
-            rows.append(row("teacher", [], metric, 3.2))
-        for length in LENGTHS:
-            for start in range(LAYERS - length + 1):
-                rows.append(row("contiguous", list(range(start, start + length)), metric, 3.3 + draw.random()))
-            if metric != "bi":
-                rows.append(row("one_by_one", list(range(0, 2 * length, 2)), metric, 3.4))
-    run.write_depth(rows)
-    run.write_depth_recommendation({"words": list(words), "at_chance": True})
+    write_depth(run, metrics, words)
     return run
 
 
