@@ -197,7 +197,7 @@ class Search(Section):
     trials: Count = 8
     sampler: Literal["tpe", "random"] = "tpe"
     objective: Literal["lm_loss", "kl", "winogrande_margin"] = "lm_loss"
-    rungs: Annotated[tuple[Count, ...], BeforeValidator(_listed), Field(min_length=1)] = (4_000, 16_000)
+    rungs: Annotated[tuple[Count, ...], BeforeValidator(_listed), Field(min_length=1)] = (4_000, 12_000)
     reduction_factor: Annotated[int, BeforeValidator(_number), Field(ge=2)] = 3
     concurrency: AutoCount = "auto"
     promote: Count = 1
@@ -223,7 +223,7 @@ class Distillation(Section):
 
 
 class Retraining(Section):
-    tokens: Count = 64_000
+    tokens: Count = 32_000
     learning_rate: Positive = 3e-4
     min_learning_rate: Annotated[Real, Field(ge=0)] = 1e-5
     warmup_steps: CountOrZero = 4
