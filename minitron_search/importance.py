@@ -65,6 +65,34 @@ def measure(
     rows_at_once: int = 4,
 ) -> Importance:
     """Importance of every width element and of every block, over calibration `windows` (samples, length)."""
+    return combined([partial_sums(teacher, windows, batch, sequence, precision, rows_at_once)], batch)
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Sums over some of the samples; sums of disjoint samples add up.
+
+    first, second: by (layer, module), sums over samples of |s| (of s for batch `mean`) and of s^2, where s is a
+    sample's aggregate over positions. cosines: (layers + 1, layers + 1), summed over positions.
+    """
+
+    norms: tuple[str, ...]
+    first: dict[tuple[int, str], Tensor]
+    second: dict[tuple[int, str], Tensor]
+    cosines: Tensor
+    positions: int
+    samples: int
+
+
+def partial_sums(
+    teacher: PreTrainedModel,
+    windows: np.ndarray,
+    batch: str,
+    sequence: str,
+    precision: str,
+    rows_at_once: int = 4,
+) -> Partial:
+    """The sums of `windows` (samples, length), arguments as `measure`."""
     device = teacher.device
     sums = _Sums(teacher, batch, sequence)
     with torch.no_grad(), sums.watching(teacher):
@@ -73,7 +101,34 @@ def measure(
             with autocast(precision, device):
                 final_hidden(teacher, rows)
             sums.end_of_rows()
-    return sums.importance(len(windows))
+    return sums.partial(len(windows))
+
+
+def combined(parts: list[Partial], batch: str) -> Importance:
+    """The importance of all samples of `parts`, added in the order given."""
+    samples, norms = sum(part.samples for part in parts), parts[0].norms
+    cosines = sum((part.cosines for part in parts[1:]), parts[0].cosines)
+
+    def over_samples(key: tuple[int, str]) -> Tensor:
+        first = sum((part.first[key] for part in parts[1:]), parts[0].first[key])
+        second = sum((part.second[key] for part in parts[1:]), parts[0].second[key])
+        if batch == "l2":
+            return second.sqrt()
+        if batch == "variance":
+            return second / samples - (first / samples).square()
+        return first if batch == "l1" else first / samples
+
+    def stacked(kind: str) -> Tensor:
+        return torch.stack([over_samples((layer, kind)) for layer in range(len(cosines) - 1)])
+
+    per_norm = torch.cat([stacked(norm) for norm in norms])
+    return Importance(
+        hidden=per_norm.sum(0),
+        hidden_per_norm=per_norm,
+        mlp=stacked("mlp"),
+        heads=stacked("heads"),
+        block_bi=1 - cosines / sum(part.positions for part in parts),
+    )
 
 
 class _Sums:
@@ -135,28 +190,10 @@ class _Sums:
         self.positions += stream.shape[1]
         self.stream.clear()
 
-    def importance(self, samples: int) -> Importance:
-        layers = len(self.cosines) - 1  # type: ignore[arg-type]
-
-        def stacked(kind: str) -> Tensor:
-            return torch.stack([self._over_samples((layer, kind), samples) for layer in range(layers)]).cpu()
-
-        per_norm = torch.cat([stacked(norm) for norm in self.family.norms])
-        return Importance(
-            hidden=per_norm.sum(0),
-            hidden_per_norm=per_norm,
-            mlp=stacked("mlp"),
-            heads=stacked("heads"),
-            block_bi=(1 - self.cosines / self.positions).cpu(),  # type: ignore[union-attr]
-        )
-
-    def _over_samples(self, key: tuple[int, str], samples: int) -> Tensor:
-        first, second = self.first[key], self.second[key]
-        if self.batch == "l2":
-            return second.sqrt()
-        if self.batch == "variance":
-            return second / samples - (first / samples).square()
-        return first if self.batch == "l1" else first / samples
+    def partial(self, samples: int) -> Partial:
+        assert isinstance(self.cosines, Tensor)
+        first, second = ({key: total.cpu() for key, total in sums.items()} for sums in (self.first, self.second))
+        return Partial(self.family.norms, first, second, self.cosines.cpu(), self.positions, samples)
 
 
 def _over_positions(sequence: str):  # type: ignore[no-untyped-def]

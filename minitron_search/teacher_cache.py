@@ -75,12 +75,14 @@ def ensure(
     data_id: str,
     windows: np.ndarray,
     precision: Precision,
+    write: Callable[[Path], int] | None = None,
 ) -> Built:
     """Makes the cache of `windows` (n, length) unless it is there; of many that ask, one process computes it.
 
     `teacher_fingerprint` is a content hash of the teacher's weights and configuration. `load_teacher` is
-    called only when there is something to compute, and its device is where that happens. The cache appears
-    whole or not at all (it is renamed into place).
+    called only when there is something to compute, and its device is where that happens. `write` fills the
+    file it is given with every row, in other processes say, and returns the hidden size (`write_hidden`). The
+    cache appears whole or not at all (it is renamed into place).
     """
     path = cache_path(teacher_fingerprint, data_id, windows, precision)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +94,11 @@ def ensure(
         partial = path.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
         partial.mkdir()
-        hidden_size = _write_hidden(partial / "hidden.bin", load_teacher(), windows, precision)
+        file = partial / "hidden.bin"
+        if write is None:
+            hidden_size = write_hidden(file, load_teacher(), windows, chunks(windows), precision)
+        else:
+            hidden_size = write(file)
         np.save(partial / "token_hashes.npy", token_hashes(windows))
         made_from = _made_from(teacher_fingerprint, data_id, windows, precision)
         (partial / "cache.json").write_text(json.dumps({"hidden_size": hidden_size, **made_from}, indent=1))
@@ -145,17 +151,28 @@ def _made_from(fingerprint: str, data_id: str, windows: np.ndarray, precision: P
     }
 
 
-def _write_hidden(file: Path, teacher: PreTrainedModel, windows: np.ndarray, precision: Precision) -> int:
-    """Returns the hidden size."""
+def chunks(windows: np.ndarray) -> list[slice]:
+    """Rows of `windows` (n, length) that go through the teacher together."""
     rows = max(1, FORWARD_TOKENS // windows.shape[1])
-    with open(file, "wb") as out:
-        for start in range(0, len(windows), rows):
-            ids = torch.from_numpy(windows[start : start + rows].astype(np.int64)).to(teacher.device)
+    return [slice(start, min(start + rows, len(windows))) for start in range(0, len(windows), rows)]
+
+
+def write_hidden(
+    file: Path, teacher: PreTrainedModel, windows: np.ndarray, parts: list[slice], precision: Precision
+) -> int:
+    """Writes `parts` of the rows of `file` in their places, beside other processes that write theirs; returns the
+    hidden size."""
+    out = os.open(file, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        for part in parts:
+            ids = torch.from_numpy(windows[part].astype(np.int64)).to(teacher.device)
             hidden = teacher_hidden(teacher, ids, precision).cpu()
-            out.write(hidden.view(torch.int16 if precision == "bfloat16" else torch.float32).numpy().tobytes())
-        out.flush()
-        os.fsync(out.fileno())
-    return int(hidden.shape[-1])
+            data = hidden.view(torch.int16 if precision == "bfloat16" else torch.float32).numpy().tobytes()
+            os.pwrite(out, data, part.start * (len(data) // len(ids)))
+        os.fsync(out)
+    finally:
+        os.close(out)
+    return int(teacher.config.hidden_size)
 
 
 @torch.no_grad()
