@@ -3,7 +3,7 @@
     python -m benchmarks.peak_memory -- python -m minitron_search.run --output DIR --search.concurrency 2
 
 Samples the proportional set size (PSS: a page that n processes share counts 1/n in each) of every process in the
-command's tree, once a second. Prints the peak of the sum, and of each kind of process.
+command's tree, every two seconds. Prints the peak of the sum, and of each kind of process.
 """
 
 import subprocess
@@ -51,7 +51,7 @@ def main(command: list[str]) -> int:
         peak = max(peak, total)
         for name, used in now.items():
             by_name[name] = max(by_name[name], used)
-        time.sleep(1)
+        time.sleep(2)
     for name, used in sorted(by_name.items(), key=lambda item: -item[1])[:8]:
         print(f"  {name:40} {used / 2**20:8.0f} MiB at most in one process")
     print(f"peak of all processes together: {peak / 2**30:.2f} GiB")

@@ -21,7 +21,7 @@ SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 def cache_folder() -> Path:
     """Where what is computed once is kept: `$MINITRON_SEARCH_CACHE`, else `~/.cache/minitron_search`."""
-    return Path(os.environ.get("MINITRON_SEARCH_CACHE", "~/.cache/minitron_search")).expanduser()
+    return Path(os.environ.get("MINITRON_SEARCH_CACHE", "~/.cache/minitron_search")).expanduser().absolute()
 
 
 def _number(value: Any) -> Any:

@@ -69,7 +69,7 @@ def prepare(config: Config, resume: bool) -> Prepared:
     """All checks and all inputs. Raises ValueError as `check` does, and where text or disk space is too short."""
     teacher, space, examples = check(config, resume)
     _check_disk(config, space)
-    folder = teacher_folder(config.teacher.model)
+    folder = teacher_folder(config.teacher.model).absolute()
     tokenizer = load_tokenizer(config.teacher.model)
     longest = getattr(teacher, "max_position_embeddings", 2048)
     packed = pack(examples, tokenizer, config.winogrande.shots, max_length=longest)
@@ -133,36 +133,36 @@ def _check_output(run: RunDirectory, config: Config, resume: bool) -> None:
         raise ValueError(f"output: {existing} is no folder that can be written to; valid: a new folder")
     if not run.root.exists() or not any(run.root.iterdir()):
         if resume:
-            raise ValueError(f"output: {run.root} holds no run to continue; valid: the same command without --resume")
+            raise ValueError(f"output: {config.output} holds no run to continue; valid: the same command without --resume")
         return
     if not run.config.exists():
-        raise ValueError(f"output: {run.root} is not empty and holds no run; valid: a new folder")
+        raise ValueError(f"output: {config.output} is not empty and holds no run; valid: a new folder")
     if not resume:
-        raise ValueError(f"output: {run.root} holds a run; valid: another folder, or --resume to continue it")
+        raise ValueError(f"output: {config.output} holds a run; valid: another folder, or --resume to continue it")
     asked, there = config.dump(), run.read_config()
     changed = [
         line for line in configuration.differences(there, asked)
         if not line.startswith(tuple(f"{key}:" for key in PLACEMENT))
     ]  # fmt: skip
     if changed:
-        raise ValueError(f"output: {run.root} holds a run of another configuration; " + "; ".join(changed)
+        raise ValueError(f"output: {config.output} holds a run of another configuration; " + "; ".join(changed)
                          + "; valid: the same values, or another folder")  # fmt: skip
 
 
 def _check_stages(run: RunDirectory, config: Config) -> None:
     stages = config.stages
     if "search" in stages and "importance" not in stages and not run.importance.exists():
-        raise ValueError(f"stages: {', '.join(stages)}: search needs importance, which {run.root} does not hold; "
+        raise ValueError(f"stages: {', '.join(stages)}: search needs importance, which {config.output} does not hold; "
                          "valid: importance,search")  # fmt: skip
     block = config.space.axes.drop_block
     seeded = block is not None and block.seeds == "sweep" and "search" in stages
     if seeded and "depth" not in stages and not run.depth_recommendation.exists():
-        raise ValueError(f"space.axes.drop_block.seeds: sweep needs the depth stage, which {run.root} does not hold; "
+        raise ValueError(f"space.axes.drop_block.seeds: sweep needs the depth stage, which {config.output} does not hold; "
                          "valid: stages importance,depth,search, or seeds none")  # fmt: skip
     if "retrain" in stages and "search" not in stages:
         promoted = any(row["status"] == "promoted" for row in run.read_trials())
         if not promoted:
-            raise ValueError(f"stages: {', '.join(stages)}: retrain needs a search, which {run.root} does not "
+            raise ValueError(f"stages: {', '.join(stages)}: retrain needs a search, which {config.output} does not "
                              "hold; valid: importance,search,retrain")  # fmt: skip
 
 

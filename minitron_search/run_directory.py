@@ -84,7 +84,8 @@ class RunDirectory:
     """One run's folder. Creating the object touches nothing on disk."""
 
     def __init__(self, root: str | Path):
-        self.root = Path(str(root).removeprefix("file://"))
+        # absolute: a Ray Train worker has a working directory of its own
+        self.root = Path(str(root).removeprefix("file://")).absolute()
         self.config = self.root / "config.yaml"
         self.environment = self.root / "environment.json"
         self.importance = self.root / "importance.safetensors"
