@@ -133,7 +133,8 @@ def _check_output(run: RunDirectory, config: Config, resume: bool) -> None:
         raise ValueError(f"output: {existing} is no folder that can be written to; valid: a new folder")
     if not run.root.exists() or not any(run.root.iterdir()):
         if resume:
-            raise ValueError(f"output: {config.output} holds no run to continue; valid: the same command without --resume")
+            raise ValueError(f"output: {config.output} holds no run to continue; "
+                             "valid: the same command without --resume")  # fmt: skip
         return
     if not run.config.exists():
         raise ValueError(f"output: {config.output} is not empty and holds no run; valid: a new folder")
