@@ -158,8 +158,8 @@ def _check_stages(run: RunDirectory, config: Config) -> None:
     block = config.space.axes.drop_block
     seeded = block is not None and block.seeds == "sweep" and "search" in stages
     if seeded and "depth" not in stages and not run.depth_recommendation.exists():
-        raise ValueError(f"space.axes.drop_block.seeds: sweep needs the depth stage, which {config.output} does not hold; "
-                         "valid: stages importance,depth,search, or seeds none")  # fmt: skip
+        raise ValueError(f"space.axes.drop_block.seeds: sweep needs the depth stage, which {config.output} "
+                         "does not hold; valid: stages importance,depth,search, or seeds none")  # fmt: skip
     if "retrain" in stages and "search" not in stages:
         promoted = any(row["status"] == "promoted" for row in run.read_trials())
         if not promoted:

@@ -57,8 +57,8 @@ class Command:
 
     def start(self, output: Path, *arguments: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(
-            [sys.executable, "-m", "minitron_search.run", "--config", str(self.file), "--output", os.path.relpath(output, self.folder),
-             *arguments],
+            [sys.executable, "-m", "minitron_search.run", "--config", str(self.file),
+             "--output", os.path.relpath(output, self.folder), *arguments],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=self.environment, cwd=self.folder,
         )  # fmt: skip
 
