@@ -194,7 +194,7 @@ class Space(Section):
 
 
 class Search(Section):
-    trials: Count = 8
+    trials: Count = 6
     sampler: Literal["tpe", "random"] = "tpe"
     objective: Literal["lm_loss", "kl", "winogrande_margin"] = "lm_loss"
     rungs: Annotated[tuple[Count, ...], BeforeValidator(_listed), Field(min_length=1)] = (4_000, 12_000)
