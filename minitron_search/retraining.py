@@ -51,7 +51,7 @@ def retrain(
         steps = [line for line in run.metrics(trial.id) if line["kind"] == "step"]
         if steps:
             last = steps[-1]
-            left = (total - last["tokens"]) / last["tokens_per_second"] / 60
+            left = max(0, total - last["tokens"]) / last["tokens_per_second"] / 60
             progress(f"retrain: {last['tokens']:,} of {total:,} tokens, loss {last['loss']:.3f}, "
                      f"{last['tokens_per_second']:.0f} tokens/s, about {left:.0f} min left")  # fmt: skip
     ray.get(running)
