@@ -87,7 +87,10 @@ def test_ctrl_c_stops_cleanly_and_keeps_finished_rows(command: Command, unbroken
 
 @pytest.mark.slow
 def test_two_at_once_through_ray_train_give_the_same_numbers(command: Command, unbroken: Path) -> None:
-    """Both launchers, any concurrency: what both runs reached is equal, and trials really overlap."""
+    """Both launchers, any concurrency: what both runs reached is equal, and trials really overlap.
+
+    The retraining through Ray Train is on two workers, whose sums are rounded otherwise: equal to 1e-5.
+    """
     output = command.folder / "parallel"
     command.run(output, "--search.concurrency", "2")
     alone = {(row["trial"], row["rung"]): row for row in rows(unbroken)}
@@ -95,6 +98,9 @@ def test_two_at_once_through_ray_train_give_the_same_numbers(command: Command, u
     assert len(both) >= 4
     for row in both:
         other = alone[row["trial"], row["rung"]]
+        if row["arm"] == "retrained":
+            assert row["lm_loss"] == pytest.approx(other["lm_loss"], rel=1e-5)
+            continue
         assert {**row, "status": "", "proposal": 0} == {**other, "status": "", "proposal": 0}
     spans = []
     for event in events(output, "trial_started"):
