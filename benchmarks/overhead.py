@@ -3,7 +3,8 @@
     python -m benchmarks.overhead RUN_DIR
 
 A trial's own clock runs from the trimmed student to its last row; what is left of the time between its start and
-its end is process start, trim, load and save.
+its end is process start, trim, load and save. The first trial of every slot starts the worker group of those after
+it.
 """
 
 import statistics
@@ -29,7 +30,8 @@ def main(folder: str) -> None:
                    and ended.get(other, time) > start]  # fmt: skip
         print(f"{trial}: {start - first:7.1f} s to {ended[trial] - first:7.1f} s, of which {overheads[-1]:5.1f} s "
               f"outside training and scoring; at once with {', '.join(at_once) or 'none'}")  # fmt: skip
-    print(f"overhead per trial: median {statistics.median(overheads):.1f} s, largest {max(overheads):.1f} s")
+    print(f"overhead per trial: mean {statistics.mean(overheads):.1f} s, median {statistics.median(overheads):.1f} s, "
+          f"largest {max(overheads):.1f} s")  # fmt: skip
 
 
 if __name__ == "__main__":

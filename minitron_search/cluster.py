@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from minitron_search import precision
-from minitron_search.precision import Precision
+from minitron_search.loop_settings import Precision
 
 # Set before Ray starts: read by the driver, and inherited by the processes of an embedded start.
 ENVIRONMENT = {

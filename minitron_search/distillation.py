@@ -16,9 +16,9 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,38 +28,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from minitron_search.distillation_loss import IGNORE, Loss, OutputHead, output_loss
+from minitron_search.distillation_loss import IGNORE, OutputHead, output_loss
 from minitron_search.families import final_hidden
+from minitron_search.loop_settings import LoopSettings, Precision
 from minitron_search.precision import autocast
-from minitron_search.teacher_cache import CacheReader, Precision, teacher_hidden
+from minitron_search.teacher_cache import CacheReader, teacher_hidden
 
 DIVERGED = 3.0  # times the mean loss of the first BASELINE_STEPS steps
 BASELINE_STEPS = 10
 LEAST_BASELINE = 1.0  # nats: a student that begins near its teacher may triple a loss of almost nothing
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """Tokens count input positions. Milestones are rounded up to whole batches, batches to whole windows."""
-
-    total_tokens: int
-    loss: Loss = "kld"
-    temperature: float = 1.0
-    learning_rate: float = 3e-4
-    min_learning_rate: float = 0.0  # where cosine ends
-    warmup_steps: int = 10
-    schedule: Literal["constant", "cosine"] = "constant"
-    batch_tokens: int = 2048
-    micro_batch_tokens: int = 4096  # at most so many tokens a process runs through the model at once
-    milestones: tuple[int, ...] = ()
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    gradient_clip: float = 1.0
-    precision: Precision = "float32"
-    seed: int = 0
-    checkpoint_tokens: int | None = None  # between checkpoints
-    log_steps: int = 10  # between calls of `log`
-    threads: int | None = None  # torch's own choice
 
 
 # What a continued run may change without changing the steps already taken.
@@ -78,13 +55,14 @@ class Teacher(NamedTuple):
 
 
 class Milestone(NamedTuple):
-    """Handed to `on_milestone` in every process; `save(folder)`, a checkpoint, must be called in all."""
+    """Handed to `on_milestone` in every process. `save(folder)` writes a checkpoint, in one process, and may run
+    in a thread of its own as long as it ends before `on_milestone` does."""
 
     tokens: int  # as asked for in LoopSettings.milestones
     tokens_seen: int  # whole batches
     step: int
     student: PreTrainedModel
-    save: Callable[[Path], Path]
+    save: Callable[[Path], None]
 
 
 class TrainResult(NamedTuple):
@@ -191,12 +169,8 @@ def train(
     if world_size > 1:
         objective = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    def save(folder: Path) -> Path:
-        if rank == 0:
-            _save(folder, student, optimizer, settings, step, losses)
-        if world_size > 1:
-            dist.barrier()
-        return folder
+    def save(folder: Path) -> None:
+        _save(folder, student, optimizer, settings, step, losses)
 
     def reach() -> bool:
         """Call back at the milestone of this step; whether to stop there."""
@@ -238,10 +212,9 @@ def train(
         at_checkpoint = checkpoint_steps > 0 and step % checkpoint_steps == 0
         if at_milestone or at_checkpoint or step == steps or step % settings.log_steps == 0:
             losses.flush()  # before anything of this step is kept: a diverged student is not
-        if at_checkpoint and checkpoint_folder is not None:
+        if at_checkpoint and checkpoint_folder is not None and rank == 0:
             save(checkpoint_folder / f"step-{step:08d}")
-            if rank == 0:
-                keep_newest(checkpoint_folder)
+            keep_newest(checkpoint_folder)
         if at_milestone:
             stopped = reach()
     teacher_tokens = (teacher.forward_tokens() if teacher else 0) - teacher_tokens_before

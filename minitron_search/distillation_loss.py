@@ -14,12 +14,13 @@ run in the precision of the surrounding autocast; softmax, sums and weight gradi
 """
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Loss = Literal["kld", "ce", "clm+kld"]
+from minitron_search.loop_settings import Loss
+
 IGNORE = -100  # the target of a position without a next token
 
 # Rows of logits per matrix product: fewer starve the product, more only take memory (512 bfloat16 rows of a

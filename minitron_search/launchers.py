@@ -1,86 +1,55 @@
-"""Two thin adapters that place a trial: a Ray Train worker group, or the Tune trial's own process."""
+"""Two thin adapters that place the search's trials: a Ray Train worker group, or the Tune trial's own process.
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+A row reaches Tune from the trial's log, where it is written first; Ray's own way, a queue, is one more process
+a trial.
+"""
+
+import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
-import ray.train
 import ray.tune
-from ray.train import RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
-from ray.train.v2.api.config import FailureConfig
 
 from minitron_search.config import Resources
-from minitron_search.distillation import DivergedError
 from minitron_search.run_directory import RunDirectory
-from minitron_search.trial import Trial, run_trial
+from minitron_search.trial import Trial
+from minitron_search.worker_group import WorkerGroup, in_background
 
-WORKER_RESTARTS = 2  # of a worker group whose worker died: it goes on from its last checkpoint
-
-
-def fit(materials: ray.ObjectRef, trial: Trial, resources: Resources, decided: bool, callbacks: list) -> None:
-    """Run `trial` in a Ray Train worker group; returns when it has ended, raises when it failed."""
-    workers = {
-        "CPU": resources.cpus_per_worker,
-        **({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
-    }
-    run = ray.get(materials).run
-    TorchTrainer(
-        _worker,
-        # a list hides the reference from Ray, which would otherwise ship the object inside the configuration
-        train_loop_config={"materials": [materials], "trial": trial, "decided": decided},
-        scaling_config=ScalingConfig(
-            num_workers=resources.workers_per_trial,
-            use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker=workers,
-        ),
-        run_config=RunConfig(
-            # a reused name resumes that run, even a finished one: every attempt has its own
-            name=f"{trial.id}-{os.getpid()}-{ray.get_runtime_context().get_job_id()}",
-            storage_path=str(run.scratch.absolute()),
-            failure_config=FailureConfig(max_failures=WORKER_RESTARTS, controller_failure_limit=WORKER_RESTARTS),
-            callbacks=callbacks,
-        ),
-    ).fit()
+LOG_POLL_S = 0.1
+standing: WorkerGroup | None = None  # of this process, which Tune reuses for one trial after another
 
 
-def _worker(config: dict[str, Any]) -> None:
-    context = ray.train.get_context()
-    materials, trial, rank = ray.get(config["materials"][0]), config["trial"], context.get_world_rank()
-    with diverging_ends(materials.run, trial, rank):
-        run_trial(
-            materials,
-            trial,
-            ray.train.report,
-            decided=config["decided"],
-            rank=rank,
-            world_size=context.get_world_size(),
-        )
+def tune_function(
+    materials: ray.ObjectRef, run: RunDirectory, resources: Resources
+) -> Callable[[dict[str, Any]], None]:
+    """What Ray Tune runs for one trial; its configuration is {"trial": Trial, "last": whether no trial follows it}."""
+    work = inline if resources.launcher == "inline" else through_train
+
+    def placed(config: dict[str, Any]) -> None:
+        trial = config["trial"]
+        log = run.follow(trial.id)
+        running = in_background(lambda: work(materials, run, resources, trial, config["last"]))
+        ended = False
+        while not ended:
+            ended = running.done()  # first: what is logged last is then read below
+            for line in log.new():
+                if line["kind"] == "rung" and line["rung"] not in run.decisions(trial.id):
+                    ray.tune.report(line)
+            time.sleep(LOG_POLL_S)
+        running.result()
+
+    return placed
 
 
-@contextmanager
-def diverging_ends(run: RunDirectory, trial: Trial, rank: int = 0) -> Iterator[None]:
-    """A trial whose loss diverges has failed and says so; it is not started again, which would only repeat it."""
-    try:
-        yield
-    except DivergedError as error:
-        if rank == 0:
-            run.event("trial_failed", trial=trial.id, message=str(error))
+def inline(materials: ray.ObjectRef, run: RunDirectory, resources: Resources, trial: Trial, last: bool) -> None:
+    from minitron_search.trial_run import run_to_end
+
+    run_to_end(ray.get(materials), trial)
 
 
-def tune_function(materials: ray.ObjectRef, resources: Resources) -> Callable[[dict[str, Any]], None]:
-    """What Ray Tune runs for one trial; its configuration is {"trial": Trial}."""
-
-    def through_train(config: dict[str, Any]) -> None:
-        from ray.tune.integration.ray_train import TuneReportCallback
-
-        fit(materials, config["trial"], resources, decided=True, callbacks=[TuneReportCallback()])
-
-    def inline(config: dict[str, Any]) -> None:
-        made = ray.get(materials)
-        with diverging_ends(made.run, config["trial"]):
-            run_trial(made, config["trial"], ray.tune.report, decided=True)
-
-    return through_train if resources.launcher == "train" else inline
+def through_train(materials: ray.ObjectRef, run: RunDirectory, resources: Resources, trial: Trial, last: bool) -> None:
+    global standing
+    if standing is None or standing.ended.done() or standing.closed.exists():  # closed: a trial begun again
+        standing = WorkerGroup(materials, run, resources, "search")
+    standing.run(trial, decided=True, last=last)

@@ -1,12 +1,11 @@
 """Which dtype the matrix products run in, and on which device."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
-Precision = Literal["float32", "bfloat16"]
+from minitron_search.loop_settings import Precision
 
 
 def device() -> torch.device:

@@ -10,11 +10,12 @@ from transformers import PreTrainedModel
 
 from minitron_search import distillation
 from minitron_search.config import Config, Resources
-from minitron_search.launchers import diverging_ends, fit
 from minitron_search.model_card import model_card
 from minitron_search.precision import on_device
 from minitron_search.run_directory import RunDirectory
-from minitron_search.trial import Materials, Trial, initial_student, run_trial
+from minitron_search.trial import Trial
+from minitron_search.trial_run import Materials, initial_student, run_to_end, run_trial
+from minitron_search.worker_group import WorkerGroup
 
 PROGRESS_S = 20.0
 
@@ -35,27 +36,27 @@ def retrain(
     From a task of its own: in a driver's main thread Ray Train would take Ctrl-C for itself and exit with 0.
     """
     inline = config.resources.launcher == "inline"
+    run, total = RunDirectory(config.output), trial.settings.total_tokens
+    seen = len(run.events())
 
     def placed(hidden: list[ray.ObjectRef]) -> None:
         if inline:
-            made = ray.get(hidden[0])
-            with diverging_ends(made.run, trial):
-                run_trial(made, trial, lambda row: None, decided=False)
+            run_to_end(ray.get(hidden[0]), trial, decided=False)
         else:
-            fit(hidden[0], trial, gang(config, slots), decided=False, callbacks=[])
+            WorkerGroup(hidden[0], run, gang(config, slots), trial.id).run(trial, decided=False, last=True)
 
     cpus, gpus = (config.resources.cpus_per_worker, config.resources.gpus_per_worker) if inline else (0, 0)
     running = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(placed).remote([materials])
-    run, total = RunDirectory(config.output), trial.settings.total_tokens
+    log = run.follow(trial.id)
     while not ray.wait([running], timeout=PROGRESS_S)[0]:
-        steps = [line for line in run.metrics(trial.id) if line["kind"] == "step"]
+        steps = [line for line in log.new() if line["kind"] == "step"]
         if steps:
             last = steps[-1]
             left = max(0, total - last["tokens"]) / last["tokens_per_second"] / 60
             progress(f"retrain: {last['tokens']:,} of {total:,} tokens, loss {last['loss']:.3f}, "
                      f"{last['tokens_per_second']:.0f} tokens/s, about {left:.0f} min left")  # fmt: skip
     ray.get(running)
-    failed = [event for event in run.events() if event["event"] == "trial_failed" and event["trial"] == trial.id]
+    failed = [event for event in run.events()[seen:] if event["event"] == "trial_failed"]
     if failed:
         raise RuntimeError(f"retraining: {failed[-1]['message']}; a smaller retraining.learning_rate may hold")
 
@@ -93,4 +94,4 @@ def trained_student(materials: Materials, trial: Trial) -> PreTrainedModel:
 def score_now(materials: Materials, trial: Trial) -> None:
     """Score a trial that does not train, here, unless it has been."""
     if not materials.run.metrics(trial.id):
-        run_trial(materials, trial, lambda row: None, decided=False)
+        run_trial(materials, trial, decided=False)

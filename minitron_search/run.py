@@ -28,7 +28,7 @@ from minitron_search.console import console, say  # noqa: E402
 from minitron_search.depth_recommendation import best_blocks  # noqa: E402
 from minitron_search.depth_stage import measure_depth  # noqa: E402
 from minitron_search.forecast import dry_run  # noqa: E402
-from minitron_search.precision import Precision  # noqa: E402
+from minitron_search.loop_settings import Precision  # noqa: E402
 from minitron_search.preparation import Prepared, check, environment, prepare  # noqa: E402
 from minitron_search.search import Search, run_search  # noqa: E402
 from minitron_search.summary import summary_table  # noqa: E402
@@ -97,6 +97,7 @@ def run(prepared: Prepared) -> None:
     if not run.config.exists():
         run.write_config(config.dump())
     run.event("run_started", stages=list(config.stages))
+    shutil.rmtree(run.scratch, ignore_errors=True)  # of a run that was killed
     if set(config.stages) & {"importance", "depth", "search", "retrain"}:
         with cluster.joined():
             resolved = resolved_precision(config.precision)

@@ -157,6 +157,10 @@ class RunDirectory:
     def metrics(self, trial: str) -> list[dict[str, Any]]:
         return read_lines(self.trial(trial) / "metrics.jsonl")
 
+    def follow(self, trial: str) -> "Log":
+        """The same lines as they come."""
+        return Log(self.trial(trial) / "metrics.jsonl")
+
     def rungs(self) -> list[dict[str, Any]]:
         """Every finished rung of every trial; a rung that a restarted trial wrote twice counts once."""
         rows = {}
@@ -246,6 +250,24 @@ def ends_whole(path: Path) -> bool:
             return True
         file.seek(-1, os.SEEK_END)
         return file.read(1) == b"\n"
+
+
+class Log:
+    """A growing log, each line of it read once."""
+
+    def __init__(self, path: Path):
+        self.path, self.offset = path, 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """The whole lines since the last call."""
+        if not self.path.exists() or self.path.stat().st_size == self.offset:
+            return []
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        return list(_parsed(whole.decode().splitlines()))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -19,14 +19,15 @@ from ray.tune.search import Searcher
 
 from minitron_search.architecture import Architecture
 from minitron_search.config import Config
-from minitron_search.distillation import LoopSettings
 from minitron_search.forecast import search_tokens
 from minitron_search.launchers import tune_function
+from minitron_search.loop_settings import LoopSettings
 from minitron_search.proposals import Observation, propose, write_study
 from minitron_search.run_directory import FINISHED, TRIALS_SCHEMA, RunDirectory
 from minitron_search.search_space import SearchSpace
 from minitron_search.trial import Trial
 from minitron_search.trial_settings import counts
+from minitron_search.worker_group import free_group_of, free_groups
 
 TRIAL_RESTARTS = 1  # of a trial whose process died
 TRIAL_MEMORY = 300 * 2**20  # a Tune trial that only waits for its workers asks for memory, not for a CPU
@@ -126,6 +127,10 @@ class Search:
         architecture = propose(self.space, observed, sampler=self.config.search.sampler, seed=self.config.seed)
         return self.make(architecture, len(observed), self.config.seed) if architecture else None
 
+    def all_proposed(self) -> bool:
+        asked = self.config.search
+        return len(self.trials) >= min(asked.trials, len(self.space)) * asked.seeds
+
     def write_tables(self, promoted: frozenset[str] = frozenset()) -> None:
         statuses = {trial: "promoted" if trial in promoted else self.status(trial) for trial in self.trials}
         self.run.write_trials(statuses, self.failures)
@@ -171,7 +176,7 @@ def run_search(
         # Tune looks for result files that nobody here writes, and says so for every trial
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
         tune.Tuner(
-            tune.with_resources(tune_function(materials, config.resources), resources),
+            tune.with_resources(tune_function(materials, run, config.resources), resources),
             tune_config=tune.TuneConfig(
                 search_alg=Proposals(search),
                 scheduler=scheduler,
@@ -189,6 +194,7 @@ def run_search(
                 verbose=0,
             ),
         ).fit()
+        free_groups()
     unruled = [trial for trial in search.trials if search.status(trial) == "running"]
     if unruled or len(search.observed()) < min(config.search.trials, len(search.space)):
         raise KeyboardInterrupt  # Tune returns quietly when it is interrupted
@@ -273,7 +279,7 @@ class Proposals(Searcher):
             return Searcher.FINISHED
         self.search.add(trial)
         self.search.run.start_trial(trial.id, trial.describe())
-        return {"trial": trial}
+        return {"trial": trial, "last": not self.unfinished and self.search.all_proposed()}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         pass  # the tables know
@@ -319,9 +325,13 @@ class Bookkeeping(tune.Callback):
         if ours.id in self.search.failures:
             self.progress(f"{self._place(ours)} failed: {self.search.failures[ours.id]}")
 
+    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        free_group_of(self.search.run, trial.config["trial"].id)
+
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         ours: Trial = trial.config["trial"]
         message = _cause(trial)
+        free_group_of(self.search.run, ours.id)
         self.search.failures[ours.id] = message
         self.search.run.event("trial_failed", trial=ours.id, message=message)
         self.search.write_tables()

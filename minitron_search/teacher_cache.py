@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 
 from minitron_search import config
 from minitron_search.families import final_hidden
-from minitron_search.precision import Precision, autocast
+from minitron_search.loop_settings import Precision
+from minitron_search.precision import autocast
 
 Mode = Literal["auto", "hidden", "off"]
 FORMULA = 1  # part of the key: raise it when what is stored for the same inputs changes

@@ -12,10 +12,10 @@ from minitron_search.architecture import digest
 from minitron_search.cluster import in_parts, on_all_cpus
 from minitron_search.console import say
 from minitron_search.importance import Importance, Partial, combined, partial_sums
-from minitron_search.precision import Precision
+from minitron_search.loop_settings import Precision
 from minitron_search.preparation import Prepared
 from minitron_search.run_directory import RunDirectory
-from minitron_search.trial import Materials
+from minitron_search.trial_run import Materials
 from minitron_search.trimming import load_teacher, permute_teacher
 
 PART = 8  # calibration windows a part: fixed, so that the sums do not depend on the number of tasks

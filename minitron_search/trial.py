@@ -1,52 +1,11 @@
-"""One trial, from trim to its last rung: written once, and placed by `launchers`.
+"""What a trial is: (architecture, training settings, arm, seed). Search, controls and retraining are all trials."""
 
-A trial is (architecture, training settings, arm, seed). Search, controls and full retraining are all trials.
-"""
-
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from transformers import AutoConfig, PreTrainedModel
-
-from minitron_search import distillation
 from minitron_search.architecture import Architecture, digest
-from minitron_search.distillation import LoopSettings, Milestone, Teacher
-from minitron_search.distillation_loss import OutputHead
-from minitron_search.precision import Precision, device, on_device
-from minitron_search.rankings import Rankings
-from minitron_search.run_directory import TRIALS_SCHEMA, RunDirectory
-from minitron_search.scoring import score, throughput
-from minitron_search.teacher_cache import CacheReader
-from minitron_search.trimming import load_head, load_teacher, random_student, trim
-from minitron_search.winogrande import PackedOptions
-
-DECISION_POLL_S = 0.05
-
-
-@dataclass(frozen=True)
-class Materials:
-    """What every trial of a run reads; made once, shared through Ray's object store and memory-mapped files.
-
-    `teacher_folder` holds the permuted teacher as it is stored, which students are cut from; `compute_folder` the
-    same in the dtype of the products, which nobody then converts for itself. `train_cache` and `validation_cache`
-    are teacher caches of the windows beside them; None for a train cache means that the teacher is asked live.
-    """
-
-    run: RunDirectory
-    teacher_folder: Path
-    compute_folder: Path
-    train: np.ndarray
-    validation: np.ndarray
-    packed: PackedOptions
-    train_cache: Path | None
-    validation_cache: Path
-    block_bi: np.ndarray
-    precision: Precision
+from minitron_search.loop_settings import LoopSettings, Precision
+from minitron_search.run_directory import TRIALS_SCHEMA
 
 
 @dataclass(frozen=True)
@@ -81,122 +40,6 @@ class Trial:
             "settings": asdict(self.settings),
         }
 
-
-def run_trial(
-    materials: Materials,
-    trial: Trial,
-    report: Callable[[dict[str, Any]], None],
-    *,
-    decided: bool = True,
-    rank: int = 0,
-    world_size: int = 1,
-) -> PreTrainedModel:
-    """Trim, distil to each milestone; there score, log the row and report it. Returns the student.
-
-    With `decided` the search says at every rung but the last whether to go on. A trial that was cut off goes on
-    from its last checkpoint; a rung that is already in its log is reported again, not computed again.
-    """
-    run, settings = materials.run, trial.settings
-    assert settings.threads is not None
-    torch.set_num_threads(settings.threads)  # scoring too: how sums are split over threads decides their rounding
-    rows = {row["rung"]: row for row in run.metrics(trial.id) if row["kind"] == "rung"}
-    checkpoints = run.checkpoint(trial.id)
-    student = on_device(initial_student(materials, trial))
-    began = time.monotonic()
-
-    def reached(milestone: Milestone) -> bool:
-        nonlocal began
-        rung = settings.milestones.index(milestone.tokens)
-        if rung not in rows:
-            if milestone.step > 0:
-                paused = time.monotonic()
-                milestone.save(checkpoints / f"step-{milestone.step:08d}")
-                began += time.monotonic() - paused  # a row's seconds are training and scoring
-            if rank == 0:
-                row = {
-                    **trial_columns(trial),
-                    **score_student(materials, milestone.student, trial),
-                    "rung": rung,
-                    "tokens": milestone.tokens_seen,
-                    "seconds": time.monotonic() - began,
-                }
-                run.log_rung(trial.id, row)
-                distillation.keep_newest(checkpoints)
-                rows[rung] = row
-        report(rows.get(rung, {}))
-        last = rung == len(settings.milestones) - 1
-        go_on = last or not decided or wait_for_decision(run, trial.id, rung)
-        began = time.monotonic()
-        return go_on
-
-    distillation.train(
-        student,
-        materials.train,
-        settings,
-        teacher_of(materials, settings),
-        on_milestone=reached,
-        log=lambda record: run.log_step(trial.id, **record),
-        checkpoint_folder=checkpoints,
-        resume=distillation.latest_checkpoint(checkpoints),
-        world_size=world_size,
-        rank=rank,
-    )
-    return student.eval()
-
-
-def wait_for_decision(run: RunDirectory, trial: str, rung: int) -> bool:
-    """Whether the search lets `trial` train past `rung`. Blocks until it has said so: a trial that the search
-    stops has then trained exactly as far as its last row, whatever the timing."""
-    while rung not in run.decisions(trial):
-        time.sleep(DECISION_POLL_S)
-    return run.decisions(trial)[rung]["decision"] == "continue"
-
-
-def initial_student(materials: Materials, trial: Trial) -> PreTrainedModel:
-    """Figure 6's starting points: pruned by importance, pruned at random, or random weights."""
-    if trial.initialization == "random":
-        config = AutoConfig.from_pretrained(materials.teacher_folder)
-        return random_student(config, trial.architecture, trial.seed)
-    rankings = None
-    if trial.initialization == "random_pruned":
-        rankings = Rankings.random(AutoConfig.from_pretrained(materials.teacher_folder), trial.seed)
-    return trim(materials.teacher_folder, trial.architecture, rankings)
-
-
-def teacher_of(materials: Materials, settings: LoopSettings) -> Teacher | None:
-    if settings.loss == "ce":
-        return None
-    if materials.train_cache is None:
-        return distillation.live_teacher(on_device(load_teacher(materials.compute_folder)), settings.precision)
-    return distillation.cached_teacher(materials.train_cache, teacher_head(materials), settings.precision)
-
-
-def teacher_head(materials: Materials) -> OutputHead:
-    weight, bias = load_head(materials.compute_folder)
-    return OutputHead(weight.to(device()), bias)
-
-
-def score_student(materials: Materials, student: PreTrainedModel, trial: Trial) -> dict[str, Any]:
-    """The columns of `Score`, `bi` (the teacher's block importance of the block this architecture drops) and
-    `tokens_per_second` of a forward pass in the run's own precision, whatever the score's."""
-    student.eval()
-    reader = CacheReader(materials.validation_cache)
-    everything = np.arange(len(materials.validation))
-    scored = score(
-        student,
-        materials.validation,
-        reader.hidden(everything, materials.validation),
-        teacher_head(materials),
-        materials.packed,
-        trial.score_precision,
-    )
-    start, length = trial.architecture.dropped_block(len(materials.block_bi) - 1)
-    return {
-        **asdict(scored),
-        "bi": float(materials.block_bi[start, start + length]),
-        "tokens_per_second": throughput(student, materials.validation, materials.precision),
-    }
-
-
-def trial_columns(trial: Trial) -> dict[str, Any]:
-    return {name: value for name, value in trial.describe().items() if name in TRIALS_SCHEMA.names}
+    def columns(self) -> dict[str, Any]:
+        """Those of `TRIALS_SCHEMA` that are known before it runs."""
+        return {name: value for name, value in self.describe().items() if name in TRIALS_SCHEMA.names}

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 from minitron_search.architecture import Architecture
 from minitron_search.config import Config
-from minitron_search.distillation import LoopSettings
-from minitron_search.precision import Precision
+from minitron_search.loop_settings import LoopSettings, Precision
 from minitron_search.search_space import SearchSpace
 from minitron_search.trial import Trial
 

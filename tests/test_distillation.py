@@ -159,7 +159,7 @@ def test_checkpoints_are_whole_and_only_the_newest_is_kept(tmp_path: Path) -> No
 
 def test_a_finished_checkpoint_has_nothing_left_to_train(tmp_path: Path) -> None:
     settings = dataclasses.replace(SETTINGS, milestones=(SETTINGS.total_tokens,))
-    _, result = run(settings, on_milestone=lambda milestone: milestone.save(tmp_path / "end") and None)
+    _, result = run(settings, on_milestone=lambda milestone: milestone.save(tmp_path / "end"))
     assert not result.stopped
     records, again = run(settings, resume=tmp_path / "end")
     assert records == [] and again.step == 12 and again.last_loss == result.last_loss
@@ -222,8 +222,9 @@ def _worker(rank: int, folder: str, told: Any) -> None:
     settings = dataclasses.replace(SETTINGS, micro_batch_tokens=LENGTH, milestones=(6 * 64,), loss="clm+kld")
     records, result = run(
         settings, world_size=2, rank=rank, student=tiny(1 + rank),  # rank 0's weights count
-        on_milestone=lambda milestone: milestone.save(Path(folder) / "at-6") and None,
+        on_milestone=lambda milestone: None if rank else milestone.save(Path(folder) / "at-6"),
     )  # fmt: skip
+    dist.barrier()
     continued, _ = run(settings, world_size=2, rank=rank, resume=Path(folder) / "at-6")
     told.put((rank, losses(records), losses(continued), [w.numpy() for w in weights(result)]))
     dist.destroy_process_group()

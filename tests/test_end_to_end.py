@@ -111,29 +111,30 @@ def test_two_at_once_through_ray_train_give_the_same_numbers(command: Command, u
 
 
 @pytest.mark.slow
-def test_a_killed_train_worker_is_replaced_and_changes_no_number(command: Command, unbroken: Path) -> None:
-    output = command.folder / "killed-worker"
+@pytest.mark.parametrize("name", ["TrainWorker", "TrainController"])
+def test_a_killed_train_process_is_replaced_and_changes_no_number(command: Command, unbroken: Path, name: str) -> None:
+    output = command.folder / f"killed-{name}"
     process = command.start(output, *ONE, "--stages", "importance,search")
     assert process.stdout is not None
     killed = False
     for line in process.stdout:
         if "rung 0" in line and "continue" in line and not killed:  # its worker trains towards the next rung
-            killed = kill_train_worker()
+            killed = kill_train_process(name)
     assert process.wait(timeout=300) == 0 and killed
     ours = [row for row in rows(output) if row["arm"] == "search"]
     expected = [row for row in rows(unbroken) if row["arm"] == "search"]
     assert ours == expected
 
 
-def kill_train_worker() -> bool:
-    """SIGKILL the newest Ray Train worker of this machine's tests; whether there was one."""
+def kill_train_process(kind: str) -> bool:
+    """SIGKILL the newest Ray Train worker or controller of this machine's tests; whether there was one."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             name = (folder / "cmdline").read_bytes().decode()
         except OSError:
             continue
-        if name.startswith("ray::") and "TrainWorker" in name:
+        if name.startswith("ray::") and kind in name:
             found.append(int(folder.name))
     for pid in sorted(found)[-1:]:
         os.kill(pid, signal.SIGKILL)

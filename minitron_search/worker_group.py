@@ -1,0 +1,169 @@
+"""A Ray Train worker group that takes trials one after another.
+
+Starting a group takes 10 to 20 CPU seconds (a controller, its helpers, a worker, each importing what it needs); a
+short trial trains for no longer than that. So a group is started once for every trial slot, and handed the next
+trial when it has ended one. Ray Train restarts a group that lost a worker, which then goes on with the trial it
+had, from that trial's last checkpoint.
+
+A group's folder is its mailbox: `00000-<trial>.job`, `00001-...`, each with a `.done` beside it when it has ended;
+`placement` is what it occupies, for whoever must free it. The folder above holds the groups of one stage, and
+`closed` when no more trials will come to any of them.
+"""
+
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray._raylet import PlacementGroupID
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.config import FailureConfig
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_current_placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+
+from minitron_search.config import Resources
+from minitron_search.memory import release_memory
+from minitron_search.run_directory import RunDirectory
+from minitron_search.trial import Trial
+
+WORKER_RESTARTS = 2  # of a group whose worker died
+POLL_S = 0.05
+LOOK_S, QUIET_LOOKS = 0.2, 5
+
+
+class Trainer(TorchTrainer):
+    """Without two processes that every trainer starts and no group here has a use for (4 s of its start, 0.2 GiB):
+    the manager of Ray Data's datasets, and a cleaner for groups whose controller died, which asks a dashboard that an
+    embedded Ray has not. `free_groups` cleans instead."""
+
+    def _create_default_callbacks(self) -> list:
+        unused = ("DatasetsCallback", "PlacementGroupCleanerCallback")
+        default = super()._create_default_callbacks()  # type: ignore[misc]  # Train V2's, chosen at import
+        return [callback for callback in default if type(callback).__name__ not in unused]
+
+
+class WorkerGroup:
+    """A trainer's `fit` in the background, fed through a folder. Its processes live as long as the one it is in."""
+
+    def __init__(self, materials: ray.ObjectRef, run: RunDirectory, resources: Resources, stage: str):
+        name = uuid.uuid4().hex  # a name used before resumes that group, even one that has ended
+        self.folder = run.scratch / "groups" / stage / name
+        self.folder.mkdir(parents=True)
+        self.closed = self.folder.parent / "closed"
+        trainer = Trainer(
+            _worker,
+            # a list hides the reference from Ray, which would otherwise ship the object to the controller
+            train_loop_config={"materials": [materials], "folder": str(self.folder)},
+            scaling_config=ScalingConfig(
+                num_workers=resources.workers_per_trial,
+                use_gpu=resources.gpus_per_worker > 0,
+                resources_per_worker={
+                    "CPU": resources.cpus_per_worker,
+                    **({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
+                },
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=str(run.scratch),
+                failure_config=FailureConfig(max_failures=WORKER_RESTARTS, controller_failure_limit=WORKER_RESTARTS),
+            ),
+        )
+        self.ended = in_background(trainer.fit)
+
+    def run(self, trial: Trial, *, decided: bool, last: bool) -> None:
+        """Run one trial to its end; raises what ended the group before. `last`: no trial will follow it in any
+        group of the stage, and each ends with the trial it has."""
+        job = self.folder / f"{len(list(self.folder.glob('*.job'))):05d}-{trial.id}.job"
+        write(job, ray.cloudpickle.dumps((trial, decided)))
+        if last:
+            self.closed.touch()
+        while not job.with_suffix(".done").exists():
+            if self.ended.done():
+                self.ended.result()
+                raise RuntimeError("its worker group ended before it")
+            time.sleep(POLL_S)
+        if self.closed.exists():
+            self.ended.result()  # it gives back what it occupies before Tune ends this process
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """Every job of the mailbox, in order, in every process of the group."""
+    from minitron_search.trial_run import run_to_end  # models are imported by the process that trains, and no other
+
+    context = ray.train.get_context()
+    rank, folder = context.get_world_rank(), Path(config["folder"])
+    materials = ray.get(config["materials"][0])
+    if rank == 0:
+        write(folder / "placement", ray.cloudpickle.dumps(get_current_placement_group()))
+    number = len(list(folder.glob("*.done")))  # a restarted group goes on with the job it had
+    while job := next_job(folder, number):
+        trial, decided = ray.cloudpickle.loads(job.read_bytes())
+        run_to_end(materials, trial, decided=decided, rank=rank, world_size=context.get_world_size())
+        if rank == 0:
+            job.with_suffix(".done").touch()
+        release_memory()
+        number += 1
+
+
+def next_job(folder: Path, number: int) -> Path | None:
+    """The file of job `number`, when it is there; None when no more will come."""
+    while True:
+        closed = (folder.parent / "closed").exists()  # looked at first: it is written after the last job
+        if found := list(folder.glob(f"{number:05d}-*.job")):
+            return found[0]
+        if closed:
+            return None
+        time.sleep(POLL_S)
+
+
+def free_group_of(run: RunDirectory, trial: str) -> None:
+    """End what is left of the group that had `trial` when one of its processes, or its parent, was killed."""
+    for held in run.scratch.glob("groups/*/*/placement"):
+        if sorted(held.parent.glob("*.job"))[-1].match(f"*-{trial}.job"):
+            remove_placement_group(ray.cloudpickle.loads(held.read_bytes()))
+            held.unlink()
+
+
+def free_groups() -> None:
+    """End what is left of every group of this job: Ray keeps what a group occupies when its controller is killed."""
+    job, looks = ray.get_runtime_context().get_job_id(), 0
+    while looks < QUIET_LOOKS:  # a controller may be starting its group again when it is killed
+        held = [name for name, about in placement_group_table().items()
+                if name.endswith(job) and about["state"] != "REMOVED"]  # fmt: skip
+        for name in held:
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+        looks = 0 if held else looks + 1
+        time.sleep(LOOK_S)
+
+
+def in_background(work: Callable[[], Any]) -> Future[None]:
+    """Run in a thread that does not keep its process alive: Tune ends a trial by ending its process."""
+    result: Future[None] = Future()
+
+    def to_the_end() -> None:
+        try:
+            work()
+        except BaseException as error:
+            result.set_exception(error)
+        else:
+            result.set_result(None)
+
+    threading.Thread(target=to_the_end, daemon=True).start()
+    return result
+
+
+def write(path: Path, content: bytes) -> None:
+    """Appears whole: another process is waiting for it."""
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(content)
+    partial.rename(path)
