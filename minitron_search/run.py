@@ -29,6 +29,7 @@ from minitron_search.depth_recommendation import best_blocks  # noqa: E402
 from minitron_search.depth_stage import measure_depth  # noqa: E402
 from minitron_search.forecast import dry_run  # noqa: E402
 from minitron_search.loop_settings import Precision  # noqa: E402
+from minitron_search.memory import release_memory  # noqa: E402
 from minitron_search.preparation import Prepared, check, environment, prepare  # noqa: E402
 from minitron_search.search import Search, run_search  # noqa: E402
 from minitron_search.summary import summary_table  # noqa: E402
@@ -74,6 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         say("preparing: teacher, text, Winogrande")
         prepared = prepare(config, options.resume)
+        release_memory()
     except (ValueError, RuntimeError, OSError) as error:
         return complain(error, 2)
     except KeyboardInterrupt:

@@ -8,6 +8,9 @@ from minitron_search.loop_settings import LoopSettings, Precision
 from minitron_search.search_space import SearchSpace
 from minitron_search.trial import Trial
 
+# Tokens a process runs through the student at once. On a CPU 512 take 0.2 GiB less than 1,024 and 5% longer (a student
+# of 90M, whose step then peaks at 2.9 GiB).
+CPU_MICRO_BATCH, GPU_MICRO_BATCH = 512, 4096
 WARMUP_STEPS = 4  # of a short distillation, whose first rung may be no more than that
 CHECKPOINTS = 8  # during one retraining, besides the last
 
@@ -36,6 +39,7 @@ def distillation_settings(config: Config, precision: Precision) -> LoopSettings:
         temperature=asked.temperature,
         learning_rate=asked.learning_rate,
         batch_tokens=asked.batch_tokens,
+        micro_batch_tokens=GPU_MICRO_BATCH if config.resources.gpus_per_worker else CPU_MICRO_BATCH,
         warmup_steps=WARMUP_STEPS,
         precision=precision,
         seed=config.seed,
