@@ -77,8 +77,24 @@ class WinograndeConfig(Section):
 
 
 class ImportanceConfig(Section):
+    """How width elements are ranked; `batch` and `sequence` aggregate activations.
+
+    seed: of the calibration windows and of method `random`; null for the run's own.
+    rounds: 1 ranks the teacher once; k ranks, trims towards the smallest candidate and ranks again, k times in all.
+    """
+
+    method: Literal["activation", "random", "magnitude", "taylor", "wanda", "pca"] = "activation"
     batch: Literal["l1", "l2", "mean", "variance"] = "l2"
     sequence: Literal["mean", "l2", "variance"] = "mean"
+    seed: CountOrZero | None = None
+    rounds: Count = 1
+
+    @model_validator(mode="after")
+    def _a_rotation_is_no_order(self) -> "ImportanceConfig":
+        if self.method == "pca" and self.rounds > 1:
+            raise ValueError(f"importance.rounds: {self.rounds} with method pca, whose rounds are rotations of each "
+                             "other's channels and make no one order of them; valid: 1")  # fmt: skip
+        return self
 
 
 class DepthConfig(Section):
