@@ -105,7 +105,7 @@ class DepthConfig(Section):
         15,
     )
     metrics: Annotated[
-        tuple[Literal["lm_loss", "winogrande", "bi"], ...], BeforeValidator(_listed), Field(min_length=1)
+        tuple[Literal["lm_loss", "winogrande", "bi", "angular"], ...], BeforeValidator(_listed), Field(min_length=1)
     ] = ("lm_loss", "winogrande", "bi")
     workers: AutoCount = "auto"
     weights: Literal["auto", "resident", "streamed"] = "auto"  # streamed: one layer in memory at a time

@@ -126,7 +126,7 @@ def sweep(job: Job, run: RunDirectory, asked: DepthConfig, workers: int) -> None
     lengths = depth.in_layers(asked.lengths, job.depth)
     cuts = depth.blocks(lengths, job.depth)
     losses, choices = "lm_loss" in asked.metrics, "winogrande" in asked.metrics
-    bi_blocks = cuts if "bi" in asked.metrics else []
+    bi_blocks = cuts if set(depth.OF_BLOCKS) & set(asked.metrics) else []
     pool = _Pool(job, workers)
     say(f"depth: {len(cuts)} blocks of {', '.join(map(str, lengths))} layers, {workers} workers")
 
@@ -143,8 +143,9 @@ def sweep(job: Job, run: RunDirectory, asked: DepthConfig, workers: int) -> None
     })  # fmt: skip
 
     values: Values = read(job, TEXT)
-    if not losses:
-        values.pop("lm_loss", None)
+    for metric in ("lm_loss", *depth.OF_BLOCKS):
+        if metric not in asked.metrics:
+            values.pop(metric, None)
     if choices:
         values |= _choice_metrics(job)
     found = recommendation(values, lengths, job.depth, sets)
@@ -192,7 +193,9 @@ def missing_pieces(
             known = _read_chunk(job, kind, rows)
             metric = "lm_loss" if kind == TEXT else CHOICES
             left = [cut for cut in dict.fromkeys(cuts) if cut not in known.get(metric, {})]
-            bi_left = tuple(cut for cut in bi_blocks if cut not in known.get("bi", {}))
+            bi_left = tuple(
+                cut for cut in bi_blocks if not all(cut in known.get(metric, {}) for metric in depth.OF_BLOCKS)
+            )
             parts = max(-(-len(left) // job.cuts_at_once(kind, rows)), min(workers // len(chunks), len(left)), 1)
             for part in range(parts):  # every parts-th: parts of equal work
                 asked, bi = tuple(left[part::parts]), bi_left if part == 0 else ()
