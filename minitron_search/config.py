@@ -105,10 +105,18 @@ class DepthConfig(Section):
         15,
     )
     metrics: Annotated[
-        tuple[Literal["lm_loss", "winogrande", "bi", "angular"], ...], BeforeValidator(_listed), Field(min_length=1)
-    ] = ("lm_loss", "winogrande", "bi")
+        tuple[Literal["lm_loss", "winogrande", "bi", "angular", "taylor"], ...],
+        BeforeValidator(_listed), Field(min_length=1),
+    ] = ("lm_loss", "winogrande", "bi")  # fmt: skip
     workers: AutoCount = "auto"
     weights: Literal["auto", "resident", "streamed"] = "auto"  # streamed: one layer in memory at a time
+
+    @model_validator(mode="after")
+    def _gradients_need_all_weights(self) -> "DepthConfig":
+        if "taylor" in self.metrics and self.weights == "streamed":
+            raise ValueError("depth.weights: streamed with metric taylor, whose backward pass holds the whole teacher; "
+                             "valid: resident or auto, or metrics without taylor")  # fmt: skip
+        return self
 
     @model_validator(mode="after")
     def _lengths_are_layers_or_fractions(self) -> "DepthConfig":

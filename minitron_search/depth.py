@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from minitron_search import taylor
 from minitron_search.distillation_loss import token_losses
 from minitron_search.walk import Inputs, Walk
 from minitron_search.winogrande import PackedOptions, model_inputs, option_log_likelihoods
@@ -22,7 +24,8 @@ Cut = tuple[int, ...]  # the teacher's layers that are removed, in order; () is 
 Values = dict[str, dict[Cut, np.ndarray]]  # metric -> cut -> a value per window, or per Winogrande example
 
 TEACHER: Cut = ()
-OF_BLOCKS = ("bi", "angular")  # metrics of a block inside the whole teacher: nothing is removed to take them
+OF_STREAM = ("bi", "angular")  # of the teacher's residual stream before and after a block
+OF_BLOCKS = (*OF_STREAM, "taylor")  # metrics of a block inside the whole teacher: nothing is removed to take them
 CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}  # through a layer at once; a GPU starves on fewer
 STREAM_BYTES = 512 * 2**20  # residual streams of one chunk that are alive at once, over all cuts
 
@@ -92,6 +95,11 @@ def text_values(walk: Walk, windows: np.ndarray, cuts: Sequence[Cut], bi_blocks:
     return {"lm_loss": losses, **importance.values}
 
 
+def taylor_values(teacher: PreTrainedModel, windows: np.ndarray, precision: str) -> dict[Cut, np.ndarray]:
+    """`taylor.of_layers` of each single layer, (n,) nats a window; a block's is the sum of its layers'."""
+    return {(layer,): column for layer, column in enumerate(taylor.of_layers(teacher, windows, precision).T)}
+
+
 def winogrande_values(walk: Walk, packed: PackedOptions, rows: slice, cuts: Sequence[Cut]) -> dict[Cut, np.ndarray]:
     """Log-likelihood (nats) of every option in `rows` under each cut, (2 * examples,), 0 for options in other rows.
 
@@ -145,7 +153,7 @@ class _BlockImportance:
             self.ends.setdefault(cut[-1] + 1, []).append(cut)
         self.last_use = {cut[0]: max(c[-1] + 1 for c in bi_blocks if c[0] == cut[0]) for cut in bi_blocks}
         self.before: dict[int, Tensor] = {}
-        self.values: Values = {metric: {} for metric in OF_BLOCKS}
+        self.values: Values = {metric: {} for metric in OF_STREAM}
 
     def __call__(self, index: int, stream: Tensor) -> None:
         for cut in self.ends.get(index, ()):

@@ -13,15 +13,29 @@ import numpy as np
 from minitron_search.depth import OF_BLOCKS, TEACHER, Cut, Values, block, mean_and_error
 from minitron_search.winogrande import chance_bar
 
-LOWER_IS_BETTER = {"lm_loss": True, "bi": True, "angular": True, "winogrande_acc": False, "winogrande_margin": False}
+LOWER_IS_BETTER = {
+    "lm_loss": True,
+    "bi": True,
+    "angular": True,
+    "taylor": True,
+    "winogrande_acc": False,
+    "winogrande_margin": False,
+}
 NAMES = {
     "lm_loss": ("LM loss", "nats per token"),
     "winogrande_acc": ("Winogrande accuracy", "of 1"),
     "winogrande_margin": ("Winogrande margin", "nats"),
     "bi": ("BI", "1 - cosine"),
     "angular": ("angular distance", "of pi"),
+    "taylor": ("Taylor", "nats"),
 }
-RANKING = ("lm_loss", "winogrande_margin", "bi", "angular")  # what decides where accuracy does not: the first measured
+RANKING = (
+    "lm_loss",
+    "winogrande_margin",
+    "bi",
+    "angular",
+    "taylor",
+)  # what decides where accuracy does not: the first measured
 EXACT = 12  # up to this n every assignment of signs is tried, beyond it DRAWS random ones
 DRAWS = 10_000
 LEVEL = 0.05

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitron_search import depth, importance, winogrande
 from minitron_search.architecture import Architecture
@@ -94,6 +94,19 @@ def test_the_angular_distance_of_a_block_is_the_angle_at_the_last_position(folde
     for cut in blocks:
         cosine = torch.cosine_similarity(stream[cut[0]].double(), stream[cut[-1] + 1].double(), dim=-1)
         np.testing.assert_allclose(found[cut], np.arccos(cosine.numpy()) / np.pi, atol=1e-5)
+
+
+def test_taylor_of_a_layer_is_the_sum_of_its_weights_times_gradients(folder: Path, windows: np.ndarray) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = depth.taylor_values(model, windows[:3], "float32")
+    assert sorted(found) == depth.blocks([1], 5)
+    for index, window in enumerate(windows[:3]):
+        ids = torch.from_numpy(window.astype(np.int64))[None]
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        for layer, module in enumerate(model.model.layers):
+            expected = sum(float((weight * weight.grad).detach().abs().sum()) for weight in module.parameters())
+            assert found[layer,][index] == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("angle", [0.0, 1e-6, 0.3, np.pi / 2, 3.0, np.pi])

@@ -295,5 +295,7 @@ def test_nothing_an_element_owns_is_counted_twice_or_forgotten(seed: int) -> Non
 def test_keys_that_do_not_exist_are_named() -> None:
     with pytest.raises(ValueError, match="importance.method: 'wandb'.*'wanda'"):
         parse({"importance": {"method": "wandb"}})
+    with pytest.raises(ValueError, match="depth.weights: streamed with metric taylor.*valid: resident"):
+        parse({"depth": {"metrics": ["taylor"], "weights": "streamed"}})
     with pytest.raises(ValueError, match="importance.rounds: 3 with method pca.*valid: 1"):
         parse({"importance": {"method": "pca", "rounds": 3}})
