@@ -37,6 +37,7 @@ from minitron_search.taylor import gradient_sums, taylor
 from minitron_search.weight_importance import InputSquares, Scores
 
 DEFAULT = ImportanceConfig()
+TOKENS_AT_ONCE = 1024  # of whole windows, at least one: the residual stream before every layer is held for this many
 ORDER = "ranking_"  # prefix of a composed ranking's tensors in the file
 
 
@@ -106,7 +107,7 @@ def measure(
     *,
     seed: int = 0,
     precision: str = "float32",
-    rows_at_once: int = 4,
+    rows_at_once: int | None = None,
 ) -> Importance:
     """One round of importance of every width element and of every block, over calibration `windows` (samples,
     length). `seed` is read by method `random`; `taylor` needs float32 weights."""
@@ -119,10 +120,11 @@ def partial_sums(
     windows: np.ndarray,
     asked: ImportanceConfig,
     precision: str,
-    rows_at_once: int = 4,
+    rows_at_once: int | None = None,
 ) -> Partial:
     """The sums of `windows` (samples, length), in one forward pass (and one backward, for `taylor`)."""
     device = teacher.device
+    rows_at_once = rows_at_once or max(1, TOKENS_AT_ONCE // windows.shape[1])
     activations = ActivationSums(teacher, asked.batch, asked.sequence)
     inputs = InputSquares(teacher) if asked.method == "wanda" else None
     covariance = Covariance(teacher) if asked.method == "pca" else None
