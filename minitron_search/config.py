@@ -77,8 +77,24 @@ class WinograndeConfig(Section):
 
 
 class ImportanceConfig(Section):
+    """How width elements are ranked; `batch` and `sequence` aggregate activations.
+
+    seed: of the calibration windows and of method `random`; null for the run's own.
+    rounds: 1 ranks the teacher once; k ranks, trims towards the smallest candidate and ranks again, k times in all.
+    """
+
+    method: Literal["activation", "random", "magnitude", "taylor", "wanda", "pca"] = "activation"
     batch: Literal["l1", "l2", "mean", "variance"] = "l2"
     sequence: Literal["mean", "l2", "variance"] = "mean"
+    seed: CountOrZero | None = None
+    rounds: Count = 1
+
+    @model_validator(mode="after")
+    def _a_rotation_is_no_order(self) -> "ImportanceConfig":
+        if self.method == "pca" and self.rounds > 1:
+            raise ValueError(f"importance.rounds: {self.rounds} with method pca, whose rounds are rotations of each "
+                             "other's channels and make no one order of them; valid: 1")  # fmt: skip
+        return self
 
 
 class DepthConfig(Section):
@@ -89,10 +105,18 @@ class DepthConfig(Section):
         15,
     )
     metrics: Annotated[
-        tuple[Literal["lm_loss", "winogrande", "bi"], ...], BeforeValidator(_listed), Field(min_length=1)
-    ] = ("lm_loss", "winogrande", "bi")
+        tuple[Literal["lm_loss", "winogrande", "bi", "angular", "taylor"], ...],
+        BeforeValidator(_listed), Field(min_length=1),
+    ] = ("lm_loss", "winogrande", "bi")  # fmt: skip
     workers: AutoCount = "auto"
     weights: Literal["auto", "resident", "streamed"] = "auto"  # streamed: one layer in memory at a time
+
+    @model_validator(mode="after")
+    def _gradients_need_all_weights(self) -> "DepthConfig":
+        if "taylor" in self.metrics and self.weights == "streamed":
+            raise ValueError("depth.weights: streamed with metric taylor, whose backward pass holds the whole teacher; "
+                             "valid: resident or auto, or metrics without taylor")  # fmt: skip
+        return self
 
     @model_validator(mode="after")
     def _lengths_are_layers_or_fractions(self) -> "DepthConfig":

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from minitron_search import taylor
 from minitron_search.distillation_loss import token_losses
 from minitron_search.walk import Inputs, Walk
 from minitron_search.winogrande import PackedOptions, model_inputs, option_log_likelihoods
@@ -22,6 +24,8 @@ Cut = tuple[int, ...]  # the teacher's layers that are removed, in order; () is 
 Values = dict[str, dict[Cut, np.ndarray]]  # metric -> cut -> a value per window, or per Winogrande example
 
 TEACHER: Cut = ()
+OF_STREAM = ("bi", "angular")  # of the teacher's residual stream before and after a block
+OF_BLOCKS = (*OF_STREAM, "taylor")  # metrics of a block inside the whole teacher: nothing is removed to take them
 CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}  # through a layer at once; a GPU starves on fewer
 STREAM_BYTES = 512 * 2**20  # residual streams of one chunk that are alive at once, over all cuts
 
@@ -68,10 +72,12 @@ def cuts_at_once(chunk_tokens: int, hidden_size: int) -> int:
 
 
 def text_values(walk: Walk, windows: np.ndarray, cuts: Sequence[Cut], bi_blocks: Sequence[Cut] = ()) -> Values:
-    """LM loss of each of `cuts` and BI of each of `bi_blocks`, on one chunk of `windows` (n, length).
+    """LM loss of each of `cuts`, BI and angular distance of each of `bi_blocks`, on one chunk of `windows` (n, length).
 
     lm_loss: nats, the mean over the length - 1 next tokens of a window. bi: 1 - the mean over a window's positions
-    of the cosine between the residual stream before and after the block, before the final norm. Both (n,) float64.
+    of the cosine between the residual stream before and after the block, before the final norm (ShortGPT,
+    arXiv:2403.03853). angular: the angle between the two at a window's last position, of pi (Gromov et al.,
+    arXiv:2403.17887). All (n,) float64.
     """
     ids = torch.from_numpy(windows.astype(np.int64)).to(walk.device)
     importance = _BlockImportance(bi_blocks)
@@ -86,7 +92,12 @@ def text_values(walk: Walk, windows: np.ndarray, cuts: Sequence[Cut], bi_blocks:
                 hidden = walk.final_norm(streams.pop(cut)[:, :-1]).flatten(0, 1)
                 ce = token_losses(hidden, head, targets).ce
                 losses[cut] = ce.view(len(ids), -1).double().mean(1).cpu().numpy()
-    return {"lm_loss": losses, "bi": importance.values}
+    return {"lm_loss": losses, **importance.values}
+
+
+def taylor_values(teacher: PreTrainedModel, windows: np.ndarray, precision: str) -> dict[Cut, np.ndarray]:
+    """`taylor.of_layers` of each single layer, (n,) nats a window; a block's is the sum of its layers'."""
+    return {(layer,): column for layer, column in enumerate(taylor.of_layers(teacher, windows, precision).T)}
 
 
 def winogrande_values(walk: Walk, packed: PackedOptions, rows: slice, cuts: Sequence[Cut]) -> dict[Cut, np.ndarray]:
@@ -142,15 +153,23 @@ class _BlockImportance:
             self.ends.setdefault(cut[-1] + 1, []).append(cut)
         self.last_use = {cut[0]: max(c[-1] + 1 for c in bi_blocks if c[0] == cut[0]) for cut in bi_blocks}
         self.before: dict[int, Tensor] = {}
-        self.values: dict[Cut, np.ndarray] = {}
+        self.values: Values = {metric: {} for metric in OF_STREAM}
 
     def __call__(self, index: int, stream: Tensor) -> None:
         for cut in self.ends.get(index, ()):
             cosine = torch.cosine_similarity(self.before[cut[0]], stream, dim=-1)
-            self.values[cut] = 1 - cosine.double().mean(1).cpu().numpy()
+            self.values["bi"][cut] = 1 - cosine.double().mean(1).cpu().numpy()
+            self.values["angular"][cut] = _angle(self.before[cut[0]][:, -1], stream[:, -1])
         self.before = {start: x for start, x in self.before.items() if self.last_use[start] > index}
         if index in self.last_use:
             self.before[index] = stream
+
+
+def _angle(x: Tensor, y: Tensor) -> np.ndarray:
+    """Of vectors (n, hidden_size), as a share of pi, (n,) float64: by chords, which keep small angles exact."""
+    x, y = (torch.nn.functional.normalize(side.double(), dim=-1) for side in (x, y))
+    half = torch.atan2((x - y).norm(dim=-1), (x + y).norm(dim=-1))
+    return (2 * half / torch.pi).cpu().numpy()
 
 
 def table_rows(values: Values, lengths: Sequence[int], depth: int, sets: Mapping[int, Cut]) -> list[dict[str, Any]]:
@@ -163,7 +182,7 @@ def table_rows(values: Values, lengths: Sequence[int], depth: int, sets: Mapping
     rows = []
     for metric, of_cut in values.items():
         for kind, cut in kinds:
-            if cut in of_cut and not (kind == "one_by_one" and metric == "bi"):  # BI is of a block
+            if cut in of_cut and not (kind == "one_by_one" and metric in OF_BLOCKS):
                 mean, stderr, n = mean_and_error(of_cut[cut])
                 rows.append({
                     "start": cut[0] if cut else 0, "length": len(cut), "metric": metric, "value": mean,

@@ -10,16 +10,32 @@ from typing import Any
 
 import numpy as np
 
-from minitron_search.depth import TEACHER, Cut, Values, block, mean_and_error
+from minitron_search.depth import OF_BLOCKS, TEACHER, Cut, Values, block, mean_and_error
 from minitron_search.winogrande import chance_bar
 
-LOWER_IS_BETTER = {"lm_loss": True, "bi": True, "winogrande_acc": False, "winogrande_margin": False}
+LOWER_IS_BETTER = {
+    "lm_loss": True,
+    "bi": True,
+    "angular": True,
+    "taylor": True,
+    "winogrande_acc": False,
+    "winogrande_margin": False,
+}
 NAMES = {
     "lm_loss": ("LM loss", "nats per token"),
     "winogrande_acc": ("Winogrande accuracy", "of 1"),
     "winogrande_margin": ("Winogrande margin", "nats"),
     "bi": ("BI", "1 - cosine"),
+    "angular": ("angular distance", "of pi"),
+    "taylor": ("Taylor", "nats"),
 }
+RANKING = (
+    "lm_loss",
+    "winogrande_margin",
+    "bi",
+    "angular",
+    "taylor",
+)  # what decides where accuracy does not: the first measured
 EXACT = 12  # up to this n every assignment of signs is tried, beyond it DRAWS random ones
 DRAWS = 10_000
 LEVEL = 0.05
@@ -88,12 +104,12 @@ def _of_length(
         if len(order) > 1:
             test = paired(sign * of[order[0]], sign * of[order[1]])
             best[metric] |= {"runner_up": _described(of[order[1]], order[1]), "against_runner_up": test}
-        if one_by_one in of and metric != "bi" and length > 1:
+        if one_by_one in of and metric not in OF_BLOCKS and length > 1:
             # positive where the block is better
             test = paired(sign * of[order[0]], sign * of[one_by_one])
             against_set[metric] = {**_described(of[one_by_one], one_by_one), "against_best_block": test}
     trusted = "winogrande_acc" in best and not at_chance
-    by = "winogrande_acc" if trusted else next((m for m in ("lm_loss", "winogrande_margin", "bi") if m in best), None)
+    by = "winogrande_acc" if trusted else next((m for m in RANKING if m in best), None)
     starts = {metric: of["start"] for metric, of in best.items() if metric != "winogrande_acc" or trusted}
     found = {
         "best": best,

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import ray
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from minitron_search import cluster, depth
 from minitron_search.architecture import digest, parameter_count
@@ -36,7 +37,8 @@ from minitron_search.winogrande import PackedOptions
 FORMULA = 1  # part of every key: raise it when the same inputs give other values
 RESTARTS = 3  # of a piece whose process died
 SAY_SECONDS = 20
-TEXT, CHOICES = "text", "winogrande"
+TEXT, TAYLOR, CHOICES = "text", "taylor", "winogrande"
+METRIC = {TEXT: "lm_loss", TAYLOR: "taylor", CHOICES: CHOICES}  # of a kind's cuts
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,12 @@ class Job:
 
     def chunks(self, kind: str) -> list[slice]:
         device = torch.device(self.device)
-        return depth.text_chunks(self.windows, device) if kind == TEXT else depth.winogrande_chunks(self.packed, device)
+        if kind == CHOICES:
+            return depth.winogrande_chunks(self.packed, device)
+        return depth.text_chunks(self.windows, device)
 
     def key(self, kind: str, rows: slice) -> str:
-        arrays = (self.windows,) if kind == TEXT else _row_arrays(self.packed)
+        arrays = _row_arrays(self.packed) if kind == CHOICES else (self.windows,)
         content = hashlib.sha256(b"".join(np.ascontiguousarray(array[rows]).tobytes() for array in arrays))
         if kind == CHOICES:
             for array in (self.packed.column, self.packed.target, self.packed.option, self.packed.row - rows.start):
@@ -71,7 +75,7 @@ class Job:
         return digest([*made_from, content.hexdigest()])
 
     def cuts_at_once(self, kind: str, rows: slice) -> int:
-        width = self.windows.shape[1] if kind == TEXT else int(self.packed.row_lengths[rows.start])
+        width = int(self.packed.row_lengths[rows.start]) if kind == CHOICES else self.windows.shape[1]
         return depth.cuts_at_once((rows.stop - rows.start) * width, self.hidden_size)
 
 
@@ -126,14 +130,15 @@ def sweep(job: Job, run: RunDirectory, asked: DepthConfig, workers: int) -> None
     lengths = depth.in_layers(asked.lengths, job.depth)
     cuts = depth.blocks(lengths, job.depth)
     losses, choices = "lm_loss" in asked.metrics, "winogrande" in asked.metrics
-    bi_blocks = cuts if "bi" in asked.metrics else []
+    bi_blocks = cuts if set(depth.OF_STREAM) & set(asked.metrics) else []
     pool = _Pool(job, workers)
     say(f"depth: {len(cuts)} blocks of {', '.join(map(str, lengths))} layers, {workers} workers")
 
     text = [TEACHER, *cuts] if losses else []
     if losses or choices:  # the one-by-one sets are chosen by the LM loss without each single layer
         text += [cut for cut in depth.blocks([1], job.depth) if cut not in text]
-    pool.complete({TEXT: (text, bi_blocks)})
+    layers = depth.blocks([1], job.depth) if "taylor" in asked.metrics else []
+    pool.complete({TEXT: (text, bi_blocks), TAYLOR: (layers, [])})
     lm_loss = read(job, TEXT).get("lm_loss", {})
     sets = {length: depth.one_by_one(lm_loss, length) for length in lengths} if losses or choices else {}
     chosen = list(dict.fromkeys(sets.values()))
@@ -143,8 +148,12 @@ def sweep(job: Job, run: RunDirectory, asked: DepthConfig, workers: int) -> None
     })  # fmt: skip
 
     values: Values = read(job, TEXT)
-    if not losses:
-        values.pop("lm_loss", None)
+    if layers:
+        of_layer = read(job, TAYLOR)["taylor"]
+        values["taylor"] = {cut: sum((of_layer[layer,] for layer in cut[1:]), of_layer[cut[:1]]) for cut in cuts}
+    for metric in ("lm_loss", *depth.OF_STREAM):
+        if metric not in asked.metrics:
+            values.pop(metric, None)
     if choices:
         values |= _choice_metrics(job)
     found = recommendation(values, lengths, job.depth, sets)
@@ -190,10 +199,13 @@ def missing_pieces(
         chunks = job.chunks(kind) if cuts or bi_blocks else []
         for rows in chunks:
             known = _read_chunk(job, kind, rows)
-            metric = "lm_loss" if kind == TEXT else CHOICES
-            left = [cut for cut in dict.fromkeys(cuts) if cut not in known.get(metric, {})]
-            bi_left = tuple(cut for cut in bi_blocks if cut not in known.get("bi", {}))
+            left = [cut for cut in dict.fromkeys(cuts) if cut not in known.get(METRIC[kind], {})]
+            bi_left = tuple(
+                cut for cut in bi_blocks if not all(cut in known.get(metric, {}) for metric in depth.OF_STREAM)
+            )
             parts = max(-(-len(left) // job.cuts_at_once(kind, rows)), min(workers // len(chunks), len(left)), 1)
+            if kind == TAYLOR:
+                parts = 1  # one backward pass gives every layer's
             for part in range(parts):  # every parts-th: parts of equal work
                 asked, bi = tuple(left[part::parts]), bi_left if part == 0 else ()
                 if asked or bi:
@@ -204,11 +216,15 @@ def missing_pieces(
 def compute(job: Job, piece: Piece) -> None:
     """One piece, on disk when this returns."""
     torch.set_num_threads(job.threads)
-    walk = _walk(job.folder, job.precision, job.device, _streamed(job))
     found: Values
     if piece.kind == TEXT:
+        walk = _walk(job.folder, job.precision, job.device, _streamed(job))
         found = depth.text_values(walk, job.windows[piece.rows], piece.cuts, piece.bi_blocks)
+    elif piece.kind == TAYLOR:
+        teacher = _teacher(job.folder, job.device)
+        found = {"taylor": depth.taylor_values(teacher, job.windows[piece.rows], job.precision)}
     else:
+        walk = _walk(job.folder, job.precision, job.device, _streamed(job))
         options = _options(job.packed, piece.rows)
         sums = depth.winogrande_values(walk, job.packed, piece.rows, piece.cuts)
         found = {CHOICES: {cut: values[options] for cut, values in sums.items()}}
@@ -231,7 +247,7 @@ def read(job: Job, kind: str) -> Values:
         shared = set.intersection(*(set(values.get(metric, {})) for _, values in of_chunks))
         found[metric] = {}
         for cut in sorted(shared):
-            if kind == TEXT:
+            if kind != CHOICES:
                 found[metric][cut] = np.concatenate([values[metric][cut] for _, values in of_chunks])
             else:
                 whole = np.zeros(2 * len(job.packed.answers))
@@ -266,6 +282,13 @@ def _choice_metrics(job: Job) -> Values:
 def _walk(folder: Path, precision: str, device: str, streamed: bool) -> Walk:
     """Kept between the pieces that one process computes."""
     return Walk(folder, precision, device, streamed)
+
+
+@lru_cache(maxsize=1)
+def _teacher(folder: Path, device: str) -> PreTrainedModel:
+    """Whole, float32, for a backward pass; kept as the walk is."""
+    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return torch.nn.Module.to(teacher, device).eval()
 
 
 def _streamed(job: Job) -> bool:

@@ -1,32 +1,54 @@
-"""One teacher pass -> width importance and block importance (poster, "Importance Estimation & Ranking").
+"""Importance of every width element, by one of several criteria, and BI of every block.
 
-Forward passes only, sums in float32. Two aggregations, over positions and then over samples (best practice 2:
-sequence = mean of absolute values, batch = L2).
+The criterion is `importance.method`. What needs data is a sum over calibration windows, computed in parts and added;
+what needs weights is computed once from the sums (poster, "Importance Estimation & Ranking"; the baselines are those
+that people compare with).
+
+    activation  aggregated activations, the papers' own        activation_importance.py
+    random      uniform scores                                 weight_importance.py
+    magnitude   L2 norm of what an element owns                weight_importance.py
+    wanda       |weight| x norm of the activations it meets    weight_importance.py
+    taylor      |weight x gradient of the LM loss|             taylor.py
+    pca         variance along the hidden states' principal components; MLP and heads by activation   rotation.py
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from minitron_search.families import decoder_layers, family_of, final_hidden, sizes
+from minitron_search import activation_importance, weight_importance
+from minitron_search.activation_importance import ActivationSums
+from minitron_search.config import ImportanceConfig
+from minitron_search.families import final_hidden
 from minitron_search.precision import autocast
 from minitron_search.rankings import Rankings
+from minitron_search.rotation import Covariance, principal_components
+from minitron_search.taylor import gradient_sums, taylor
+from minitron_search.weight_importance import InputSquares, Scores
+
+DEFAULT = ImportanceConfig()
+TOKENS_AT_ONCE = 1024  # of whole windows, at least one: the residual stream before every layer is held for this many
+ORDER = "ranking_"  # prefix of a composed ranking's tensors in the file
 
 
 @dataclass(frozen=True)
 class Importance:
-    """hidden: (hidden_size,), the sum of `hidden_per_norm` (norms, hidden_size) over norms.
-    mlp: (layers, intermediate_size). heads: (layers, num_attention_heads).
+    """hidden: (hidden_size,). mlp: (layers, intermediate_size). heads: (layers, num_attention_heads).
+    hidden_per_norm: (norms, hidden_size), by activations whatever the method; activation's `hidden` is its sum.
     block_bi: (layers + 1, layers + 1), entry [i, j] = 1 - mean cosine between the residual stream before layer i
     and before layer j (after the last layer, before the final norm, for j = layers): the BI of block i..j-1.
+    rotation: (hidden_size, hidden_size) where `hidden` is of the rotated teacher's channels: its columns are theirs.
+    order: the ranking where it is composed over rounds (`rounds.py`); the scores are then the first round's.
     """
 
     hidden: Tensor
@@ -34,172 +56,132 @@ class Importance:
     mlp: Tensor
     heads: Tensor
     block_bi: Tensor
+    rotation: Tensor | None = None
+    order: Rankings | None = None
 
     def rankings(self, key_value_heads: int) -> Rankings:
-        return Rankings.of_scores(self.hidden, self.mlp, self.heads, key_value_heads)
+        return self.order or Rankings.of_scores(self.hidden, self.mlp, self.heads, key_value_heads)
 
     def layer_bi(self) -> Tensor:
         """(layers,): BI of each layer alone."""
         return torch.diagonal(self.block_bi, offset=1)
 
-    def save(self, path: Path, samples: int, batch: str, sequence: str) -> None:
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything by its name in the file."""
+        found = {name: tensor for name in SCORES if (tensor := getattr(self, name)) is not None}
+        order = {} if self.order is None else {ORDER + f.name: getattr(self.order, f.name) for f in fields(Rankings)}
+        return found | order
+
+    def save(self, path: Path, samples: int, asked: ImportanceConfig) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        metadata = {"samples": str(samples), "batch": batch, "sequence": sequence}
-        save_file({name: getattr(self, name).contiguous() for name in self.__annotations__}, temporary, metadata)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        metadata = {"samples": samples, **asked.model_dump(exclude_none=True)}
+        save_file({name: tensor.contiguous() for name, tensor in self.tensors().items()}, temporary,
+                  {name: str(value) for name, value in metadata.items()})  # fmt: skip
         temporary.rename(path)
 
     @classmethod
     def load(cls, path: Path) -> "Importance":
         with safe_open(path, framework="pt") as file:
-            return cls(**{name: file.get_tensor(name) for name in cls.__annotations__})
+            found = {name: file.get_tensor(name) for name in file.keys()}
+        order = {name.removeprefix(ORDER): found.pop(name) for name in list(found) if name.startswith(ORDER)}
+        return cls(**found, order=Rankings(**order) if order else None)
+
+
+SCORES = tuple(field.name for field in fields(Importance) if field.name != "order")
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Sums over some of the samples; sums of disjoint samples add up. of_method: what the method adds to the
+    activations: input squares by weight, gradient sums by slice, or the covariance."""
+
+    activations: activation_importance.Partial
+    of_method: dict[Any, Tensor]
 
 
 def measure(
     teacher: PreTrainedModel,
     windows: np.ndarray,
+    asked: ImportanceConfig = DEFAULT,
     *,
-    batch: str = "l2",
-    sequence: str = "mean",
+    seed: int = 0,
     precision: str = "float32",
-    rows_at_once: int = 4,
+    rows_at_once: int | None = None,
 ) -> Importance:
-    """Importance of every width element and of every block, over calibration `windows` (samples, length)."""
-    return combined([partial_sums(teacher, windows, batch, sequence, precision, rows_at_once)], batch)
-
-
-@dataclass(frozen=True)
-class Partial:
-    """Sums over some of the samples; sums of disjoint samples add up.
-
-    first, second: by (layer, module), sums over samples of |s| (of s for batch `mean`) and of s^2, where s is a
-    sample's aggregate over positions. cosines: (layers + 1, layers + 1), summed over positions.
-    """
-
-    norms: tuple[str, ...]
-    first: dict[tuple[int, str], Tensor]
-    second: dict[tuple[int, str], Tensor]
-    cosines: Tensor
-    positions: int
-    samples: int
+    """One round of importance of every width element and of every block, over calibration `windows` (samples,
+    length). `seed` is read by method `random`; `taylor` needs float32 weights."""
+    part = partial_sums(teacher, windows, asked, precision, rows_at_once)
+    return combined([part], asked, seed, lambda: teacher)
 
 
 def partial_sums(
     teacher: PreTrainedModel,
     windows: np.ndarray,
-    batch: str,
-    sequence: str,
+    asked: ImportanceConfig,
     precision: str,
-    rows_at_once: int = 4,
+    rows_at_once: int | None = None,
 ) -> Partial:
-    """The sums of `windows` (samples, length), arguments as `measure`."""
+    """The sums of `windows` (samples, length), in one forward pass (and one backward, for `taylor`)."""
     device = teacher.device
-    sums = _Sums(teacher, batch, sequence)
-    with torch.no_grad(), sums.watching(teacher):
+    rows_at_once = rows_at_once or max(1, TOKENS_AT_ONCE // windows.shape[1])
+    activations = ActivationSums(teacher, asked.batch, asked.sequence)
+    inputs = InputSquares(teacher) if asked.method == "wanda" else None
+    covariance = Covariance(teacher) if asked.method == "pca" else None
+    with torch.no_grad(), ExitStack() as watching:
+        for sums in (activations, inputs, covariance):
+            if sums is not None:
+                watching.enter_context(sums.watching(teacher))
         for first in range(0, len(windows), rows_at_once):
             rows = torch.from_numpy(windows[first : first + rows_at_once].astype(np.int64)).to(device)
             with autocast(precision, device):
-                final_hidden(teacher, rows)
-            sums.end_of_rows()
-    return sums.partial(len(windows))
+                final = final_hidden(teacher, rows)
+            activations.end_of_rows()
+            if inputs is not None:
+                inputs.end_of_rows(final)
+    of_method: dict[Any, Tensor] = {}
+    if inputs is not None:
+        of_method = {name: total.cpu() for name, total in inputs.totals.items()}
+    if covariance is not None:
+        of_method = {"covariance": covariance.total.cpu()}
+    if asked.method == "taylor":
+        of_method = gradient_sums(teacher, windows, precision)
+    return Partial(activations.partial(len(windows)), of_method)
 
 
-def combined(parts: list[Partial], batch: str) -> Importance:
-    """The importance of all samples of `parts`, added in the order given."""
-    samples, norms = sum(part.samples for part in parts), parts[0].norms
-    cosines = sum((part.cosines for part in parts[1:]), parts[0].cosines)
+def combined(
+    parts: list[Partial], asked: ImportanceConfig, seed: int, teacher: Callable[[], PreTrainedModel]
+) -> Importance:
+    """The importance of all samples of `parts`, added in the order given. `teacher` gives the model that they were
+    measured on, and is called by the methods that read its weights or shape."""
+    by_activation = activation_importance.combined([part.activations for part in parts], asked.batch)
+    sums = {
+        key: sum((part.of_method[key] for part in parts[1:]), parts[0].of_method[key]) for key in parts[0].of_method
+    }
+    scores = Scores(by_activation.hidden_per_norm.sum(0), by_activation.mlp, by_activation.heads)
+    rotation = None
+    if asked.method == "pca":
+        values, rotation = principal_components(sums["covariance"])
+        scores = scores._replace(hidden=values)
+    elif asked.method != "activation":
+        model = teacher()
+        parameters = dict(model.named_parameters())
+        config = model.config
 
-    def over_samples(key: tuple[int, str]) -> Tensor:
-        first = sum((part.first[key] for part in parts[1:]), parts[0].first[key])
-        second = sum((part.second[key] for part in parts[1:]), parts[0].second[key])
-        if batch == "l2":
-            return second.sqrt()
-        if batch == "variance":
-            return second / samples - (first / samples).square()
-        return first if batch == "l1" else first / samples
+        def read(name: str) -> Tensor:
+            return parameters[name].detach()
 
-    def stacked(kind: str) -> Tensor:
-        return torch.stack([over_samples((layer, kind)) for layer in range(len(cosines) - 1)])
-
-    per_norm = torch.cat([stacked(norm) for norm in norms])
+        if asked.method == "random":
+            scores = weight_importance.random(config, seed)
+        elif asked.method == "magnitude":
+            scores = weight_importance.magnitude(config, read)
+        elif asked.method == "wanda":
+            scores = weight_importance.wanda(config, read, sums)
+        else:
+            scores = taylor(config, sums, sum(part.activations.samples for part in parts))
     return Importance(
-        hidden=per_norm.sum(0),
-        hidden_per_norm=per_norm,
-        mlp=stacked("mlp"),
-        heads=stacked("heads"),
-        block_bi=1 - cosines / sum(part.positions for part in parts),
+        **scores._asdict(),
+        hidden_per_norm=by_activation.hidden_per_norm,
+        block_bi=by_activation.block_bi,
+        rotation=rotation,
     )
-
-
-class _Sums:
-    """Running sums over samples, one entry per watched module, fed by hooks during the forward pass."""
-
-    def __init__(self, teacher: PreTrainedModel, batch: str, sequence: str):
-        self.family = family_of(teacher.config)
-        self.head_dim = sizes(teacher.config)["head_dim"]
-        self.over_positions, self.batch = _over_positions(sequence), batch
-        self.first: dict[tuple[int, str], Tensor] = {}  # sum over samples of |s|, or of s for `mean`
-        self.second: dict[tuple[int, str], Tensor] = {}  # sum over samples of s^2
-        self.stream: list[Tensor] = []  # the residual stream before each layer, and after the last
-        self.cosines: Tensor | float = 0.0
-        self.positions = 0
-
-    @contextmanager
-    def watching(self, teacher: PreTrainedModel) -> Iterator[None]:
-        handles = []
-        layers = decoder_layers(teacher)
-        for index, layer in enumerate(layers):
-            for norm in self.family.norms:
-                handles.append(layer.get_submodule(norm).register_forward_hook(self._norm_output(index, norm)))
-            for name, kind in ((self.family.mlp_output, "mlp"), (self.family.attention_output, "heads")):
-                handles.append(layer.get_submodule(name).register_forward_pre_hook(self._input(index, kind)))
-            handles.append(layer.register_forward_pre_hook(self._layer_input, with_kwargs=True))
-        handles.append(layers[-1].register_forward_hook(self._last_output))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _norm_output(self, layer: int, norm: str):  # type: ignore[no-untyped-def]
-        return lambda module, inputs, output: self._add((layer, norm), output)
-
-    def _input(self, layer: int, kind: str):  # type: ignore[no-untyped-def]
-        return lambda module, inputs: self._add((layer, kind), inputs[0])
-
-    def _layer_input(self, module: nn.Module, inputs: tuple, arguments: dict) -> None:
-        self.stream.append(inputs[0] if inputs else arguments["hidden_states"])
-
-    def _last_output(self, module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
-        self.stream.append(output[0] if isinstance(output, tuple) else output)
-
-    def _add(self, key: tuple[int, str], x: Tensor) -> None:
-        """x: (batch, length, channels)."""
-        x = x.float()
-        if key[1] == "heads":  # a head's activation is its output vector: L2 over head_dim
-            x = x.unflatten(-1, (-1, self.head_dim)).norm(dim=-1)
-        samples = self.over_positions(x)
-        magnitude = samples if self.batch == "mean" else samples.abs()
-        self.first[key] = self.first.get(key, 0) + magnitude.sum(0)
-        self.second[key] = self.second.get(key, 0) + samples.square().sum(0)
-
-    def end_of_rows(self) -> None:
-        stream = torch.stack([x.float().flatten(0, 1) for x in self.stream])  # (layers + 1, positions, hidden)
-        stream = nn.functional.normalize(stream, dim=-1)
-        self.cosines = self.cosines + torch.einsum("ith,jth->ij", stream, stream)
-        self.positions += stream.shape[1]
-        self.stream.clear()
-
-    def partial(self, samples: int) -> Partial:
-        assert isinstance(self.cosines, Tensor)
-        first, second = ({key: total.cpu() for key, total in sums.items()} for sums in (self.first, self.second))
-        return Partial(self.family.norms, first, second, self.cosines.cpu(), self.positions, samples)
-
-
-def _over_positions(sequence: str):  # type: ignore[no-untyped-def]
-    """(batch, length, channels) -> (batch, channels)."""
-    return {
-        "mean": lambda x: x.abs().mean(1),
-        "l2": lambda x: x.norm(dim=1),
-        "variance": lambda x: x.var(1, correction=0),
-    }[sequence]

@@ -20,6 +20,7 @@ from minitron_search.corpus import Corpus, load_corpus
 from minitron_search.depth import in_layers
 from minitron_search.evaluation import check_tasks
 from minitron_search.families import family_of, sizes, weights
+from minitron_search.rotation import rotated_config
 from minitron_search.run_directory import RunDirectory
 from minitron_search.search_space import SearchSpace
 from minitron_search.teacher import fingerprint, load_tokenizer, teacher_config, teacher_folder
@@ -54,6 +55,8 @@ def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace, 
     _check_stages(run, config)
     teacher = teacher_config(config.teacher.model)
     family_of(teacher)
+    if config.importance.method == "pca":
+        teacher = rotated_config(teacher)  # candidates are cut from it, and counted as it is
     space = _space(config, teacher)
     if "depth" in config.stages:
         in_layers(config.depth.lengths, teacher.num_hidden_layers)
@@ -83,7 +86,7 @@ def prepare(config: Config, resume: bool) -> Prepared:
         calibration_samples=config.corpus.calibration_samples,
         validation_samples=config.corpus.validation_samples,
         train_tokens=max(config.search.rungs[-1], config.retraining.tokens) if trains else 0,
-        seed=config.seed,
+        seed=importance_seed(config),
     )
     return Prepared(
         config=config,
@@ -96,6 +99,10 @@ def prepare(config: Config, resume: bool) -> Prepared:
         corpus=corpus,
         packed=packed,
     )
+
+
+def importance_seed(config: Config) -> int:
+    return config.seed if config.importance.seed is None else config.importance.seed
 
 
 def environment(prepared: Prepared) -> dict[str, Any]:
@@ -174,7 +181,11 @@ def _check_disk(config: Config, space: SearchSpace) -> None:
     needed = CHECKPOINT_BYTES * largest * (trials + retrained)
     for name, folder, bytes_needed in (
         ("output", Path(config.output), needed),
-        ("MINITRON_SEARCH_CACHE", cache_folder(), 8 * space.measures(space.teacher).params),
+        (
+            "MINITRON_SEARCH_CACHE",
+            cache_folder(),
+            (12 if config.importance.method == "pca" else 8) * space.measures(space.teacher).params,
+        ),
     ):
         existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
         free = shutil.disk_usage(existing).free

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitron_search import depth, importance, winogrande
 from minitron_search.architecture import Architecture
@@ -79,6 +79,42 @@ def test_bi_is_that_of_the_importance_pass_taken_before_the_final_norm(folder: P
         assert found[cut].mean() == pytest.approx(float(expected[cut[0], cut[-1] + 1]), abs=1e-5)
 
 
+def test_the_angular_distance_of_a_block_is_the_angle_at_the_last_position(folder: Path, windows: np.ndarray) -> None:
+    """Gromov et al., equation for d(x^l, x^(l+n)): arccos of the cosine over pi, at the final token."""
+    blocks = depth.blocks([1, 2, 4], 5)
+    found = depth.text_values(Walk(folder, "float32"), windows, [], blocks)["angular"]
+    model = trim(folder, whole(AutoConfig.from_pretrained(folder)))
+    ids = torch.from_numpy(windows.astype(np.int64))
+    stream: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda module, inputs: stream.append(inputs[0][:, -1]))
+    model.model.layers[-1].register_forward_hook(lambda module, inputs, output: stream.append(output[:, -1]))
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    for cut in blocks:
+        cosine = torch.cosine_similarity(stream[cut[0]].double(), stream[cut[-1] + 1].double(), dim=-1)
+        np.testing.assert_allclose(found[cut], np.arccos(cosine.numpy()) / np.pi, atol=1e-5)
+
+
+def test_taylor_of_a_layer_is_the_sum_of_its_weights_times_gradients(folder: Path, windows: np.ndarray) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = depth.taylor_values(model, windows[:3], "float32")
+    assert sorted(found) == depth.blocks([1], 5)
+    for index, window in enumerate(windows[:3]):
+        ids = torch.from_numpy(window.astype(np.int64))[None]
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        for layer, module in enumerate(model.model.layers):
+            expected = sum(float((weight * weight.grad).detach().abs().sum()) for weight in module.parameters())
+            assert found[layer,][index] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-6, 0.3, np.pi / 2, 3.0, np.pi])
+def test_an_angle_is_exact_however_small(angle: float) -> None:
+    x, y = torch.tensor([[2.0, 0.0]]).double(), 5 * torch.tensor([[np.cos(angle), np.sin(angle)]])
+    assert depth._angle(x, y)[0] == pytest.approx(angle / np.pi, rel=1e-6, abs=1e-12)
+
+
 def test_a_cuts_numbers_do_not_depend_on_the_cuts_beside_it(folder: Path, windows: np.ndarray) -> None:
     walk, cuts = Walk(folder, "float32"), [TEACHER, *depth.blocks([1, 3], 5)]
     together = depth.text_values(walk, windows, cuts, cuts[1:])
@@ -141,6 +177,7 @@ def test_the_table_has_every_row_once(folder: Path, windows: np.ndarray) -> None
         ("lm_loss", "teacher", 0): 1, ("lm_loss", "contiguous", 1): 5, ("lm_loss", "contiguous", 2): 4,
         ("lm_loss", "one_by_one", 1): 1, ("lm_loss", "one_by_one", 2): 1,
         ("bi", "contiguous", 1): 5, ("bi", "contiguous", 2): 4,
+        ("angular", "contiguous", 1): 5, ("angular", "contiguous", 2): 4,
     }  # fmt: skip
     assert {row["n"] for row in rows} == {6}
     (chosen,) = (row for row in rows if row["kind"] == "one_by_one" and row["length"] == 2)

@@ -83,6 +83,8 @@ def test_above_chance_accuracy_decides_as_in_the_paper() -> None:
 
 def test_without_winogrande_nothing_is_said_of_chance_and_without_loss_bi_decides() -> None:
     values = {"bi": {block(start, 2): np.full(3, 0.1 * (start + 1)) for start in range(3)}}
+    angular = recommendation({"angular": values["bi"]}, [2], 4, {})
+    assert angular["by_length"]["2"]["recommended"]["by"] == "angular" and not angular["by_length"]["2"]["one_by_one"]
     found = recommendation(values, [2], 4, {})
     assert found["at_chance"] is None and found["teacher"] == {}
     assert found["by_length"]["2"]["recommended"] == {"by": "bi", "start": 0, "length": 2, "layers": [0, 1]}

@@ -15,8 +15,9 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from minitron_search import depth, winogrande
-from minitron_search.depth_stage import CHOICES, TEXT, Job, _streamed, compute, missing_pieces, read
+from minitron_search import depth, depth_stage, winogrande
+from minitron_search.config import DepthConfig
+from minitron_search.depth_stage import CHOICES, TAYLOR, TEXT, Job, _streamed, compute, missing_pieces, read
 from minitron_search.run import main
 from minitron_search.run_directory import DEPTH_SCHEMA, RunDirectory
 from tests import tiny
@@ -133,6 +134,50 @@ def test_what_is_kept_is_for_the_same_content_only(data: Path, tmp_path: Path) -
         assert len(missing_pieces(replace(made, **changed), {TEXT: (cuts, [])}, 1)) == len(made.chunks(TEXT))
     # one token of the last window: the other chunks still hold
     assert len(missing_pieces(replace(made, windows=other_windows), {TEXT: (cuts, [])}, 1)) == 1
+
+
+def test_taylor_is_one_piece_a_chunk_for_all_layers_and_is_kept(data: Path, tmp_path: Path) -> None:
+    made, layers = job(data, tmp_path), depth.blocks([1], 5)
+    pieces = missing_pieces(made, {TAYLOR: (layers, [])}, workers=64)
+    assert [piece.rows for piece in pieces] == made.chunks(TAYLOR)
+    for piece in pieces:
+        compute(made, piece)
+    assert missing_pieces(made, {TAYLOR: (layers, [])}, workers=64) == []
+    found = read(made, TAYLOR)["taylor"]
+    assert sorted(found) == layers and all(values.shape == (40,) and (values > 0).all() for values in found.values())
+    assert missing_pieces(made, {TEXT: (layers, [])}, 1) != []  # another kind's pieces are no answer
+
+
+class Here:
+    """A pool that computes every piece in this process."""
+
+    def __init__(self, made: Job, workers: int):
+        self.job, self.workers, self.computed = made, workers, 0
+
+    def complete(self, wanted: dict[str, Any]) -> None:
+        for piece in missing_pieces(self.job, wanted, self.workers):
+            compute(self.job, piece)
+            self.computed += 1
+
+
+def test_every_metric_is_a_value_of_one_key_and_only_those_asked_are_in_the_table(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(depth_stage, "_Pool", Here)
+    made = job(data, tmp_path / "pieces")
+    for metrics in (("angular",), ("taylor",), ("bi", "taylor"), ("lm_loss", "bi", "angular", "taylor")):
+        run = RunDirectory(tmp_path / "-".join(metrics))
+        run.root.mkdir()
+        depth_stage.sweep(made, run, DepthConfig(lengths=(1, 2), metrics=metrics), 1)
+        rows = pq.read_table(run.depth).to_pylist()
+        assert {row["metric"] for row in rows} == set(metrics)
+        of_blocks = [row for row in rows if row["metric"] != "lm_loss"]
+        assert all(row["kind"] == "contiguous" and row["n"] == 40 for row in of_blocks)
+        found = json.loads(run.depth_recommendation.read_text())
+        assert set(found["by_length"]["2"]["best"]) == set(metrics) and found["words"]
+        taylor = {row["layers"]: row["value"] for row in rows if row["metric"] == "taylor"}
+        for layers, value in taylor.items():
+            assert value == pytest.approx(sum(taylor[layer] for layer in layers.split(",")))
 
 
 def test_a_stopped_sweep_computes_only_what_is_missing(data: Path, swept: Path) -> None:

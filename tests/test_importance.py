@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from minitron_search.config import ImportanceConfig
 from minitron_search.importance import Importance, measure
 from tests import tiny
 
@@ -103,7 +104,7 @@ def test_the_pass_by_hand_is_the_models(seed: int) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_every_aggregation_is_its_definition(batch: str, sequence: str, seed: int) -> None:
     model, windows, found = case(seed)
-    measured = measure(model, windows, batch=batch, sequence=sequence)
+    measured = measure(model, windows, ImportanceConfig(batch=batch, sequence=sequence))
     per_norm = aggregated(stacked(found, "norms"), batch, sequence)
     assert close(measured.hidden_per_norm, per_norm)
     assert close(measured.hidden, per_norm.sum(0))
@@ -154,10 +155,10 @@ def test_the_last_layer_is_measured_before_the_final_norm() -> None:
 @pytest.mark.parametrize("batch", BATCH)
 def test_batching_changes_nothing(batch: str) -> None:
     model, windows, _ = case(2)
-    whole = measure(model, windows, batch=batch, rows_at_once=7)
+    whole = measure(model, windows, ImportanceConfig(batch=batch), rows_at_once=7)
     for rows_at_once in (1, 3, 100):
-        other = measure(model, windows, batch=batch, rows_at_once=rows_at_once)
-        for name in Importance.__annotations__:
+        other = measure(model, windows, ImportanceConfig(batch=batch), rows_at_once=rows_at_once)
+        for name in whole.tensors():
             left, right = getattr(other, name), getattr(whole, name)
             torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5 * float(right.abs().max()))
 
@@ -190,7 +191,7 @@ def test_importance_ranks_what_is_larger_first() -> None:
 def test_half_precision_sums_stay_near_and_in_float32() -> None:
     model, windows, _ = case(3)
     full, half = measure(model, windows), measure(model, windows, precision="bfloat16")
-    for name in Importance.__annotations__:
+    for name in full.tensors():
         assert getattr(half, name).dtype == torch.float32
     torch.testing.assert_close(half.mlp, full.mlp, rtol=0.1, atol=0.05 * float(full.mlp.max()))
 
@@ -199,9 +200,9 @@ def test_saved_importance_loads_as_it_was(tmp_path: Path) -> None:
     model, windows, _ = case(0)
     measured = measure(model, windows)
     path = tmp_path / "new" / "importance.safetensors"
-    measured.save(path, samples=7, batch="l2", sequence="mean")
+    measured.save(path, samples=7, asked=ImportanceConfig())
     loaded = Importance.load(path)
-    for name in Importance.__annotations__:
+    for name in measured.tensors():
         assert torch.equal(getattr(loaded, name), getattr(measured, name))
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
