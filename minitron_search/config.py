@@ -165,11 +165,16 @@ class DropBlock(Section):
 
 
 class Axes(Section):
-    """An axis left out keeps the teacher's value."""
+    """An axis left out keeps the teacher's value; of heads and key-value heads, one left out follows the other.
+
+    num_attention_heads alone drops heads inside every group (whole groups where a group is one head);
+    num_key_value_heads alone drops whole groups.
+    """
 
     hidden_size: Axis | None = None
     intermediate_size: Axis | None = None
     num_attention_heads: Axis | None = None
+    num_key_value_heads: Axis | None = None
     drop_block: DropBlock | None = None
 
 
@@ -179,6 +184,7 @@ class Anchor(Section):
     hidden_size: Count | None = None
     intermediate_size: Count | None = None
     num_attention_heads: Count | None = None
+    num_key_value_heads: Count | None = None
     drop_block: tuple[CountOrZero, CountOrZero] | None = None  # start, length
 
 

@@ -15,13 +15,14 @@ from transformers import PretrainedConfig
 
 from minitron_search.architecture import Architecture, memory_bytes, parameter_count
 from minitron_search.config import Anchor, Axis, Space
-from minitron_search.families import is_expressible, sizes, sizes_of, weights, whole
+from minitron_search.families import sizes, sizes_of, weights, whole, why_not_expressible
 
-# The coordinates of a point of the space, in this order; the first four make the shape.
+# The coordinates of a point of the space, in this order; the first five make the shape.
 COORDINATES = (
     "hidden_size",
     "intermediate_size",
     "num_attention_heads",
+    "num_key_value_heads",
     "drop_block_length",
     "drop_block_start",
 )
@@ -39,7 +40,7 @@ class Measures:
 class SearchSpace:
     """The legal architectures of a space inside one teacher.
 
-    points: (architectures, 5) int64, columns `COORDINATES`, in lexical order.
+    points: (architectures, 6) int64, columns `COORDINATES`, in lexical order.
     grid_size: shapes and block starts on the grid before legality and budget.
     Raises ValueError where an axis leaves the teacher, no head count is legal, or no shape meets the budget.
     """
@@ -50,25 +51,23 @@ class SearchSpace:
         self.weights = weights(config)
         depth = self.teacher.num_hidden_layers
         lengths = self._block_lengths(space)
-        values = (
-            self._axis(space.axes.hidden_size, "hidden_size"),
-            self._axis(space.axes.intermediate_size, "intermediate_size"),
-            self._heads(space.axes.num_attention_heads),
-            lengths,
-        )
-        self.grid_size = sum(
-            (depth - length + 1 if length else 1) * len(values[0]) * len(values[1]) * len(values[2])
-            for length in lengths
-        )
-        shapes = np.array(list(itertools.product(*values)), dtype=np.int64)
-        expressible = np.array([is_expressible(config, self._architecture((*shape, 0))) for shape in shapes])
-        if not expressible.any():
-            raise ValueError(f"space.axes: no stock configuration of a {config.model_type} with biases says any shape "
-                             "of the grid; valid: a hidden_size that num_attention_heads divides")  # fmt: skip
-        shapes = shapes[expressible]
+        hidden_sizes = self._axis(space.axes.hidden_size, "hidden_size")
+        intermediate_sizes = self._axis(space.axes.intermediate_size, "intermediate_size")
+        heads = self._heads(space.axes.num_attention_heads, space.axes.num_key_value_heads)
+        starts = sum(depth - length + 1 if length else 1 for length in lengths)
+        self.grid_size = starts * len(hidden_sizes) * len(intermediate_sizes) * len(heads)
+        said = [
+            (size, *pair) for size, pair in itertools.product(hidden_sizes, heads)
+            if self._refusal(size, pair) is None
+        ]  # fmt: skip
+        if not said:
+            raise ValueError("space.axes: no stock configuration says any shape of the grid; "
+                             f"{self._refusal(hidden_sizes[0], heads[0])}")  # fmt: skip
+        grid = itertools.product(said, intermediate_sizes, lengths)
+        shapes = np.array(sorted((size, mlp, *pair, length) for (size, *pair), mlp, length in grid), dtype=np.int64)
         self.shapes = shapes[self._inside(shapes)]
         self.points = np.array(
-            [(*shape, start) for shape in self.shapes.tolist() for start in self._starts(shape[3])],
+            [(*shape, start) for shape in self.shapes.tolist() for start in self._starts(shape[4])],
             dtype=np.int64,
         )
         self.anchors = tuple(self._anchor(anchor) for anchor in space.anchors)
@@ -98,6 +97,7 @@ class SearchSpace:
             "hidden_size": architecture.hidden_size,
             "intermediate_size": architecture.intermediate_size,
             "num_attention_heads": architecture.num_attention_heads,
+            "num_key_value_heads": architecture.num_key_value_heads,
             "drop_block_length": length,
             "drop_block_start": start,
         }
@@ -114,10 +114,10 @@ class SearchSpace:
 
     def largest_without(self, blocks: Mapping[int, int]) -> tuple[Architecture, ...]:
         """For each block, length -> start, the legal architecture of most parameters that drops it, if any does."""
-        params = np.asarray(self._measures(self.points[:, :4]).params)
+        params = np.asarray(self._measures(self.points[:, :5]).params)
         found = []
         for length, start in sorted(blocks.items()):
-            legal = np.flatnonzero((self.points[:, 3] == length) & (self.points[:, 4] == start))
+            legal = np.flatnonzero((self.points[:, 4] == length) & (self.points[:, 5] == start))
             if len(legal):
                 found.append(self._architecture(self.points[legal[params[legal].argmax()]].tolist()))
         return tuple(found)
@@ -130,9 +130,9 @@ class SearchSpace:
         return next((candidate for candidate in candidates if candidate.id not in taken), None)
 
     def _architecture(self, point: Any) -> Architecture:
-        hidden_size, intermediate_size, heads, length, start = map(int, point)
+        hidden_size, intermediate_size, heads, key_value_heads, length, start = map(int, point)
         kept = tuple(layer for layer in range(self.teacher.num_hidden_layers) if not start <= layer < start + length)
-        return Architecture(hidden_size, intermediate_size, heads, self.teacher.num_key_value_heads, kept)
+        return Architecture(hidden_size, intermediate_size, heads, key_value_heads, kept)
 
     def _starts(self, length: int) -> range:
         return range(self.teacher.num_hidden_layers - length + 1) if length else range(1)
@@ -145,15 +145,32 @@ class SearchSpace:
                              f"valid: at most {whole_size}")  # fmt: skip
         return values
 
-    def _heads(self, axis: Axis | None) -> tuple[int, ...]:
-        groups = self.teacher.num_key_value_heads
-        values = self._axis(axis, "num_attention_heads")
-        legal = tuple(value for value in values if value % groups == 0)
+    def _heads(self, heads: Axis | None, groups: Axis | None) -> tuple[tuple[int, int], ...]:
+        """(query heads, key-value heads) as asked: the same number of a group's heads in every group that is kept."""
+        of_teacher = (self.teacher.num_attention_heads, self.teacher.num_key_value_heads)
+        ratio = of_teacher[0] // of_teacher[1]
+        head_counts = self._axis(heads, "num_attention_heads")
+        group_counts = self._axis(groups, "num_key_value_heads")
+        if heads is None:
+            return tuple((ratio * count, count) for count in group_counts)
+        if groups is None and ratio == 1:  # a head is a group
+            return tuple((count, count) for count in head_counts)
+        legal = tuple(
+            pair for pair in itertools.product(head_counts, group_counts)
+            if pair[0] % pair[1] == 0 and pair[0] <= ratio * pair[1]
+        )  # fmt: skip
         if not legal:
-            valid = list(range(groups, self.teacher.num_attention_heads + 1, groups))
-            raise ValueError(f"space.axes.num_attention_heads: none of {list(values)} is a multiple of the "
-                             f"teacher's {groups} key-value heads; valid: {valid}")  # fmt: skip
+            valid = sorted({count * each for count in group_counts for each in range(1, ratio + 1)})
+            raise ValueError(f"space.axes.num_attention_heads: none of {list(head_counts)} is a multiple of "
+                             f"{' or '.join(map(str, group_counts))} key-value heads with at most {ratio} to each, "
+                             f"as the teacher has; valid: {valid}")  # fmt: skip
         return legal
+
+    def _refusal(self, hidden_size: int, heads: tuple[int, int]) -> str | None:
+        whole_depth = self.teacher.layers
+        return why_not_expressible(
+            self.config, Architecture(hidden_size, self.teacher.intermediate_size, *heads, whole_depth)
+        )
 
     def _block_lengths(self, space: Space) -> tuple[int, ...]:
         depth = self.teacher.num_hidden_layers
@@ -164,22 +181,19 @@ class SearchSpace:
         return lengths
 
     def _anchor(self, anchor: Anchor) -> Architecture:
-        values = {"drop_block": (0, 0)}
-        for name in ("hidden_size", "intermediate_size", "num_attention_heads"):
-            asked = getattr(anchor, name)
-            axis = Axis(choices=(asked,)) if asked else None
-            values[name] = (self._heads(axis) if name == "num_attention_heads" else self._axis(axis, name))[0]  # type: ignore[assignment]
+        asked = {name: getattr(anchor, name) for name in COORDINATES[:4]}
+        axes = {name: Axis(choices=(value,)) if value else None for name, value in asked.items()}
+        hidden_size = self._axis(axes["hidden_size"], "hidden_size")[0]
+        intermediate_size = self._axis(axes["intermediate_size"], "intermediate_size")[0]
+        heads = self._heads(axes["num_attention_heads"], axes["num_key_value_heads"])[0]
         start, length = anchor.drop_block or (0, 0)
         if start + length > self.teacher.num_hidden_layers or length >= self.teacher.num_hidden_layers:
             raise ValueError(f"space.anchors: drop_block [{start}, {length}] leaves the teacher's "
                              f"{self.teacher.num_hidden_layers} layers; valid: start + length within them")  # fmt: skip
-        architecture = self._architecture(
-            (values["hidden_size"], values["intermediate_size"], values["num_attention_heads"], length, start)
-        )
-        if not is_expressible(self.config, architecture):
-            raise ValueError(f"space.anchors: no stock configuration says {architecture}; "
-                             "valid: a hidden_size that num_attention_heads divides")  # fmt: skip
-        return architecture
+        refusal = self._refusal(hidden_size, heads)
+        if refusal:
+            raise ValueError(f"space.anchors: {refusal}")
+        return self._architecture((hidden_size, intermediate_size, *heads, length, start))
 
     def _measures(self, shapes: np.ndarray) -> Measures:
         dims = sizes(self.config)
@@ -188,7 +202,8 @@ class SearchSpace:
             "hidden": shapes[:, 0],
             "mlp": shapes[:, 1],
             "query": shapes[:, 2] * dims["head_dim"],
-            "layers": dims["layers"] - shapes[:, 3],
+            "key_value": shapes[:, 3] * dims["head_dim"],
+            "layers": dims["layers"] - shapes[:, 4],
         })  # fmt: skip
 
     def _measure(self, dims: Mapping[str, Any]) -> Measures:

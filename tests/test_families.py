@@ -5,12 +5,11 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from minitron_search import families
 from minitron_search.architecture import Architecture
 from minitron_search.families import (
-    LLAMA,
     decoder_layers,
     family_of,
     final_hidden,
@@ -23,6 +22,7 @@ from minitron_search.families import (
     weights,
     whole,
 )
+from minitron_search.family_tables import LLAMA
 from tests import tiny
 
 SEEDS = range(20)
@@ -112,9 +112,52 @@ def test_what_llama_refuses_is_why_mistral_is_needed() -> None:
         tiny.config(hidden_size=20, num_attention_heads=6).validate()
 
 
-def test_other_families_are_refused_by_name_with_those_that_are_not() -> None:
-    with pytest.raises(ValueError, match=r"teacher\.model.*'gpt2'.*llama, mistral"):
-        family_of(GPT2Config())
+@pytest.mark.parametrize(
+    ("model_type", "said"),
+    [
+        ("mixtral", "mixture of experts"), ("qwen3_moe", "mixture of experts"), ("gpt_oss", "mixture of experts"),
+        ("mamba", "state-space"), ("jamba", "hybrid"), ("qwen3_next", "hybrid"), ("zamba2", "hybrid"),
+        ("deepseek_v3", "latent attention"), ("t5", "encoder-decoder"), ("bart", "encoder-decoder"),
+        ("gemma3", "multimodal"), ("qwen2_5_vl", "multimodal"), 
+        ("bert", "not supported; supported: gemma2, gemma3_text"),
+    ],
+)  # fmt: skip
+def test_other_families_are_refused_by_name_with_the_reason(model_type: str, said: str) -> None:
+    with pytest.raises(ValueError, match=rf"teacher\.model: family '{model_type}' is .*{said}"):
+        family_of(CONFIG_MAPPING[model_type]())
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"num_local_experts": 8}, "mixture of experts"),
+        ({"kv_lora_rank": 512}, "latent attention"),
+        ({"mamba_d_state": 16}, "hybrid"),
+        ({"vision_config": {"hidden_size": 8}}, "multimodal"),
+        ({"is_encoder_decoder": True}, "encoder-decoder"),
+    ],
+)
+def test_a_family_of_another_name_is_refused_for_what_its_configuration_says(keys: dict, said: str) -> None:
+    config = PretrainedConfig(**keys)
+    config.model_type = "tomorrows"
+    with pytest.raises(ValueError, match=rf"'tomorrows' is refused: .*{said}.*valid: "):
+        family_of(config)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "said"),
+    [
+        ("opt", {"do_layer_norm_before": False}, "OPT-350m"),
+        ("opt", {"_remove_final_layer_norm": True}, "no final norm"),
+        ("stablelm", {"qk_layernorm": True}, "module a head"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "the layer's index"),
+        ("gpt2", {"add_cross_attention": True}, "encoder"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "not causal"),
+    ],
+)
+def test_an_option_that_no_declaration_describes_is_refused(model_type: str, options: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=rf"this {model_type} has {next(iter(options))} .*{said}.*valid: "):
+        family_of(tiny.config(model_type, **options))
 
 
 def test_quantised_weights_are_refused() -> None:
