@@ -87,9 +87,12 @@ class SearchSpace:
         )
 
     def distributions(self) -> dict[str, BaseDistribution]:
-        """Optuna's view of the space: a whole-number range per coordinate that varies."""
-        columns = ((name, np.unique(self.points[:, axis])) for axis, name in enumerate(COORDINATES))
-        return {name: IntDistribution(int(seen[0]), int(seen[-1])) for name, seen in columns if len(seen) > 1}
+        """Optuna's view of the space: a whole-number range per coordinate that varies. Key-value heads that the number
+        of heads decides are none."""
+        columns = {name: np.unique(self.points[:, axis]) for axis, name in enumerate(COORDINATES)}
+        if len(np.unique(self.points[:, 2:4], axis=0)) == len(columns["num_attention_heads"]):
+            del columns["num_key_value_heads"]
+        return {name: IntDistribution(int(seen[0]), int(seen[-1])) for name, seen in columns.items() if len(seen) > 1}
 
     def coordinates(self, architecture: Architecture) -> dict[str, int]:
         start, length = architecture.dropped_block(self.teacher.num_hidden_layers)
@@ -103,9 +106,11 @@ class SearchSpace:
         }
 
     def nearest(self, coordinates: Mapping[str, int], taken: Collection[str]) -> Architecture | None:
-        """The legal architecture nearest to `coordinates` whose id is not in `taken`; None when all are."""
-        asked = np.array([coordinates.get(name, self.points[0, axis]) for axis, name in enumerate(COORDINATES)])
-        distance = (((self.points - asked) / self._span) ** 2).sum(1)
+        """The legal architecture nearest to `coordinates` (some of `COORDINATES`; others do not count) whose id is not
+        in `taken`; None when all are."""
+        axes = [COORDINATES.index(name) for name in coordinates]
+        asked = np.array([coordinates[name] for name in coordinates])
+        distance = (((self.points[:, axes] - asked) / self._span[axes]) ** 2).sum(1)
         return self._first_free(np.argsort(distance, kind="stable"), taken)
 
     def random(self, generator: np.random.Generator, taken: Collection[str]) -> Architecture | None:

@@ -73,7 +73,7 @@ class Walk:
         """Arguments as `families.final_hidden`."""
         with self._present(self.embedding, self.embedding_name.removesuffix(".weight"), cast=False):
             stream = nn.functional.embedding(input_ids.to(self.device), self.embedding.weight).float()
-            stream = stream * getattr(self.embedding, "embed_scale", 1.0)  # Gemma's, in float32 as its sums
+            stream = stream * getattr(self.embedding, "scalar_embed_scale", 1.0)  # Gemma's, in float32
         self.body(inputs_embeds=stream, position_ids=position_ids, attention_mask=attention_mask, use_cache=False)
         return Inputs(self.recorders[0].stream, [recorder.arguments for recorder in self.recorders])
 

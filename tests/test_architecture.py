@@ -15,7 +15,6 @@ from minitron_search.architecture import Architecture, digest, forward_flops, me
 from minitron_search.families import sizes_of, student_config, weights
 from tests import tiny
 
-SEEDS = range(20)
 SHAPE = Architecture(24, 20, 4, 2, (0, 1, 4))
 
 
@@ -26,9 +25,10 @@ def drawn(seed: int, **given: object):  # type: ignore[no-untyped-def]
     return weights(config), sizes_of(config, architecture), student_config(config, architecture)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_parameters_are_those_of_the_materialised_model_tied_ones_once(seed: int) -> None:
-    listed, sizes, config = drawn(seed)
+@pytest.mark.parametrize("model_type", tiny.FAMILIES)
+@pytest.mark.parametrize("seed", range(5))
+def test_parameters_are_those_of_the_materialised_model_tied_ones_once(model_type: str, seed: int) -> None:
+    listed, sizes, config = drawn(seed, model_type=model_type)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert parameter_count(listed, sizes) == sum(parameter.numel() for parameter in model.parameters())
@@ -37,9 +37,10 @@ def test_parameters_are_those_of_the_materialised_model_tied_ones_once(seed: int
     assert parameter_count(listed, sizes, embeddings=False) == outside
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_memory_is_that_of_weights_and_a_real_key_value_cache(seed: int) -> None:
-    listed, sizes, config = drawn(seed, sliding_window=None)
+@pytest.mark.parametrize("model_type", tiny.FAMILIES)
+@pytest.mark.parametrize("seed", range(3))
+def test_memory_is_that_of_weights_and_a_real_key_value_cache(model_type: str, seed: int) -> None:
+    listed, sizes, config = drawn(seed, model_type=model_type, **tiny.wide_window(model_type))
     model = tiny.model(config)
     rows, length = 3, 7
     cache = DynamicCache()
@@ -51,9 +52,10 @@ def test_memory_is_that_of_weights_and_a_real_key_value_cache(seed: int) -> None
     assert memory_bytes(listed, sizes, rows, length, element_bytes=4) == 4 * expected
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_flops_are_those_counted_in_a_forward_pass_with_half_of_attention(seed: int) -> None:
-    listed, sizes, config = drawn(seed)
+@pytest.mark.parametrize("model_type", tiny.FAMILIES)
+@pytest.mark.parametrize("seed", range(3))
+def test_flops_are_those_counted_in_a_forward_pass_with_half_of_attention(model_type: str, seed: int) -> None:
+    listed, sizes, config = drawn(seed, model_type=model_type)
     model = tiny.model(config)
     model.set_attn_implementation("eager")
     length = 16

@@ -115,6 +115,11 @@ def _options(model_type: str, draw: np.random.Generator) -> dict[str, Any]:
     }[model_type]  # fmt: skip
 
 
+def wide_window(model_type: str) -> dict[str, int]:
+    """Of a family with sliding windows, one that no test's text leaves."""
+    return {"sliding_window": 64} if "sliding_window" in _options(model_type, np.random.default_rng(0)) else {}
+
+
 def random_architecture(teacher: PretrainedConfig, seed: int, **given: Any) -> Architecture:
     """Any part of the teacher that a stock configuration can say; axes that are given are not drawn, but for a
     hidden_size that the heads make up."""
