@@ -156,6 +156,8 @@ def test_long_rope_of_phi3_ties_hidden_size_to_heads() -> None:
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3, "rope_theta": 100.0}
     config = tiny.config("phi3", rope_parameters=rope, original_max_position_embeddings=16)
     assert not is_expressible(config, Architecture(16, 20, 4, 2, (0,)))
+    with pytest.raises(Exception, match="short_factor field must have length"):
+        tiny.config("phi3", hidden_size=16, rope_parameters=rope, original_max_position_embeddings=16).validate()
     assert is_expressible(config, Architecture(12, 20, 2, 2, (0,)))
     student_config(config, Architecture(12, 20, 2, 2, (0,))).validate()
 
