@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from minitron_search.architecture import Architecture
+from minitron_search.distillation import output_head
 from minitron_search.families import decoder_layers, family_of, sizes, student_config, whole
 from minitron_search.rankings import Rankings
 from minitron_search.trimming import (
@@ -148,6 +149,8 @@ def test_the_permuted_teacher_computes_the_same_function(model_type: str, ratio:
     moved = permuted.get_input_embeddings().weight
     assert torch.equal(moved, teacher.get_input_embeddings().weight[:, rankings.hidden])
     assert torch.equal(tiny.logits(load_teacher(folder), input_ids), tiny.logits(permuted, input_ids))
+    head, of_model = load_head(folder), output_head(permuted)
+    assert torch.equal(head.weight, of_model.weight) and head[1:] == of_model[1:]
 
 
 @pytest.mark.parametrize(("model_type", "ratio"), tiny.HEADED)
