@@ -165,10 +165,10 @@ class DropBlock(Section):
 
 
 class Axes(Section):
-    """An axis left out keeps the teacher's value; of heads and key-value heads, one left out follows the other.
+    """An axis left out keeps the teacher's value, or follows the axis that decides it.
 
     num_attention_heads alone drops heads inside every group (whole groups where a group is one head);
-    num_key_value_heads alone drops whole groups.
+    num_key_value_heads alone drops whole groups. Where a family's heads make up hidden_size, either gives the other.
     """
 
     hidden_size: Axis | None = None

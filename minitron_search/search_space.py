@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from minitron_search.architecture import Architecture, memory_bytes, parameter_count
 from minitron_search.config import Anchor, Axis, Space
-from minitron_search.families import sizes, sizes_of, weights, whole, why_not_expressible
+from minitron_search.families import family_of, sizes, sizes_of, weights, whole, why_not_expressible
 
 # The coordinates of a point of the space, in this order; the first five make the shape.
 COORDINATES = (
@@ -26,6 +26,7 @@ COORDINATES = (
     "drop_block_length",
     "drop_block_start",
 )
+WIDTHS = ("hidden_size", "num_attention_heads", "num_key_value_heads")
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,8 @@ class SearchSpace:
         self.weights = weights(config)
         depth = self.teacher.num_hidden_layers
         lengths = self._block_lengths(space)
-        hidden_sizes = self._axis(space.axes.hidden_size, "hidden_size")
+        hidden_sizes, heads = self._widths(*(getattr(space.axes, name) for name in WIDTHS))
         intermediate_sizes = self._axis(space.axes.intermediate_size, "intermediate_size")
-        heads = self._heads(space.axes.num_attention_heads, space.axes.num_key_value_heads)
         starts = sum(depth - length + 1 if length else 1 for length in lengths)
         self.grid_size = starts * len(hidden_sizes) * len(intermediate_sizes) * len(heads)
         said = [
@@ -150,6 +150,21 @@ class SearchSpace:
                              f"valid: at most {whole_size}")  # fmt: skip
         return values
 
+    def _widths(
+        self, hidden_size: Axis | None, heads: Axis | None, groups: Axis | None
+    ) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+        """(hidden sizes, pairs of query and key-value heads). Where heads make up hidden_size, the one that is left
+        out follows the other."""
+        hidden_sizes = self._axis(hidden_size, "hidden_size")
+        if family_of(self.config).head_dim != "derived":
+            return hidden_sizes, self._heads(heads, groups)
+        head_dim = sizes(self.config)["head_dim"]
+        counts = tuple(size // head_dim for size in hidden_sizes if size % head_dim == 0)
+        if hidden_size and counts and not (heads or groups):
+            heads = Axis(choices=counts)
+        pairs = self._heads(heads, groups)
+        return hidden_sizes if hidden_size else tuple(sorted({pair[0] * head_dim for pair in pairs})), pairs
+
     def _heads(self, heads: Axis | None, groups: Axis | None) -> tuple[tuple[int, int], ...]:
         """(query heads, key-value heads) as asked: the same number of a group's heads in every group that is kept."""
         of_teacher = (self.teacher.num_attention_heads, self.teacher.num_key_value_heads)
@@ -188,9 +203,9 @@ class SearchSpace:
     def _anchor(self, anchor: Anchor) -> Architecture:
         asked = {name: getattr(anchor, name) for name in COORDINATES[:4]}
         axes = {name: Axis(choices=(value,)) if value else None for name, value in asked.items()}
-        hidden_size = self._axis(axes["hidden_size"], "hidden_size")[0]
         intermediate_size = self._axis(axes["intermediate_size"], "intermediate_size")[0]
-        heads = self._heads(axes["num_attention_heads"], axes["num_key_value_heads"])[0]
+        hidden_sizes, pairs = self._widths(*(axes[name] for name in WIDTHS))
+        hidden_size, heads = hidden_sizes[0], pairs[0]
         start, length = anchor.drop_block or (0, 0)
         if start + length > self.teacher.num_hidden_layers or length >= self.teacher.num_hidden_layers:
             raise ValueError(f"space.anchors: drop_block [{start}, {length}] leaves the teacher's "

@@ -183,11 +183,26 @@ def test_key_value_heads_are_no_coordinate_where_the_heads_decide_them() -> None
 
 
 def test_a_family_whose_heads_make_up_hidden_size_says_so() -> None:
-    said = refusal({"hidden_size": {"choices": [12, 18]}}, teacher=tiny.config("gpt_neox"))
-    assert "hidden_size: 12 with num_attention_heads 4" in said and "valid: hidden_size 24" in said
-    assert "space.anchors: hidden_size: 12" in refusal(
-        {}, around(9_000, 0.9), anchors=[{"hidden_size": 12}], teacher=tiny.config("gpt_neox")
+    said = refusal({"hidden_size": {"choices": [13, 20]}}, teacher=tiny.config("gpt_neox"))
+    assert "hidden_size: 13 with num_attention_heads 4" in said and "valid: hidden_size 24" in said
+    assert "space.anchors: hidden_size: 13" in refusal(
+        {}, around(9_000, 0.9), anchors=[{"hidden_size": 13}], teacher=tiny.config("gpt_neox")
     )
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"hidden_size": {"low": 6, "high": 24, "step": 1}},
+        {"num_attention_heads": {"choices": [1, 2, 3, 4]}},
+        {"hidden_size": {"choices": [6, 12, 18, 24]}, "num_attention_heads": {"choices": [1, 2, 3, 4]}},
+    ],
+)
+def test_where_heads_make_up_hidden_size_one_axis_gives_the_other(axes: Any) -> None:
+    tested = space(axes, around(9_000, 0.95), anchors=[{"hidden_size": 12}], teacher=tiny.config("gpt2"))
+    found = {(a.hidden_size, a.num_attention_heads) for a in tested.architectures()}
+    assert found == {(6, 1), (12, 2), (18, 3), (24, 4)}
+    assert (tested.anchors[0].num_attention_heads, tested.anchors[0].num_key_value_heads) == (2, 2)
 
 
 @pytest.mark.parametrize("seed", range(8))
