@@ -61,16 +61,17 @@ class Architecture:
         return missing[0], len(missing)
 
     def __str__(self) -> str:
-        kept = f"{self.num_hidden_layers} layers"
-        return f"hidden {self.hidden_size}, mlp {self.intermediate_size}, heads {self.num_attention_heads}, {kept}"
+        heads = f"heads {self.num_attention_heads} in {self.num_key_value_heads} groups"
+        return f"hidden {self.hidden_size}, mlp {self.intermediate_size}, {heads}, {self.num_hidden_layers} layers"
 
 
 @dataclass(frozen=True)
 class Weight:
     """One parameter tensor: its name, its dimensions by name, and the decoder layer it belongs to (or None).
 
-    `matmul` is true for weights that multiply every token's activations (all matrices but the input embedding,
-    which is looked up; a tied embedding is both, and counts as a product).
+    `embedding` is true for the input embedding and the output head. `matmul` is true for weights that multiply every
+    token's activations (all matrices but those that are looked up, the input embedding and learned positions; a tied
+    embedding is both, and counts as a product).
     """
 
     name: str
@@ -78,6 +79,16 @@ class Weight:
     layer: int | None
     embedding: bool
     matmul: bool
+
+
+def parts(dim: str) -> list[str]:
+    """The dimensions that a fused one is made of (`query+key_value+key_value`, `family_tables.Family`), or itself."""
+    return dim.replace("|", "+").split("+")
+
+
+def dimension(sizes: Sizes, dim: str) -> Any:
+    """The size of a dimension, fused or not."""
+    return sum(sizes[part] for part in parts(dim))
 
 
 def parameter_count(weights: Iterable[Weight], sizes: Sizes, *, embeddings: bool = True) -> Any:
@@ -105,7 +116,7 @@ def _sum(weights: Iterable[Weight], sizes: Sizes, counted: Any) -> Any:
     total: Any = 0
     for weight in weights:
         if counted(weight) and weight.layer in (None, 0):
-            elements = math.prod(np.asarray(sizes[dim], dtype=np.int64) for dim in weight.dims)
+            elements = math.prod(np.asarray(dimension(sizes, dim), dtype=np.int64) for dim in weight.dims)
             total = total + elements * (1 if weight.layer is None else sizes["layers"])
     return int(total) if np.ndim(total) == 0 else total
 

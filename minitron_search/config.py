@@ -189,11 +189,16 @@ class DropBlock(Section):
 
 
 class Axes(Section):
-    """An axis left out keeps the teacher's value."""
+    """An axis left out keeps the teacher's value, or follows the axis that decides it.
+
+    num_attention_heads alone drops heads inside every group (whole groups where a group is one head);
+    num_key_value_heads alone drops whole groups. Where a family's heads make up hidden_size, either gives the other.
+    """
 
     hidden_size: Axis | None = None
     intermediate_size: Axis | None = None
     num_attention_heads: Axis | None = None
+    num_key_value_heads: Axis | None = None
     drop_block: DropBlock | None = None
 
 
@@ -203,6 +208,7 @@ class Anchor(Section):
     hidden_size: Count | None = None
     intermediate_size: Count | None = None
     num_attention_heads: Count | None = None
+    num_key_value_heads: Count | None = None
     drop_block: tuple[CountOrZero, CountOrZero] | None = None  # start, length
 
 

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from minitron_search.distillation_loss import IGNORE, OutputHead, output_loss
-from minitron_search.families import final_hidden
+from minitron_search.families import final_hidden, head_scale, head_softcap
 from minitron_search.loop_settings import LoopSettings, Precision
 from minitron_search.precision import autocast
 from minitron_search.teacher_cache import CacheReader, teacher_hidden
@@ -87,10 +87,9 @@ class DivergedError(RuntimeError):
 
 
 def output_head(model: PreTrainedModel) -> OutputHead:
-    """The model's head with its family's scale (Granite divides, Cohere multiplies) and soft-cap (Gemma)."""
-    head, about = model.get_output_embeddings(), model.config
-    scale = getattr(about, "logit_scale", None) or 1 / (getattr(about, "logits_scaling", None) or 1)
-    return OutputHead(head.weight, head.bias, scale, getattr(about, "final_logit_softcapping", None))
+    """The model's head with its family's scale (Granite) and soft-cap (Gemma)."""
+    head = model.get_output_embeddings()
+    return OutputHead(head.weight, head.bias, head_scale(model.config), head_softcap(model.config))
 
 
 def live_teacher(model: PreTrainedModel, precision: Precision) -> Teacher:

@@ -1,95 +1,65 @@
-"""Where each axis lives in each decoder family; what is refused, and why.
+"""Where each axis lives in the model of a configuration, and the configuration of what is left of it.
 
-A family is a declaration: the names of its modules and, for every weight, which dimension is which axis. All
-that trims, permutes or counts reads that table, so it is written once and holds for every model of the family.
+The families themselves are declarations (`family_tables.py`): the names of modules and, for every weight, which
+dimension is which axis. All that trims, permutes or counts reads them through this module, so it is written once
+and holds for every model of every family.
 """
 
 import copy
-from dataclasses import dataclass
+import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MistralConfig, PretrainedConfig, PreTrainedModel
 
-from minitron_search.architecture import Architecture, Weight
-
-
-@dataclass(frozen=True)
-class Family:
-    """Names are relative: module names to a decoder layer, weight names in `layer_weights` likewise.
-
-    Dimensions: `hidden`, `mlp` (intermediate_size), `query` (num_attention_heads * head_dim), `key_value`
-    (num_key_value_heads * head_dim), `head_dim`, `vocab`.
-    """
-
-    model_types: tuple[str, ...]
-    layers: str  # the list of decoder layers
-    norms: tuple[str, ...]  # whose output feeds attention or the MLP
-    attention_output: str  # its input is the heads' output
-    mlp_output: str  # its input is the MLP's neurons
-    weights: dict[str, tuple[str, ...]]
-    layer_weights: dict[str, tuple[str, ...]]
-    per_layer: tuple[str, ...] = ()  # configuration keys that are lists over layers
-
-
-LLAMA = Family(
-    model_types=("llama", "mistral"),
-    layers="model.layers",
-    norms=("input_layernorm", "post_attention_layernorm"),
-    attention_output="self_attn.o_proj",
-    mlp_output="mlp.down_proj",
-    weights={
-        "model.embed_tokens.weight": ("vocab", "hidden"),
-        "model.norm.weight": ("hidden",),
-        "lm_head.weight": ("vocab", "hidden"),
-    },
-    layer_weights={
-        "input_layernorm.weight": ("hidden",),
-        "post_attention_layernorm.weight": ("hidden",),
-        "self_attn.q_proj.weight": ("query", "hidden"),
-        "self_attn.q_proj.bias": ("query",),
-        "self_attn.k_proj.weight": ("key_value", "hidden"),
-        "self_attn.k_proj.bias": ("key_value",),
-        "self_attn.v_proj.weight": ("key_value", "hidden"),
-        "self_attn.v_proj.bias": ("key_value",),
-        "self_attn.o_proj.weight": ("hidden", "query"),
-        "self_attn.o_proj.bias": ("hidden",),
-        "mlp.gate_proj.weight": ("mlp", "hidden"),
-        "mlp.gate_proj.bias": ("mlp",),
-        "mlp.up_proj.weight": ("mlp", "hidden"),
-        "mlp.up_proj.bias": ("mlp",),
-        "mlp.down_proj.weight": ("hidden", "mlp"),
-        "mlp.down_proj.bias": ("hidden",),
-    },
-    per_layer=("layer_types",),
-)
-
-FAMILIES = (LLAMA,)
+from minitron_search.architecture import Architecture, Weight, dimension
+from minitron_search.family_tables import ENCODER_DECODER, FAMILIES, REFUSED, Family
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """Raises ValueError for a family that is not supported, naming those that are."""
-    supported = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
+    """The declaration of this model's family, with what this configuration varies.
+
+    Raises ValueError, with the reason, for what is refused; and for a family nobody declared, naming those that are.
+    """
+    name = config.model_type
     if getattr(config, "quantization_config", None):
         raise ValueError("teacher.model: its weights are quantised, and trimming needs full weights; "
                          "valid: the unquantised model it was made from")  # fmt: skip
     for family in FAMILIES:
-        if config.model_type in family.model_types:
+        if name in family.model_types:
+            for key, value, reason in family.unsupported:
+                if _value(config, key) == value:
+                    raise ValueError(f"teacher.model: this {name} has {key} {value}: {reason}; "
+                                     f"valid: a {name} with another {key}")  # fmt: skip
+            for key, value, fields in family.variants:
+                if _value(config, key) == value:
+                    family = dataclasses.replace(family, **fields)
             return family
-    raise ValueError(f"teacher.model: family {config.model_type!r} is not supported; supported: {supported}")
+    named = [refused for refused in REFUSED if name in refused.model_types]
+    telling = [refused for refused in REFUSED if any(getattr(config, key, None) for key in refused.keys)]
+    if config.is_encoder_decoder:
+        telling.append(ENCODER_DECODER)
+    for refused in named + telling:
+        raise ValueError(f"teacher.model: family {name!r} is refused: {refused.reason}")
+    supported = ", ".join(sorted(known for family in FAMILIES for known in family.model_types))
+    raise ValueError(f"teacher.model: family {name!r} is not supported; supported: {supported}")
 
 
 def sizes(config: PretrainedConfig) -> dict[str, int]:
     """The size of every named dimension, and `layers`."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    family = family_of(config)
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_value_heads = (family.grouped_query and getattr(config, "num_key_value_heads", None)) or heads
     return {
         "hidden": config.hidden_size,
-        "mlp": config.intermediate_size,
-        "query": config.num_attention_heads * head_dim,
+        "mlp": getattr(config, family.mlp_key) or 4 * config.hidden_size,  # GPT-2 may leave n_inner to its class
+        "query": heads * head_dim,
         "key_value": key_value_heads * head_dim,
         "head_dim": head_dim,
         "vocab": config.vocab_size,
+        "position": config.max_position_embeddings + family.position_offset,
         "layers": config.num_hidden_layers,
     }
 
@@ -120,21 +90,30 @@ def sizes_of(config: PretrainedConfig, architecture: Architecture) -> dict[str, 
 
 
 def student_config(config: PretrainedConfig, architecture: Architecture) -> PretrainedConfig:
-    """The configuration a stock `from_pretrained` needs for `architecture`; `head_dim` is always written."""
+    """The configuration a stock `from_pretrained` needs for `architecture`; `head_dim` is written wherever the
+    family reads it. Raises ValueError, with the nearest valid value, for a shape that no stock configuration says.
+    """
     family = family_of(config)
+    refusal = why_not_expressible(config, architecture)
+    if refusal:
+        raise ValueError(refusal)
     student = copy.deepcopy(config)
     if config.model_type == "llama" and architecture.hidden_size % architecture.num_attention_heads:
         student = _as_mistral(config)
-    student.hidden_size = architecture.hidden_size
-    student.intermediate_size = architecture.intermediate_size
+    for key in family.hidden_keys:
+        setattr(student, key, architecture.hidden_size)
+    setattr(student, family.mlp_key, architecture.intermediate_size)
     student.num_attention_heads = architecture.num_attention_heads
-    student.num_key_value_heads = architecture.num_key_value_heads
+    if family.grouped_query:
+        student.num_key_value_heads = architecture.num_key_value_heads
     student.num_hidden_layers = architecture.num_hidden_layers
-    student.head_dim = sizes(config)["head_dim"]
+    if family.head_dim != "derived":
+        student.head_dim = sizes(config)["head_dim"]
     for key in family.per_layer:
         values = getattr(config, key, None)
         if values is not None:
             setattr(student, key, [values[layer] for layer in architecture.layers])
+    student.__dict__.pop("auto_map", None)  # the student is of a stock class, whatever code came with the teacher
     return student
 
 
@@ -150,10 +129,30 @@ def _as_mistral(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def is_expressible(config: PretrainedConfig, architecture: Architecture) -> bool:
-    """Whether a stock configuration can say this shape: Llama with biases needs heads that divide hidden_size."""
+    """Whether a stock configuration of the teacher's family can say this shape."""
+    return why_not_expressible(config, architecture) is None
+
+
+def why_not_expressible(config: PretrainedConfig, architecture: Architecture) -> str | None:
+    """Why no stock configuration says this shape, with what it could say; None where one does."""
+    family, name = family_of(config), config.model_type
+    hidden_size, heads = architecture.hidden_size, architecture.num_attention_heads
+    if not family.grouped_query and architecture.num_key_value_heads != heads:
+        return (f"num_key_value_heads: {architecture.num_key_value_heads} with num_attention_heads {heads}: every head "
+                f"of a {name} has its own key and value; valid: num_key_value_heads {heads}")  # fmt: skip
+    if family.head_dim == "derived":
+        head_dim = sizes(config)["head_dim"]
+        if hidden_size != heads * head_dim:
+            return (f"hidden_size: {hidden_size} with num_attention_heads {heads}: a {name} has heads of hidden_size / "
+                    f"num_attention_heads, here {head_dim}; valid: hidden_size {heads * head_dim}")  # fmt: skip
     biased = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
-    return not (config.model_type == "llama" and biased
-                and architecture.hidden_size % architecture.num_attention_heads)  # fmt: skip
+    exported = name == "llama" and not biased  # as Mistral, which has no biases
+    if family.head_dim == "dividing" and hidden_size % heads and not exported:
+        below = hidden_size - hidden_size % heads
+        valid = " or ".join(str(size) for size in (below, below + heads) if 0 < size <= config.hidden_size)
+        return (f"hidden_size: {hidden_size} with num_attention_heads {heads}: a {name} needs a hidden_size that "
+                f"num_attention_heads divides; valid: {valid or heads}")  # fmt: skip
+    return None
 
 
 def weights(config: PretrainedConfig) -> list[Weight]:
@@ -170,11 +169,11 @@ def weights(config: PretrainedConfig) -> list[Weight]:
     for name, parameter in model.named_parameters():
         layer, local = split_name(family, name)
         declared = family.weights.get(local) if layer is None else family.layer_weights.get(local)
-        if declared is None or tuple(parameter.shape) != tuple(dims[dim] for dim in declared):
+        if declared is None or tuple(parameter.shape) != tuple(dimension(dims, dim) for dim in declared):
             raise ValueError(f"teacher.model: this {config.model_type} has a weight {name} of shape "
                              f"{tuple(parameter.shape)} that its family does not declare")  # fmt: skip
         embedding = "vocab" in declared
-        lookup = parameter is model.get_input_embeddings().weight and not tied
+        lookup = (parameter is model.get_input_embeddings().weight and not tied) or "position" in declared
         listed.append(Weight(name, declared, layer, embedding, matmul=len(declared) == 2 and not lookup))
     return listed
 
@@ -209,5 +208,34 @@ def final_hidden(
 
 
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Output head on normed hidden states (..., hidden_size): logits (..., vocab)."""
-    return model.get_output_embeddings()(hidden)
+    """Output head on normed hidden states (..., hidden_size): logits (..., vocab), scaled and capped as the family
+    does (Granite divides by `logits_scaling`, Gemma 2 caps)."""
+    logits = model.get_output_embeddings()(hidden) * head_scale(model.config)
+    cap = head_softcap(model.config)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def head_scale(config: PretrainedConfig) -> float:
+    """What the output head's products are multiplied by."""
+    return 1 / (getattr(config, "logits_scaling", None) or 1)
+
+
+def head_softcap(config: PretrainedConfig) -> float | None:
+    """c where logits are c * tanh(logits / c)."""
+    return getattr(config, "final_logit_softcapping", None)
+
+
+def in_model(stored: str) -> str:
+    """The model's name of a weight that a file may call otherwise (Pythia's head is `embed_out` in files)."""
+    for family in FAMILIES:
+        for beginning, name in family.stored.items():
+            if stored.startswith(beginning):
+                return name + stored.removeprefix(beginning)
+    return stored
+
+
+def _value(config: PretrainedConfig, key: str) -> Any:
+    """Of a configuration key, or of a key of a dictionary in it (`rope_parameters.rope_type`)."""
+    outer, _, inner = key.partition(".")
+    value = getattr(config, outer, None)
+    return value.get(inner) if inner and value else value

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from minitron_search.architecture import Architecture
+from minitron_search.architecture import Architecture, parts
 from minitron_search.families import whole
 
 
@@ -56,11 +56,13 @@ class Rankings:
 
     def kept(self, architecture: Architecture, layer: int | None, dim: str, head_dim: int) -> Tensor | None:
         """Indices of dimension `dim` of a weight in teacher layer `layer` that `architecture` keeps, in order;
-        None where the whole dimension is kept as it is (vocab, head_dim)."""
+        None where the whole dimension is kept as it is (vocab, position, head_dim)."""
         if dim == "hidden":
             return self.hidden[: architecture.hidden_size]
-        if dim in ("vocab", "head_dim"):
+        if dim in ("vocab", "position", "head_dim"):
             return None
+        if len(parts(dim)) > 1:
+            return self._fused(architecture, layer, dim, head_dim)
         assert layer is not None, f"dimension {dim} outside the decoder layers"
         if dim == "mlp":
             return self.mlp[layer, : architecture.intermediate_size]
@@ -72,6 +74,25 @@ class Rankings:
         kept_per_group = architecture.num_attention_heads // architecture.num_key_value_heads
         heads = groups[:, None] * group_size + self.heads[layer, groups, :kept_per_group]
         return _channels(heads.flatten(), head_dim)
+
+    def _fused(self, architecture: Architecture, layer: int | None, dim: str, head_dim: int) -> Tensor:
+        """`kept` of a dimension that holds several: one after another (+), or by group of heads (|)."""
+        whole_groups, kept_groups = self.groups.shape[1], architecture.num_key_value_heads
+        names = parts(dim)
+        kept = [self.kept(architecture, layer, name, head_dim) for name in names]
+        sizes = {
+            "mlp": self.mlp.shape[1],
+            "query": self.heads[0].numel() * head_dim,
+            "key_value": whole_groups * head_dim,
+        }
+        lengths = [sizes[name] for name in names]
+        places = torch.arange(sum(lengths))
+        if "+" in dim:
+            where = places.split(lengths)
+            return torch.cat([place[index] for place, index in zip(where, kept, strict=True)])
+        by_group = places.view(whole_groups, -1).split([length // whole_groups for length in lengths], dim=1)
+        chosen = [place.flatten()[index].view(kept_groups, -1) for place, index in zip(by_group, kept, strict=True)]
+        return torch.cat(chosen, dim=1).flatten()
 
 
 def _channels(heads: Tensor, head_dim: int) -> Tensor:

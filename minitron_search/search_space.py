@@ -15,16 +15,18 @@ from transformers import PretrainedConfig
 
 from minitron_search.architecture import Architecture, memory_bytes, parameter_count
 from minitron_search.config import Anchor, Axis, Space
-from minitron_search.families import is_expressible, sizes, sizes_of, weights, whole
+from minitron_search.families import family_of, sizes, sizes_of, weights, whole, why_not_expressible
 
-# The coordinates of a point of the space, in this order; the first four make the shape.
+# The coordinates of a point of the space, in this order; the first five make the shape.
 COORDINATES = (
     "hidden_size",
     "intermediate_size",
     "num_attention_heads",
+    "num_key_value_heads",
     "drop_block_length",
     "drop_block_start",
 )
+WIDTHS = ("hidden_size", "num_attention_heads", "num_key_value_heads")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Measures:
 class SearchSpace:
     """The legal architectures of a space inside one teacher.
 
-    points: (architectures, 5) int64, columns `COORDINATES`, in lexical order.
+    points: (architectures, 6) int64, columns `COORDINATES`, in lexical order.
     grid_size: shapes and block starts on the grid before legality and budget.
     Raises ValueError where an axis leaves the teacher, no head count is legal, or no shape meets the budget.
     """
@@ -50,25 +52,22 @@ class SearchSpace:
         self.weights = weights(config)
         depth = self.teacher.num_hidden_layers
         lengths = self._block_lengths(space)
-        values = (
-            self._axis(space.axes.hidden_size, "hidden_size"),
-            self._axis(space.axes.intermediate_size, "intermediate_size"),
-            self._heads(space.axes.num_attention_heads),
-            lengths,
-        )
-        self.grid_size = sum(
-            (depth - length + 1 if length else 1) * len(values[0]) * len(values[1]) * len(values[2])
-            for length in lengths
-        )
-        shapes = np.array(list(itertools.product(*values)), dtype=np.int64)
-        expressible = np.array([is_expressible(config, self._architecture((*shape, 0))) for shape in shapes])
-        if not expressible.any():
-            raise ValueError(f"space.axes: no stock configuration of a {config.model_type} with biases says any shape "
-                             "of the grid; valid: a hidden_size that num_attention_heads divides")  # fmt: skip
-        shapes = shapes[expressible]
+        hidden_sizes, heads = self._widths(*(getattr(space.axes, name) for name in WIDTHS))
+        intermediate_sizes = self._axis(space.axes.intermediate_size, "intermediate_size")
+        starts = sum(depth - length + 1 if length else 1 for length in lengths)
+        self.grid_size = starts * len(hidden_sizes) * len(intermediate_sizes) * len(heads)
+        said = [
+            (size, *pair) for size, pair in itertools.product(hidden_sizes, heads)
+            if self._refusal(size, pair) is None
+        ]  # fmt: skip
+        if not said:
+            raise ValueError("space.axes: no stock configuration says any shape of the grid; "
+                             f"{self._refusal(hidden_sizes[0], heads[0])}")  # fmt: skip
+        grid = itertools.product(said, intermediate_sizes, lengths)
+        shapes = np.array(sorted((size, mlp, *pair, length) for (size, *pair), mlp, length in grid), dtype=np.int64)
         self.shapes = shapes[self._inside(shapes)]
         self.points = np.array(
-            [(*shape, start) for shape in self.shapes.tolist() for start in self._starts(shape[3])],
+            [(*shape, start) for shape in self.shapes.tolist() for start in self._starts(shape[4])],
             dtype=np.int64,
         )
         self.anchors = tuple(self._anchor(anchor) for anchor in space.anchors)
@@ -88,9 +87,12 @@ class SearchSpace:
         )
 
     def distributions(self) -> dict[str, BaseDistribution]:
-        """Optuna's view of the space: a whole-number range per coordinate that varies."""
-        columns = ((name, np.unique(self.points[:, axis])) for axis, name in enumerate(COORDINATES))
-        return {name: IntDistribution(int(seen[0]), int(seen[-1])) for name, seen in columns if len(seen) > 1}
+        """Optuna's view of the space: a whole-number range per coordinate that varies. Key-value heads that the number
+        of heads decides are none."""
+        columns = {name: np.unique(self.points[:, axis]) for axis, name in enumerate(COORDINATES)}
+        if len(np.unique(self.points[:, 2:4], axis=0)) == len(columns["num_attention_heads"]):
+            del columns["num_key_value_heads"]
+        return {name: IntDistribution(int(seen[0]), int(seen[-1])) for name, seen in columns.items() if len(seen) > 1}
 
     def coordinates(self, architecture: Architecture) -> dict[str, int]:
         start, length = architecture.dropped_block(self.teacher.num_hidden_layers)
@@ -98,14 +100,17 @@ class SearchSpace:
             "hidden_size": architecture.hidden_size,
             "intermediate_size": architecture.intermediate_size,
             "num_attention_heads": architecture.num_attention_heads,
+            "num_key_value_heads": architecture.num_key_value_heads,
             "drop_block_length": length,
             "drop_block_start": start,
         }
 
     def nearest(self, coordinates: Mapping[str, int], taken: Collection[str]) -> Architecture | None:
-        """The legal architecture nearest to `coordinates` whose id is not in `taken`; None when all are."""
-        asked = np.array([coordinates.get(name, self.points[0, axis]) for axis, name in enumerate(COORDINATES)])
-        distance = (((self.points - asked) / self._span) ** 2).sum(1)
+        """The legal architecture nearest to `coordinates` (some of `COORDINATES`; others do not count) whose id is not
+        in `taken`; None when all are."""
+        axes = [COORDINATES.index(name) for name in coordinates]
+        asked = np.array([coordinates[name] for name in coordinates])
+        distance = (((self.points[:, axes] - asked) / self._span[axes]) ** 2).sum(1)
         return self._first_free(np.argsort(distance, kind="stable"), taken)
 
     def random(self, generator: np.random.Generator, taken: Collection[str]) -> Architecture | None:
@@ -114,10 +119,10 @@ class SearchSpace:
 
     def largest_without(self, blocks: Mapping[int, int]) -> tuple[Architecture, ...]:
         """For each block, length -> start, the legal architecture of most parameters that drops it, if any does."""
-        params = np.asarray(self._measures(self.points[:, :4]).params)
+        params = np.asarray(self._measures(self.points[:, :5]).params)
         found = []
         for length, start in sorted(blocks.items()):
-            legal = np.flatnonzero((self.points[:, 3] == length) & (self.points[:, 4] == start))
+            legal = np.flatnonzero((self.points[:, 4] == length) & (self.points[:, 5] == start))
             if len(legal):
                 found.append(self._architecture(self.points[legal[params[legal].argmax()]].tolist()))
         return tuple(found)
@@ -130,9 +135,9 @@ class SearchSpace:
         return next((candidate for candidate in candidates if candidate.id not in taken), None)
 
     def _architecture(self, point: Any) -> Architecture:
-        hidden_size, intermediate_size, heads, length, start = map(int, point)
+        hidden_size, intermediate_size, heads, key_value_heads, length, start = map(int, point)
         kept = tuple(layer for layer in range(self.teacher.num_hidden_layers) if not start <= layer < start + length)
-        return Architecture(hidden_size, intermediate_size, heads, self.teacher.num_key_value_heads, kept)
+        return Architecture(hidden_size, intermediate_size, heads, key_value_heads, kept)
 
     def _starts(self, length: int) -> range:
         return range(self.teacher.num_hidden_layers - length + 1) if length else range(1)
@@ -145,15 +150,47 @@ class SearchSpace:
                              f"valid: at most {whole_size}")  # fmt: skip
         return values
 
-    def _heads(self, axis: Axis | None) -> tuple[int, ...]:
-        groups = self.teacher.num_key_value_heads
-        values = self._axis(axis, "num_attention_heads")
-        legal = tuple(value for value in values if value % groups == 0)
+    def _widths(
+        self, hidden_size: Axis | None, heads: Axis | None, groups: Axis | None
+    ) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+        """(hidden sizes, pairs of query and key-value heads). Where heads make up hidden_size, the one that is left
+        out follows the other."""
+        hidden_sizes = self._axis(hidden_size, "hidden_size")
+        if family_of(self.config).head_dim != "derived":
+            return hidden_sizes, self._heads(heads, groups)
+        head_dim = sizes(self.config)["head_dim"]
+        counts = tuple(size // head_dim for size in hidden_sizes if size % head_dim == 0)
+        if hidden_size and counts and not (heads or groups):
+            heads = Axis(choices=counts)
+        pairs = self._heads(heads, groups)
+        return hidden_sizes if hidden_size else tuple(sorted({pair[0] * head_dim for pair in pairs})), pairs
+
+    def _heads(self, heads: Axis | None, groups: Axis | None) -> tuple[tuple[int, int], ...]:
+        """(query heads, key-value heads) as asked: the same number of a group's heads in every group that is kept."""
+        of_teacher = (self.teacher.num_attention_heads, self.teacher.num_key_value_heads)
+        ratio = of_teacher[0] // of_teacher[1]
+        head_counts = self._axis(heads, "num_attention_heads")
+        group_counts = self._axis(groups, "num_key_value_heads")
+        if heads is None:
+            return tuple((ratio * count, count) for count in group_counts)
+        if groups is None and ratio == 1:  # a head is a group
+            return tuple((count, count) for count in head_counts)
+        legal = tuple(
+            pair for pair in itertools.product(head_counts, group_counts)
+            if pair[0] % pair[1] == 0 and pair[0] <= ratio * pair[1]
+        )  # fmt: skip
         if not legal:
-            valid = list(range(groups, self.teacher.num_attention_heads + 1, groups))
-            raise ValueError(f"space.axes.num_attention_heads: none of {list(values)} is a multiple of the "
-                             f"teacher's {groups} key-value heads; valid: {valid}")  # fmt: skip
+            valid = sorted({count * each for count in group_counts for each in range(1, ratio + 1)})
+            raise ValueError(f"space.axes.num_attention_heads: none of {list(head_counts)} is a multiple of "
+                             f"{' or '.join(map(str, group_counts))} key-value heads with at most {ratio} to each, "
+                             f"as the teacher has; valid: {valid}")  # fmt: skip
         return legal
+
+    def _refusal(self, hidden_size: int, heads: tuple[int, int]) -> str | None:
+        whole_depth = self.teacher.layers
+        return why_not_expressible(
+            self.config, Architecture(hidden_size, self.teacher.intermediate_size, *heads, whole_depth)
+        )
 
     def _block_lengths(self, space: Space) -> tuple[int, ...]:
         depth = self.teacher.num_hidden_layers
@@ -164,22 +201,19 @@ class SearchSpace:
         return lengths
 
     def _anchor(self, anchor: Anchor) -> Architecture:
-        values = {"drop_block": (0, 0)}
-        for name in ("hidden_size", "intermediate_size", "num_attention_heads"):
-            asked = getattr(anchor, name)
-            axis = Axis(choices=(asked,)) if asked else None
-            values[name] = (self._heads(axis) if name == "num_attention_heads" else self._axis(axis, name))[0]  # type: ignore[assignment]
+        asked = {name: getattr(anchor, name) for name in COORDINATES[:4]}
+        axes = {name: Axis(choices=(value,)) if value else None for name, value in asked.items()}
+        intermediate_size = self._axis(axes["intermediate_size"], "intermediate_size")[0]
+        hidden_sizes, pairs = self._widths(*(axes[name] for name in WIDTHS))
+        hidden_size, heads = hidden_sizes[0], pairs[0]
         start, length = anchor.drop_block or (0, 0)
         if start + length > self.teacher.num_hidden_layers or length >= self.teacher.num_hidden_layers:
             raise ValueError(f"space.anchors: drop_block [{start}, {length}] leaves the teacher's "
                              f"{self.teacher.num_hidden_layers} layers; valid: start + length within them")  # fmt: skip
-        architecture = self._architecture(
-            (values["hidden_size"], values["intermediate_size"], values["num_attention_heads"], length, start)
-        )
-        if not is_expressible(self.config, architecture):
-            raise ValueError(f"space.anchors: no stock configuration says {architecture}; "
-                             "valid: a hidden_size that num_attention_heads divides")  # fmt: skip
-        return architecture
+        refusal = self._refusal(hidden_size, heads)
+        if refusal:
+            raise ValueError(f"space.anchors: {refusal}")
+        return self._architecture((hidden_size, intermediate_size, *heads, length, start))
 
     def _measures(self, shapes: np.ndarray) -> Measures:
         dims = sizes(self.config)
@@ -188,7 +222,8 @@ class SearchSpace:
             "hidden": shapes[:, 0],
             "mlp": shapes[:, 1],
             "query": shapes[:, 2] * dims["head_dim"],
-            "layers": dims["layers"] - shapes[:, 3],
+            "key_value": shapes[:, 3] * dims["head_dim"],
+            "layers": dims["layers"] - shapes[:, 4],
         })  # fmt: skip
 
     def _measure(self, dims: Mapping[str, Any]) -> Measures:

@@ -143,8 +143,8 @@ def teacher_of(materials: Materials, settings: LoopSettings) -> Teacher | None:
 
 
 def teacher_head(materials: Materials) -> OutputHead:
-    weight, bias = load_head(materials.compute_folder)
-    return OutputHead(weight.to(device()), bias)
+    head = load_head(materials.compute_folder)
+    return head._replace(weight=head.weight.to(device()))
 
 
 def score_student(materials: Materials, student: PreTrainedModel, trial: Trial) -> dict[str, Any]:

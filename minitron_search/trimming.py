@@ -22,7 +22,18 @@ from transformers import (
 )
 
 from minitron_search.architecture import Architecture
-from minitron_search.families import family_of, sizes, split_name, student_config, weights, whole
+from minitron_search.distillation_loss import OutputHead
+from minitron_search.families import (
+    family_of,
+    head_scale,
+    head_softcap,
+    in_model,
+    sizes,
+    split_name,
+    student_config,
+    weights,
+    whole,
+)
 from minitron_search.rankings import Rankings
 
 Reader = Callable[[str], Tensor]
@@ -60,11 +71,12 @@ def load_teacher(folder: Path) -> PreTrainedModel:
     return student_of(config, {weight.name: read(weight.name) for weight in weights(config)}, config.dtype)
 
 
-def load_head(folder: Path) -> tuple[Tensor, Tensor | None]:
-    """Weight (vocab, hidden_size) and bias of the output head of such a folder, memory-mapped."""
+def load_head(folder: Path) -> OutputHead:
+    """The output head of such a folder, memory-mapped."""
     config, read = AutoConfig.from_pretrained(folder), reader(folder)
-    heads = [weight for weight in weights(config) if weight.dims == ("vocab", "hidden")]
-    return read(heads[-1].name), None  # the only one when it is tied to the input embedding
+    tables = [weight.name for weight in weights(config) if weight.embedding]
+    # the last is the only one when it is tied to the input embedding
+    return OutputHead(read(tables[-1]), None, head_scale(config), head_softcap(config))
 
 
 def trim(teacher_folder: Path, architecture: Architecture, rankings: Rankings | None = None) -> PreTrainedModel:
@@ -103,11 +115,14 @@ def random_student(config: PretrainedConfig, architecture: Architecture, seed: i
 def trimmed_weights(
     read: Reader, config: PretrainedConfig, architecture: Architecture, rankings: Rankings
 ) -> dict[str, Tensor]:
-    """Every weight of the student by its name there; a view wherever what is kept is a leading slice."""
+    """Every weight of the student by its name there; a view wherever what is kept is a leading slice.
+
+    Fused projections are copies, and so is a scaled embedding where hidden_size shrinks.
+    """
     family, head_dim = family_of(config), sizes(config)["head_dim"]
     position = {layer: index for index, layer in enumerate(architecture.layers)}
-    state = {}
-    for weight in weights(config):
+    state, listed = {}, weights(config)
+    for weight in listed:
         if weight.layer is not None and weight.layer not in position:
             continue
         name = weight.name
@@ -119,14 +134,32 @@ def trimmed_weights(
             if index is not None:
                 tensor = _take(tensor, axis, index)
         state[name] = tensor
+    if family.embedding_scaled and architecture.hidden_size < config.hidden_size:
+        tables = [weight.name for weight in listed if weight.embedding]
+        _keep_scale_of_embedding(state, tables, family.final_norm, config.hidden_size / architecture.hidden_size)
     return state
 
 
+def _keep_scale_of_embedding(state: dict[str, Tensor], tables: list[str], final_norm: str, shrunk: float) -> None:
+    """Gemma multiplies embeddings by sqrt(hidden_size), so a narrower student would begin with a smaller residual
+    stream than its teacher: the ratio goes into the embedding. A head tied to it reads the final norm's output only,
+    and that norm, which multiplies by 1 + weight, takes the ratio back."""
+    embedding, norm = tables[0], f"{final_norm}.weight"
+    state[embedding] = state[embedding].float() * shrunk**0.5
+    if len(tables) == 1:
+        state[norm] = (1 + state[norm].float()) / shrunk**0.5 - 1
+
+
 def reader(folder: Path) -> Reader:
-    """Weights of a folder by name, memory-mapped: processes on one node share the pages."""
+    """Weights of a folder by their names in the model, memory-mapped: processes on one node share the pages."""
     files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
-    where = {name: file for file in files for name in file.keys()}
-    return lambda name: where[name].get_tensor(name)
+    where = {in_model(stored): (file, stored) for file in files for stored in file.keys()}
+
+    def read(name: str) -> Tensor:
+        file, stored = where[name]
+        return file.get_tensor(stored)
+
+    return read
 
 
 def _take(tensor: Tensor, axis: int, index: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from minitron_search.distillation import frozen_head, output_head
 from minitron_search.distillation_loss import OutputHead
@@ -23,10 +22,11 @@ from minitron_search.trimming import load_teacher, reader
 
 
 class Inputs(NamedTuple):
-    """stream: (batch, length, hidden_size) float32, the residual stream before layer 0. arguments: of each layer."""
+    """stream: (batch, length, hidden_size) float32, the residual stream before layer 0. arguments: what each layer is
+    called with beside it, by position and by name."""
 
     stream: Tensor
-    arguments: list[dict[str, Any]]
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 class Walk:
@@ -41,11 +41,12 @@ class Walk:
         self.model = load_teacher(folder)  # memory-mapped: nothing is read yet
         self.config = self.model.config
         self.layers = decoder_layers(self.model)
-        self.prefix = family_of(self.config).layers
-        tables = [weight.name for weight in weights(self.config) if weight.dims == ("vocab", "hidden")]
+        family = family_of(self.config)
+        self.prefix = family.layers
+        tables = [weight.name for weight in weights(self.config) if weight.embedding]
         self.embedding_name, self.head_name = tables[0], tables[-1]  # one table where they are tied
         self.head_about = output_head(self.model)
-        self.embedding = self.model.get_input_embeddings()
+        self.embedding: nn.Embedding = self.model.get_input_embeddings()  # type: ignore[assignment]
         if streamed:
             self._let_go()
         else:
@@ -54,11 +55,11 @@ class Walk:
             for layer in self.layers:
                 self._fill(layer, dict(layer.named_parameters()))
         self.body = self.model.base_model
-        self.final_norm: nn.Module = self.model.get_submodule(_final_norm(self.config))
+        self.final_norm: nn.Module = self.model.get_submodule(family.final_norm)
         self.recorders = [_Recorder() for _ in self.layers]
         self.model.set_submodule(self.prefix, nn.ModuleList(self.recorders))
-        for part in self.body.children():
-            if part is not self.embedding:  # the final norm and the rotary embedding
+        for part in self.body.modules():
+            if part is not self.embedding and not list(part.children()):  # final norm, positions, rotary embedding
                 part.to(self.device, torch.float32)
 
     @contextmanager
@@ -71,16 +72,18 @@ class Walk:
     ) -> Inputs:
         """Arguments as `families.final_hidden`."""
         with self._present(self.embedding, self.embedding_name.removesuffix(".weight"), cast=False):
-            stream = self.embedding(input_ids.to(self.device)).float()
+            stream = nn.functional.embedding(input_ids.to(self.device), self.embedding.weight).float()
+            stream = stream * getattr(self.embedding, "scalar_embed_scale", 1.0)  # Gemma's, in float32
         self.body(inputs_embeds=stream, position_ids=position_ids, attention_mask=attention_mask, use_cache=False)
-        return Inputs(stream, [recorder.arguments for recorder in self.recorders])
+        return Inputs(self.recorders[0].stream, [recorder.arguments for recorder in self.recorders])
 
     @contextmanager
     def layer(self, index: int, inputs: Inputs) -> Iterator[Callable[[Tensor], Tensor]]:
         """Layer `index` as a function of the residual stream before it, returning the stream after it."""
         module = self.layers[index]
         with self._present(module, f"{self.prefix}.{index}"):
-            yield lambda stream: module(stream, **inputs.arguments[index])
+            positional, named = inputs.arguments[index]
+            yield lambda stream: module(stream, *positional, **named)
 
     @contextmanager
     def head(self) -> Iterator[OutputHead]:
@@ -98,7 +101,7 @@ class Walk:
 
     def _let_go(self) -> None:
         for module in (*self.layers, self.embedding, self.model.get_output_embeddings()):
-            module.to("meta")
+            _empty(module)
         self.head_about = self.head_about._replace(weight=self.model.get_output_embeddings().weight)
 
     @contextmanager
@@ -111,7 +114,7 @@ class Walk:
         try:
             yield
         finally:
-            module.to("meta")
+            _empty(module)
 
     def _fill(self, module: nn.Module, state: dict[str, Tensor], cast: bool = True) -> None:
         """Give `module` these tensors, its matrices in the dtype of the products: autocast then has no cast to do."""
@@ -126,15 +129,16 @@ class Walk:
         return frozen_head(head._replace(weight=head.weight.to(self.device)), self.precision)  # type: ignore[arg-type]
 
 
-def _final_norm(config: PretrainedConfig) -> str:
-    """The family's only vector that is in no layer."""
-    (name,) = (weight.name for weight in weights(config) if weight.layer is None and weight.dims == ("hidden",))
-    return name.removesuffix(".weight")
+def _empty(module: nn.Module) -> None:
+    """Let go of the weights, and not of what no file holds (the scale of Gemma's embedding)."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
 class _Recorder(nn.Module):
-    """Stands where a layer was, and keeps the arguments the layer would have been called with."""
+    """Stands where a layer was, and keeps what the layer would have been called with."""
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        self.arguments = arguments
+    def forward(self, hidden_states: Tensor, *positional: Any, **named: Any) -> Tensor:
+        self.stream, self.arguments = hidden_states, (positional, named)
         return hidden_states

@@ -12,10 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from minitron_search.architecture import Architecture, digest, forward_flops, memory_bytes, parameter_count
-from minitron_search.families import sizes_of, student_config, weights
+from minitron_search.families import sizes, sizes_of, student_config, weights
 from tests import tiny
 
-SEEDS = range(20)
 SHAPE = Architecture(24, 20, 4, 2, (0, 1, 4))
 
 
@@ -26,9 +25,10 @@ def drawn(seed: int, **given: object):  # type: ignore[no-untyped-def]
     return weights(config), sizes_of(config, architecture), student_config(config, architecture)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_parameters_are_those_of_the_materialised_model_tied_ones_once(seed: int) -> None:
-    listed, sizes, config = drawn(seed)
+@pytest.mark.parametrize("model_type", tiny.FAMILIES)
+@pytest.mark.parametrize("seed", range(5))
+def test_parameters_are_those_of_the_materialised_model_tied_ones_once(model_type: str, seed: int) -> None:
+    listed, sizes, config = drawn(seed, model_type=model_type)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert parameter_count(listed, sizes) == sum(parameter.numel() for parameter in model.parameters())
@@ -37,9 +37,10 @@ def test_parameters_are_those_of_the_materialised_model_tied_ones_once(seed: int
     assert parameter_count(listed, sizes, embeddings=False) == outside
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_memory_is_that_of_weights_and_a_real_key_value_cache(seed: int) -> None:
-    listed, sizes, config = drawn(seed, sliding_window=None)
+@pytest.mark.parametrize("model_type", tiny.FAMILIES)
+@pytest.mark.parametrize("seed", range(3))
+def test_memory_is_that_of_weights_and_a_real_key_value_cache(model_type: str, seed: int) -> None:
+    listed, sizes, config = drawn(seed, model_type=model_type, **tiny.wide_window(model_type))
     model = tiny.model(config)
     rows, length = 3, 7
     cache = DynamicCache()
@@ -51,9 +52,10 @@ def test_memory_is_that_of_weights_and_a_real_key_value_cache(seed: int) -> None
     assert memory_bytes(listed, sizes, rows, length, element_bytes=4) == 4 * expected
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_flops_are_those_counted_in_a_forward_pass_with_half_of_attention(seed: int) -> None:
-    listed, sizes, config = drawn(seed)
+@pytest.mark.parametrize("model_type", tiny.FAMILIES)
+@pytest.mark.parametrize("seed", range(3))
+def test_flops_are_those_counted_in_a_forward_pass_with_half_of_attention(model_type: str, seed: int) -> None:
+    listed, sizes, config = drawn(seed, model_type=model_type)
     model = tiny.model(config)
     model.set_attn_implementation("eager")
     length = 16
@@ -62,6 +64,36 @@ def test_flops_are_those_counted_in_a_forward_pass_with_half_of_attention(seed: 
     # eager attention multiplies every query with every key, causal or not
     masked_half = 2 * sizes["layers"] * sizes["query"] * length * length
     assert forward_flops(listed, sizes, length) * length == counter.get_total_flops() - masked_half
+
+
+@pytest.mark.parametrize(
+    ("model_type", "count", "shape"),
+    [
+        ("llama", 8_030_261_248, (128_256, 4096, 14_336, 32, 32, 8, 128, False)),  # Llama-3.1-8B
+        ("mistral", 7_241_732_096, (32_000, 4096, 14_336, 32, 32, 8, 128, False)),  # Mistral-7B-v0.1
+        ("qwen2", 494_032_768, (151_936, 896, 4864, 24, 14, 2, 64, True)),  # Qwen2.5-0.5B
+        ("qwen3", 596_049_920, (151_936, 1024, 3072, 28, 16, 8, 128, True)),  # Qwen3-0.6B
+        ("smollm3", 3_075_098_624, (128_256, 2048, 11_008, 36, 16, 4, 128, True)),  # SmolLM3-3B
+        ("granite", 2_533_531_648, (49_155, 2048, 8192, 40, 32, 8, 64, True)),  # granite-3.1-2b-base
+        ("gemma2", 2_614_341_888, (256_000, 2304, 9216, 26, 8, 4, 256, True)),  # gemma-2-2b
+        ("gemma3_text", 268_098_176, (262_144, 640, 2048, 18, 4, 1, 256, True)),  # gemma-3-270m
+        ("phi3", 3_821_079_552, (32_064, 3072, 8192, 32, 32, 32, 96, False)),  # Phi-3-mini-4k
+        ("olmo2", 1_484_916_736, (100_352, 2048, 8192, 16, 16, 16, 128, False)),  # OLMo-2-0425-1B
+        ("gpt_neox", 70_426_624, (50_304, 512, 2048, 6, 8, 8, 64, False)),  # pythia-70m
+        ("gpt2", 124_439_808, (50_257, 768, 3072, 12, 12, 12, 64, True)),  # gpt2
+        ("opt", 125_239_296, (50_272, 768, 3072, 12, 12, 12, 64, True)),  # opt-125m
+        ("stablelm", 1_644_515_328, (100_352, 2048, 5632, 24, 32, 32, 64, False)),  # stablelm-2-1_6b
+    ],
+)
+def test_published_models_have_their_published_parameters(model_type: str, count: int, shape: tuple[int, ...]) -> None:
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "head_dim", "tie_word_embeddings")  # fmt: skip
+    positions = {"gpt2": 1024}.get(model_type, 2048)
+    options = {"use_qkv_bias": True} if model_type == "stablelm" else {}
+    config = tiny.config(
+        model_type, **dict(zip(names, shape, strict=True)), max_position_embeddings=positions, **options
+    )
+    assert parameter_count(weights(config), sizes(config)) == count
 
 
 def test_counts_of_many_architectures_at_once_are_those_of_each() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import ray
 import yaml
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPTJConfig, GPTJForCausalLM
 
 from minitron_search import config as configuration
 from minitron_search.run import main
@@ -178,11 +178,11 @@ def test_a_missing_winogrande_file_and_too_many_questions(refused: Refused, inpu
 
 
 def test_a_family_that_is_not_supported(refused: Refused, here: Path) -> None:
-    gpt2 = GPT2Config(vocab_size=64, n_positions=32, n_embd=8, n_layer=1, n_head=2)
-    GPT2LMHeadModel(gpt2).save_pretrained(here / "gpt2")
-    tiny.tokenizer().save_pretrained(here / "gpt2")
-    said = refused("--teacher.model", str(here / "gpt2"))
-    assert "teacher.model: family 'gpt2' is not supported; supported: llama, mistral" in said
+    gptj = GPTJConfig(vocab_size=64, n_positions=32, n_embd=8, n_layer=1, n_head=2, rotary_dim=4)
+    GPTJForCausalLM(gptj).save_pretrained(here / "gptj")
+    tiny.tokenizer().save_pretrained(here / "gptj")
+    said = refused("--teacher.model", str(here / "gptj"))
+    assert "teacher.model: family 'gptj' is not supported; supported: gemma2" in said
 
 
 def test_a_teacher_that_is_not_there(refused: Refused, inputs: Path) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from minitron_search.architecture import Architecture
 from minitron_search.config import Space, parse
-from minitron_search.families import is_expressible, student_config, whole
+from minitron_search.families import is_expressible, sizes, student_config, whole
 from minitron_search.search_space import COORDINATES, SearchSpace
 from tests import tiny
 
@@ -50,27 +50,32 @@ def measured(teacher: PretrainedConfig, architecture: Architecture) -> tuple[int
         model = AutoModelForCausalLM.from_config(student_config(teacher, architecture))
     params = sum(parameter.numel() for parameter in model.parameters())
     embeddings = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
-    keys = sum(layer.self_attn.k_proj.out_features for layer in model.model.layers)
-    return params, params - sum(weight.numel() for weight in embeddings), 2 * keys
+    cached = architecture.num_key_value_heads * sizes(teacher)["head_dim"] * architecture.num_hidden_layers
+    return params, params - sum(weight.numel() for weight in embeddings), 2 * cached
 
 
 def brute_force(teacher: PretrainedConfig, space: Space) -> list[Architecture]:
     """By definition: every point of the grid, built and measured."""
     whole_teacher, depth = whole(teacher), teacher.num_hidden_layers
     axes = space.axes
+    ratio = whole_teacher.num_attention_heads // whole_teacher.num_key_value_heads
     found, counts = [], COUNTS.setdefault(teacher.to_json_string(), {})
-    for hidden, mlp, heads, length in itertools.product(
+    for hidden, mlp, heads, groups, length in itertools.product(
         axes.hidden_size.values() if axes.hidden_size else [whole_teacher.hidden_size],
         axes.intermediate_size.values() if axes.intermediate_size else [whole_teacher.intermediate_size],
-        axes.num_attention_heads.values() if axes.num_attention_heads else [whole_teacher.num_attention_heads],
+        axes.num_attention_heads.values() if axes.num_attention_heads else [None],
+        axes.num_key_value_heads.values() if axes.num_key_value_heads else [None],
         axes.drop_block.lengths if axes.drop_block else [0],
     ):
+        if groups is None:
+            groups = heads if ratio == 1 and heads else whole_teacher.num_key_value_heads
+        heads = heads or groups * ratio
         for start in range(depth - length + 1) if length else [0]:
-            if heads % whole_teacher.num_key_value_heads:
+            if heads % groups or heads > groups * ratio:
                 continue
-            shape = (hidden, mlp, heads, length)  # where the block starts changes no count
+            shape = (hidden, mlp, heads, groups, length)  # where the block starts changes no count
             layers = tuple(layer for layer in range(depth) if not start <= layer < start + length)
-            architecture = Architecture(hidden, mlp, heads, whole_teacher.num_key_value_heads, layers)
+            architecture = Architecture(hidden, mlp, heads, groups, layers)
             if not is_expressible(teacher, architecture):
                 continue
             if shape not in counts:
@@ -117,6 +122,87 @@ def test_the_space_is_exactly_the_legal_architectures_in_budget(budget: Any, tea
     found = list(SearchSpace(asked, teacher).architectures())
     assert {architecture.id for architecture in found} == {architecture.id for architecture in expected}
     assert len(found) == len(expected)  # and none is there twice
+
+
+GROUPED = tiny.config(hidden_size=24, num_attention_heads=12, num_key_value_heads=4, num_hidden_layers=2)
+SINGLE = tiny.config(hidden_size=24, num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=2)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "axes", "pairs"),
+    [
+        (GROUPED, {}, {(12, 4)}),
+        (GROUPED, {"num_attention_heads": {"choices": [4, 8, 10]}}, {(4, 4), (8, 4)}),
+        (GROUPED, {"num_key_value_heads": {"choices": [1, 2]}}, {(3, 1), (6, 2)}),
+        (GROUPED, {"num_attention_heads": {"choices": [2, 6, 8]}, "num_key_value_heads": {"choices": [2, 4]}},
+         {(2, 2), (6, 2), (8, 4)}),
+        (SINGLE, {"num_attention_heads": {"choices": [1, 3]}}, {(1, 1), (3, 3)}),
+        (SINGLE, {"num_key_value_heads": {"choices": [1, 3]}}, {(1, 1), (3, 3)}),
+        (SINGLE, {"num_attention_heads": {"choices": [2, 4]}, "num_key_value_heads": {"choices": [2, 4]}},
+         {(2, 2), (4, 4)}),
+    ],
+)  # fmt: skip
+def test_heads_go_evenly_or_with_their_groups(
+    teacher: PretrainedConfig, axes: Any, pairs: set[tuple[int, int]]
+) -> None:
+    tested = space(axes, around(9_000, 0.9), teacher=teacher)
+    assert {(a.num_attention_heads, a.num_key_value_heads) for a in tested.architectures()} == pairs
+    assert {a.id for a in tested.architectures()} == {a.id for a in brute_force(teacher, of(axes, around(9_000, 0.9)))}
+
+
+def test_heads_and_groups_that_never_fit_are_refused_with_those_that_do() -> None:
+    axes = {"num_attention_heads": {"choices": [9, 12]}, "num_key_value_heads": {"choices": [2]}}
+    said = refusal(axes, around(9_000, 0.9), teacher=GROUPED)
+    assert "space.axes.num_attention_heads: none of [9, 12]" in said and "valid: [2, 4, 6]" in said
+
+
+@pytest.mark.parametrize("model_type", tiny.FAMILIES)
+def test_every_proposal_of_every_family_is_a_model_that_can_be_built(model_type: str) -> None:
+    teacher = tiny.config(model_type)
+    axes = {
+        "hidden_size": {"low": 6, "high": 24, "step": 3},
+        "num_attention_heads": {"choices": [1, 2, 3, 4]},
+        "num_key_value_heads": {"low": 1, "high": whole(teacher).num_key_value_heads, "step": 1},
+        "intermediate_size": {"choices": [11, 20]},
+        "drop_block": {"lengths": [0, 1]},
+    }
+    asked = of(axes, around(9_000, 0.95))
+    expected = brute_force(teacher, asked)
+    found = list(SearchSpace(asked, teacher).architectures())
+    assert {a.id for a in found} == {a.id for a in expected} and len(found) == len(expected) >= 12
+    assert tiny.FAMILIES[model_type].head_dim != "derived" or all(
+        a.hidden_size == 6 * a.num_attention_heads for a in found
+    )
+
+
+def test_key_value_heads_are_no_coordinate_where_the_heads_decide_them() -> None:
+    tested = space({"num_attention_heads": {"choices": [1, 3, 4]}}, around(9_000, 0.9), teacher=SINGLE)
+    assert set(tested.distributions()) == {"num_attention_heads"}
+    found = tested.nearest({"num_attention_heads": 3}, ())
+    assert found is not None and (found.num_attention_heads, found.num_key_value_heads) == (3, 3)
+
+
+def test_a_family_whose_heads_make_up_hidden_size_says_so() -> None:
+    said = refusal({"hidden_size": {"choices": [13, 20]}}, teacher=tiny.config("gpt_neox"))
+    assert "hidden_size: 13 with num_attention_heads 4" in said and "valid: hidden_size 24" in said
+    assert "space.anchors: hidden_size: 13" in refusal(
+        {}, around(9_000, 0.9), anchors=[{"hidden_size": 13}], teacher=tiny.config("gpt_neox")
+    )
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"hidden_size": {"low": 6, "high": 24, "step": 1}},
+        {"num_attention_heads": {"choices": [1, 2, 3, 4]}},
+        {"hidden_size": {"choices": [6, 12, 18, 24]}, "num_attention_heads": {"choices": [1, 2, 3, 4]}},
+    ],
+)
+def test_where_heads_make_up_hidden_size_one_axis_gives_the_other(axes: Any) -> None:
+    tested = space(axes, around(9_000, 0.95), anchors=[{"hidden_size": 12}], teacher=tiny.config("gpt2"))
+    found = {(a.hidden_size, a.num_attention_heads) for a in tested.architectures()}
+    assert found == {(6, 1), (12, 2), (18, 3), (24, 4)}
+    assert (tested.anchors[0].num_attention_heads, tested.anchors[0].num_key_value_heads) == (2, 2)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -234,7 +320,7 @@ def test_coordinates_and_architectures_are_each_others() -> None:
 def test_distributions_hold_every_point_and_only_what_varies() -> None:
     tested = space({**AXES, "intermediate_size": {"choices": [8]}})
     distributions = tested.distributions()
-    assert set(distributions) == set(COORDINATES) - {"intermediate_size"}
+    assert set(distributions) == set(COORDINATES) - {"intermediate_size", "num_key_value_heads"}
     for architecture in tested.architectures():
         coordinates = tested.coordinates(architecture)
         assert all(allowed._contains(coordinates[name]) for name, allowed in distributions.items())

@@ -8,25 +8,32 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 from minitron_search.architecture import Architecture
-from minitron_search.families import is_expressible, whole
+from minitron_search.families import is_expressible, sizes, whole
+from minitron_search.family_tables import FAMILIES as DECLARED
 
+FAMILIES = {name: family for family in DECLARED for name in family.model_types}
 RATIOS = (1, 3, 4, 7)  # query heads per key-value head
 WORDS = np.array("the quick brown fox jumps over a lazy dog and runs away, far away; then 12 wolves sleep.".split())
 
 
+HALF_ROTARY = ("phi3", "stablelm", "gpt_neox")  # half of a head is rotated, in pairs
+# (model_type, query heads per key-value head): every family, with every ratio that it can have
+HEADED = [(name, ratio) for name, family in FAMILIES.items() for ratio in (RATIOS if family.grouped_query else (1,))]
+
+
 def config(model_type: str = "llama", **given: Any) -> PretrainedConfig:
-    """Three layers, 4 query heads in 2 groups; what is given replaces what is here."""
-    family = {"llama": LlamaConfig, "mistral": MistralConfig}[model_type]
-    return family(**{
+    """Three layers, 4 query heads in 2 groups (in 4 where a family has no groups); what is given replaces what is
+    here. Names are Llama's, whatever the family calls them."""
+    family = FAMILIES[model_type]
+    shape = {
         "vocab_size": 61,
         "hidden_size": 24,
         "intermediate_size": 20,
@@ -38,40 +45,86 @@ def config(model_type: str = "llama", **given: Any) -> PretrainedConfig:
         "max_position_embeddings": 64,
         "bos_token_id": 0,
         "eos_token_id": 1,
+        "pad_token_id": None,
         **given,
-    })  # fmt: skip
+    }
+    shape[family.mlp_key] = shape.pop("intermediate_size")
+    if family.head_dim == "derived":
+        del shape["head_dim"]
+    if not family.grouped_query:
+        del shape["num_key_value_heads"]
+    return CONFIG_MAPPING[model_type](**shape)
 
 
-def random_config(seed: int, ratio: int | None = None, **given: Any) -> PretrainedConfig:
-    """Any shape this project supports: Llama or Mistral, tied or not, biased or not, any `RATIOS`."""
+def random_config(seed: int, ratio: int | None = None, model_type: str | None = None, **given: Any) -> PretrainedConfig:
+    """Any shape and any option of a family (Llama or Mistral unless one is given), tied or not, any `RATIOS`."""
     draw = np.random.default_rng(seed)
     ratio = ratio or int(draw.choice(RATIOS))
     groups = int(draw.integers(1, 4))
-    heads = groups * ratio
-    model_type = "llama" if draw.random() < 0.7 else "mistral"
+    drawn_type = "llama" if draw.random() < 0.7 else "mistral"
+    model_type = model_type or drawn_type
+    family = FAMILIES[model_type]
+    heads = groups * ratio if family.grouped_query else int(draw.integers(2, 6))
+    head_dim = (4 if model_type in HALF_ROTARY else 2) * int(draw.integers(1, 5))
     shape = {
-        # `llama` refuses a hidden_size that its heads do not divide
-        "hidden_size": heads * int(draw.integers(2, 5)),
+        # some refuse a hidden_size that its heads do not divide, or do not make up
+        "hidden_size": heads * (head_dim if family.head_dim == "derived" else int(draw.integers(2, 5))),
         "intermediate_size": int(draw.integers(5, 30)),
         "num_hidden_layers": int(draw.integers(2, 6)),
         "num_attention_heads": heads,
         "num_key_value_heads": groups,
-        "head_dim": 2 * int(draw.integers(1, 5)),
+        "head_dim": head_dim,
         "tie_word_embeddings": bool(draw.integers(2)),
-        "rms_norm_eps": float(10 ** draw.uniform(-6, -2)),
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(10 ** draw.uniform(2, 5))},
+        **_options(model_type, draw),
     }
-    if model_type == "llama":
-        shape |= {"attention_bias": bool(draw.integers(2)), "mlp_bias": bool(draw.integers(2))}
-    else:
-        shape |= {"sliding_window": int(draw.choice([5, 64]))}
     return config(model_type, **{**shape, **given})
 
 
+def _options(model_type: str, draw: np.random.Generator) -> dict[str, Any]:
+    def maybe(*names: str) -> dict[str, Any]:
+        return {name: bool(draw.integers(2)) for name in names}
+
+    epsilon, theta = float(10 ** draw.uniform(-6, -2)), float(10 ** draw.uniform(2, 5))
+    rope = {"rope_type": "default", "rope_theta": theta}
+    rms = {"rms_norm_eps": epsilon, "rope_parameters": rope}
+    partial = {"rope_parameters": {**rope, "partial_rotary_factor": 0.5}}
+    window = {"sliding_window": int(draw.choice([5, 64]))}
+    gemma = {
+        **window,
+        "rms_norm_eps": epsilon,
+        "query_pre_attn_scalar": 7,
+        "final_logit_softcapping": float(draw.uniform(2, 9)),
+    }
+    biases = maybe("attention_bias", "mlp_bias")
+    return {
+        "llama": {**rms, **biases},
+        "mistral": {**rms, **window},
+        "qwen2": {**rms, **window, **maybe("use_sliding_window"), "max_window_layers": 1},
+        "qwen3": {**rms, **window, **maybe("use_sliding_window", "attention_bias"), "max_window_layers": 1},
+        "smollm3": {**rms, **window, **maybe("use_sliding_window"), **biases, "no_rope_layer_interval": 2},
+        "granite": {**rms, **biases, "embedding_multiplier": 3.0, "logits_scaling": 4.0, "residual_multiplier": 0.5,
+                    "attention_multiplier": 0.3},
+        "gemma2": {**gemma, "rope_parameters": rope, "attn_logit_softcapping": 3.0},
+        "gemma3_text": {**gemma, "sliding_window_pattern": 2},
+        "phi3": {"rms_norm_eps": epsilon, **window, **partial},
+        "olmo2": {**rms, **maybe("attention_bias")},
+        "stablelm": {"layer_norm_eps": epsilon, **partial, **maybe("use_qkv_bias", "use_parallel_residual")},
+        "gpt_neox": {"layer_norm_eps": epsilon, **partial, **maybe("use_parallel_residual", "attention_bias")},
+        "gpt2": {"layer_norm_epsilon": epsilon, **maybe("scale_attn_weights")},
+        "opt": maybe("enable_bias", "layer_norm_elementwise_affine"),
+    }[model_type]  # fmt: skip
+
+
+def wide_window(model_type: str) -> dict[str, int]:
+    """Of a family with sliding windows, one that no test's text leaves."""
+    return {"sliding_window": 64} if "sliding_window" in _options(model_type, np.random.default_rng(0)) else {}
+
+
 def random_architecture(teacher: PretrainedConfig, seed: int, **given: Any) -> Architecture:
-    """Any part of the teacher that a stock configuration can say; axes that are given are not drawn."""
+    """Any part of the teacher that a stock configuration can say; axes that are given are not drawn, but for a
+    hidden_size that the heads make up."""
     draw = np.random.default_rng(seed)
-    shape = whole(teacher)
+    shape, family = whole(teacher), FAMILIES[teacher.model_type]
     ratio = shape.num_attention_heads // shape.num_key_value_heads
     layers = draw.permutation(shape.num_hidden_layers)[: draw.integers(1, shape.num_hidden_layers + 1)]
     while True:
@@ -82,8 +135,11 @@ def random_architecture(teacher: PretrainedConfig, seed: int, **given: Any) -> A
             "num_attention_heads": groups * int(draw.integers(1, ratio + 1)),
             "num_key_value_heads": groups,
             "layers": tuple(sorted(layers.tolist())),
+            **given,
         }
-        architecture = Architecture(**{**drawn, **given})
+        if family.head_dim == "derived":
+            drawn["hidden_size"] = drawn["num_attention_heads"] * sizes(teacher)["head_dim"]
+        architecture = Architecture(**drawn)
         if is_expressible(teacher, architecture):
             return architecture
 
@@ -95,7 +151,7 @@ def model(teacher: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
         made = AutoModelForCausalLM.from_config(teacher, dtype=torch.float32)
         with torch.no_grad():
             for name, parameter in made.named_parameters():
-                parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)
+                parameter.normal_(1.0 if "norm" in name or ".ln_" in name else 0.0, 0.3)
     return made.eval()
 
 
