@@ -80,6 +80,7 @@ class ActivationSums:
         # each passes by, it is scaled into place (measured: stacking and normalising afterwards takes five times this)
         self.stream = torch.empty(0)
         self.width, self.seen = (teacher.config.num_hidden_layers + 1, teacher.config.hidden_size), 0
+        self.rows = 0  # samples in the forward pass under way
         self.cosines = torch.zeros(self.width[0], self.width[0], device=teacher.device)
         self.positions = 0
 
@@ -88,11 +89,12 @@ class ActivationSums:
         handles = []
         layers = decoder_layers(teacher)
         for index, layer in enumerate(layers):
-            for norm in self.family.norms:
-                handles.append(layer.get_submodule(norm).register_forward_hook(self._norm_output(index, norm)))
-            for name, kind in ((self.family.mlp_output, "mlp"), (self.family.attention_output, "heads")):
-                handles.append(layer.get_submodule(name).register_forward_pre_hook(self._input(index, kind)))
             handles.append(layer.register_forward_pre_hook(self._layer_input, with_kwargs=True))
+            for norm in () if self.family.readers else self.family.norms:
+                handles.append(layer.get_submodule(norm).register_forward_hook(self._norm_output(index, norm)))
+            read = {self.family.mlp_output: "mlp", self.family.attention_output: "heads"}
+            for name, kind in (read | {name: name for name in self.family.readers}).items():
+                handles.append(layer.get_submodule(name).register_forward_pre_hook(self._input(index, kind)))
         handles.append(layers[-1].register_forward_hook(self._last_output))
         try:
             yield
@@ -107,14 +109,16 @@ class ActivationSums:
         return lambda module, inputs: self._add((layer, kind), inputs[0])
 
     def _layer_input(self, module: nn.Module, inputs: tuple, arguments: dict) -> None:
-        self._add_stream(inputs[0] if inputs else arguments["hidden_states"])
+        stream = inputs[0] if inputs else arguments["hidden_states"]
+        self.rows = len(stream)
+        self._add_stream(stream)
 
     def _last_output(self, module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
         self._add_stream(output[0] if isinstance(output, tuple) else output)
 
     def _add(self, key: tuple[int, str], x: Tensor) -> None:
-        """x: (batch, length, channels)."""
-        x = x.float()
+        """x: (batch, length, channels), or (batch * length, channels) as OPT has it."""
+        x = x.float().view(self.rows, -1, x.shape[-1])
         if key[1] == "heads":  # a head's activation is its output vector: L2 over head_dim
             x = x.unflatten(-1, (-1, self.head_dim)).norm(dim=-1)
         samples = self.over_positions(x)
@@ -140,7 +144,9 @@ class ActivationSums:
 
     def partial(self, samples: int) -> Partial:
         first, second = ({key: total.cpu() for key, total in sums.items()} for sums in (self.first, self.second))
-        return Partial(self.family.norms, first, second, self.cosines.cpu(), self.positions, samples)
+        return Partial(
+            self.family.readers or self.family.norms, first, second, self.cosines.cpu(), self.positions, samples
+        )
 
 
 def _over_positions(sequence: str):  # type: ignore[no-untyped-def]

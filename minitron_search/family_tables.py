@@ -25,12 +25,13 @@ class Family:
     model_types: tuple[str, ...]
     layers: str  # the list of decoder layers
     final_norm: str
-    # whose output feeds attention or the MLP; where none does (OLMo 2), whose output joins the stream that does
+    # whose output feeds attention or the MLP; where none does (`readers`), whose output joins the stream that does
     norms: tuple[str, ...]
     attention_output: str  # its input is the heads' output
     mlp_output: str  # its input is the MLP's neurons
     weights: Mapping[str, tuple[str, ...]]
     layer_weights: Mapping[str, tuple[str, ...]]
+    readers: tuple[str, ...] = ()  # modules that read the residual stream itself, where no norm feeds them (OLMo 2)
     per_layer: tuple[str, ...] = ()  # configuration keys that are lists over layers
     head_dim: Literal["free", "dividing", "derived"] = "free"
     grouped_query: bool = True  # False: no num_key_value_heads, every query head has its own
@@ -119,6 +120,7 @@ OLMO2 = replace(
     LLAMA_LIKE,
     model_types=("olmo2",),
     norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+    readers=("self_attn.q_proj", "mlp.gate_proj"),
     layer_weights=_LLAMA_LAYER
     | _SANDWICH_NORMS
     | {"self_attn.q_norm.weight": ("query",), "self_attn.k_norm.weight": ("key_value",)},

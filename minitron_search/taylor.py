@@ -17,10 +17,10 @@ from minitron_search.weight_importance import Scores, SliceSums, of_elements, sl
 
 def gradient_sums(teacher: PreTrainedModel, windows: np.ndarray, precision: str) -> SliceSums:
     """Sums over `windows` (samples, length) of every slice's sum of weight x gradient of the window's LM loss."""
-    head_dim, sums = sizes(teacher.config)["head_dim"], {}  # type: ignore[var-annotated]
+    dims, sums = sizes(teacher.config), {}  # type: ignore[var-annotated]
 
     def add(window: int, weight: Weight, product: Tensor) -> None:
-        for key, total in slice_sums(weight, product, head_dim).items():
+        for key, total in slice_sums(weight, product, dims).items():
             sums[key] = sums.get(key, 0) + total
 
     each_gradient(teacher, windows, precision, add)

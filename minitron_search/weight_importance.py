@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from minitron_search.architecture import Weight
+from minitron_search.architecture import Weight, parts
 from minitron_search.families import sizes, weights, whole
 
 Reader = Callable[[str], Tensor]
-# by (weight name, axis): one number for each slice along that axis, (channels,), (neurons,), (heads,) or (groups,)
-SliceSums = dict[tuple[str, int], Tensor]
+# by (weight name, axis, part of a fused axis): one number for each slice along that axis, (channels,), (neurons,),
+# (heads,) or (groups,)
+SliceSums = dict[tuple[str, int, int], Tensor]
 
 CUT = ("hidden", "mlp", "query", "key_value")  # the dimensions that width axes cut
 
@@ -36,7 +37,7 @@ def magnitude(config: PretrainedConfig, read: Reader) -> Scores:
     """The L2 norm of everything an element owns."""
     sums: SliceSums = {}
     for weight in weights(config):
-        sums |= slice_sums(weight, read(weight.name).float().square(), sizes(config)["head_dim"])
+        sums |= slice_sums(weight, read(weight.name).float().square(), sizes(config))
     return Scores(*(score.sqrt() for score in of_elements(config, sums)))
 
 
@@ -53,7 +54,7 @@ def wanda(config: PretrainedConfig, read: Reader, squares: Mapping[str, Tensor])
             matrix = read(weight.name).float().abs()
             norms = squares[weight.name].to(matrix.device).sqrt()
             scaled = matrix * (norms if inputs[weight.name] == 1 else norms[:, None])
-            sums |= slice_sums(weight, scaled, sizes(config)["head_dim"])
+            sums |= slice_sums(weight, scaled, sizes(config))
     return of_elements(config, sums)
 
 
@@ -67,16 +68,28 @@ def random(config: PretrainedConfig, seed: int) -> Scores:
     )
 
 
-def slice_sums(weight: Weight, values: Tensor, head_dim: int) -> SliceSums:
+def slice_sums(weight: Weight, values: Tensor, dims: Mapping[str, int]) -> SliceSums:
     """`values`, of the shape of `weight`, summed over each element's slice: an entry for every axis that can be cut.
-    A slice of the query or key-value axis is a whole head or group."""
+    A slice of the query or key-value axis is a whole head or group. dims: the teacher's `sizes`."""
     sums = {}
     for axis, dim in enumerate(weight.dims):
-        if dim in CUT:
-            total = values.sum([other for other in range(values.ndim) if other != axis]) if values.ndim > 1 else values
-            per_head = dim in ("query", "key_value")
-            sums[weight.name, axis] = total.unflatten(0, (-1, head_dim)).sum(1) if per_head else total
+        if not set(parts(dim)) <= set(CUT):
+            continue
+        total = values.sum([other for other in range(values.ndim) if other != axis]) if values.ndim > 1 else values
+        for part, (name, own) in enumerate(zip(parts(dim), apart(dim, total, dims), strict=True)):
+            per_head = name in ("query", "key_value")
+            sums[weight.name, axis, part] = own.unflatten(0, (-1, dims["head_dim"])).sum(1) if per_head else own
     return sums
+
+
+def apart(dim: str, values: Tensor, dims: Mapping[str, int]) -> list[Tensor]:
+    """`values` along a dimension, by the dimensions it is made of (`family_tables.Family`)."""
+    lengths = [dims[name] for name in parts(dim)]
+    if "|" not in dim:
+        return list(values.split(lengths))
+    groups = dims["key_value"] // dims["head_dim"]
+    by_group = values.view(groups, -1).split([length // groups for length in lengths], dim=1)
+    return [own.flatten() for own in by_group]
 
 
 def of_elements(config: PretrainedConfig, sums: SliceSums) -> Scores:
@@ -89,16 +102,17 @@ def of_elements(config: PretrainedConfig, sums: SliceSums) -> Scores:
         torch.zeros(layers, shape.num_attention_heads),
     )
     known = {weight.name: weight for weight in weights(config)}
-    for (name, axis), total in sums.items():
+    for (name, axis, part), total in sums.items():
         weight, total = known[name], total.cpu()
-        if weight.dims[axis] == "hidden":
+        dim = parts(weight.dims[axis])[part]
+        if dim == "hidden":
             scores.hidden.add_(total)
-        elif weight.dims[axis] == "mlp":
+        elif dim == "mlp":
             scores.mlp[weight.layer].add_(total)
-        elif weight.dims[axis] == "query":
+        elif dim == "query":
             scores.heads[weight.layer].add_(total)
         else:
-            assert weight.dims[axis] == "key_value", weight
+            assert dim == "key_value", weight
             scores.heads[weight.layer].add_(total.repeat_interleave(group_size) / group_size)
     return scores
 

@@ -97,7 +97,8 @@ chunks = st.sampled_from([1, 7, 16, 40, 512])
 def test_loss_and_gradients_equal_the_float64_reference(case: Case, temperature: float, chunk: int, loss: Loss) -> None:
     value, gradients = case.chunked(loss, temperature, chunk, factor=1.7)
     expected, references, _, _ = case.reference(loss, temperature)
-    assert value == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+    # a small KL is a difference of logits near 10 and has their rounding, which the loss multiplies by tau^2
+    assert value == pytest.approx(expected.item(), rel=1e-5, abs=2e-6 * max(1.0, temperature**2))
     for gradient, reference in zip(gradients, references, strict=True):
         assert (gradient - 1.7 * reference).norm() <= 1e-4 * reference.norm() + 1e-7
 

@@ -171,7 +171,7 @@ def test_taylor_is_the_slope_of_the_loss_as_a_neuron_shrinks() -> None:
     with torch.no_grad():
         for neuron in range(4):
             slope = (loss(neuron, 1 + step) - loss(neuron, 1 - step)) / (2 * step)
-            assert float(sums[down, 1][neuron]) / len(windows) == pytest.approx(slope, rel=2e-2, abs=1e-4)
+            assert float(sums[down, 1, 0][neuron]) / len(windows) == pytest.approx(slope, rel=2e-2, abs=1e-4)
 
 
 # Wanda
@@ -187,7 +187,7 @@ def test_wanda_where_every_activation_has_norm_one_is_the_l1_norm_of_the_product
     sums = {}
     for weight in weights(config):
         if weight.matmul:
-            sums |= slice_sums(weight, parameters[weight.name].abs(), sizes(config)["head_dim"])
+            sums |= slice_sums(weight, parameters[weight.name].abs(), sizes(config))
     for actual, expected in zip(wanda(config, parameters.__getitem__, ones), of_elements(config, sums), strict=True):
         close(actual, expected)
 
