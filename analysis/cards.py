@@ -129,7 +129,7 @@ def depth_card(run: RunData) -> Card:
             f"{depth.METRICS[metric][0]}, start × length",
         )
         for metric in info.metrics
-        if metric != "bi"
+        if metric not in depth.OF_TEACHER
     ]
     return Card(title, read, depth.depth_count(info), depth.depth_html(info), tuple(panels))
 

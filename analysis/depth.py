@@ -16,7 +16,10 @@ METRICS = {
     "winogrande_acc": ("Winogrande accuracy", "Winogrande accuracy"),
     "winogrande_margin": ("Winogrande margin", "Winogrande margin (nats)"),
     "bi": ("Block importance", "BI of the block (1 − cosine)"),
+    "angular": ("Angular distance", "angular distance of the block (0 to 1)"),
+    "taylor": ("Taylor", "sum of |weight × gradient| (nats)"),
 }
+OF_TEACHER = ("bi", "angular", "taylor")  # read from the whole teacher: nothing is removed
 LENGTH_COLOURS = (palette.BLUE, palette.ORANGE, palette.GREEN, palette.PURPLE, palette.VERMILLION, palette.SKY)
 # 2408.11796, "Depth Pruning Metrics": Llama 3.1 8B without 16 of its 32 layers, Winogrande accuracy.
 PUBLISHED = (("16 layers one by one", 0.5, "diamond-open"), ("layers 16–31", 0.595, "diamond"))

@@ -69,7 +69,7 @@ DEPTH_SCHEMA = pa.schema(
     [
         ("start", pa.int64()),  # the first removed layer; 0 for the teacher
         ("length", pa.int64()),  # how many are removed; 0 for the teacher
-        ("metric", pa.string()),  # lm_loss | winogrande_acc | winogrande_margin | bi
+        ("metric", pa.string()),  # lm_loss | winogrande_acc | winogrande_margin | bi | angular | taylor
         ("value", pa.float64()),
         ("stderr", pa.float64()),
         ("n", pa.int64()),  # validation windows, or Winogrande examples
