@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from minitron_search.distillation_loss import IGNORE, OutputHead, output_loss
+from minitron_search.distillation_loss import OutputHead, next_tokens, output_loss
 from minitron_search.families import final_hidden, head_scale, head_softcap
 from minitron_search.loop_settings import LoopSettings, Precision
 from minitron_search.precision import autocast
@@ -245,12 +245,10 @@ class _Objective(nn.Module):
 
     def forward(self, ids: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         """(loss, [loss, ce, kl]) of `ids` (n, length), given the teacher's `hidden` (n, length, hidden)."""
-        targets = torch.full_like(ids, IGNORE)
-        targets[:, :-1] = ids[:, 1:]
         with autocast(self.settings.precision, ids.device):
             states = final_hidden(self.student, ids)
             loss = output_loss(
-                self.settings.loss, states.flatten(0, 1), output_head(self.student), targets.flatten(),
+                self.settings.loss, states.flatten(0, 1), output_head(self.student), next_tokens(ids).flatten(),
                 None if hidden is None else hidden.flatten(0, 1), self.teacher_head,
                 temperature=self.settings.temperature,
             )  # fmt: skip

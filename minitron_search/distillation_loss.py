@@ -34,6 +34,13 @@ CPU_TILE_TOKENS = 16
 SUM_ROWS = 8192
 
 
+def next_tokens(ids: Tensor) -> Tensor:
+    """The targets of `ids` (n, length): at every position the next token, IGNORE at the last."""
+    targets = torch.full_like(ids, IGNORE)
+    targets[:, :-1] = ids[:, 1:]
+    return targets
+
+
 class OutputHead(NamedTuple):
     """logits = cap(scale * (hidden @ weight.T + bias)), cap(x) = softcap * tanh(x / softcap)."""
 

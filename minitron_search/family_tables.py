@@ -44,12 +44,13 @@ class Family:
     unsupported: tuple[tuple[str, Any, str], ...] = ()  # (key, value): why not
 
 
-def _layer_weights(parts: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """Weights and biases of linear layers (output dimension first) and of norms, by module name."""
+def _layer_weights(parts: Mapping[str, tuple[str, ...]], output: int = 0) -> dict[str, tuple[str, ...]]:
+    """Weights and biases of linear layers and of norms, by module name. output: where a weight has its output
+    dimension, last (-1) in Conv1D."""
     listed = {}
     for name, dims in parts.items():
         listed[f"{name}.weight"] = dims
-        listed[f"{name}.bias"] = dims[:1]
+        listed[f"{name}.bias"] = (dims[output],)
     return listed
 
 
@@ -174,20 +175,17 @@ GPT2 = Family(
         "transformer.ln_f.bias": ("hidden",),
         "lm_head.weight": ("vocab", "hidden"),
     },
-    layer_weights={  # Conv1D: input dimension first
-        "ln_1.weight": ("hidden",),
-        "ln_1.bias": ("hidden",),
-        "attn.c_attn.weight": ("hidden", "query+key_value+key_value"),
-        "attn.c_attn.bias": ("query+key_value+key_value",),
-        "attn.c_proj.weight": ("query", "hidden"),
-        "attn.c_proj.bias": ("hidden",),
-        "ln_2.weight": ("hidden",),
-        "ln_2.bias": ("hidden",),
-        "mlp.c_fc.weight": ("hidden", "mlp"),
-        "mlp.c_fc.bias": ("mlp",),
-        "mlp.c_proj.weight": ("mlp", "hidden"),
-        "mlp.c_proj.bias": ("hidden",),
-    },
+    layer_weights=_layer_weights(
+        {
+            "ln_1": ("hidden",),
+            "attn.c_attn": ("hidden", "query+key_value+key_value"),
+            "attn.c_proj": ("query", "hidden"),
+            "ln_2": ("hidden",),
+            "mlp.c_fc": ("hidden", "mlp"),
+            "mlp.c_proj": ("mlp", "hidden"),
+        },
+        output=-1,
+    ),
     head_dim="derived",
     grouped_query=False,
     mlp_key="n_inner",

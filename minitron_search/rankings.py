@@ -1,12 +1,13 @@
 """In which order the elements of each width axis are kept: what importance decides and trimming reads."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from minitron_search.architecture import Architecture, parts
+from minitron_search.architecture import Architecture, dimension, parts
 from minitron_search.families import whole
 
 
@@ -77,22 +78,28 @@ class Rankings:
 
     def _fused(self, architecture: Architecture, layer: int | None, dim: str, head_dim: int) -> Tensor:
         """`kept` of a dimension that holds several: one after another (+), or by group of heads (|)."""
-        whole_groups, kept_groups = self.groups.shape[1], architecture.num_key_value_heads
-        names = parts(dim)
-        kept = [self.kept(architecture, layer, name, head_dim) for name in names]
-        sizes = {
+        dims = {
             "mlp": self.mlp.shape[1],
             "query": self.heads[0].numel() * head_dim,
-            "key_value": whole_groups * head_dim,
+            "key_value": self.groups.shape[1] * head_dim,
+            "head_dim": head_dim,
         }
-        lengths = [sizes[name] for name in names]
-        places = torch.arange(sum(lengths))
-        if "+" in dim:
-            where = places.split(lengths)
-            return torch.cat([place[index] for place, index in zip(where, kept, strict=True)])
-        by_group = places.view(whole_groups, -1).split([length // whole_groups for length in lengths], dim=1)
-        chosen = [place.flatten()[index].view(kept_groups, -1) for place, index in zip(by_group, kept, strict=True)]
-        return torch.cat(chosen, dim=1).flatten()
+        kept = [self.kept(architecture, layer, name, head_dim) for name in parts(dim)]
+        places = apart(dim, torch.arange(dimension(dims, dim)), dims)
+        chosen = [place[index] for place, index in zip(places, kept, strict=True)]
+        if "|" not in dim:
+            return torch.cat(chosen)
+        return torch.cat([own.view(architecture.num_key_value_heads, -1) for own in chosen], dim=1).flatten()
+
+
+def apart(dim: str, values: Tensor, dims: Mapping[str, int]) -> list[Tensor]:
+    """`values` along a dimension, by the dimensions it is made of (`family_tables.Family`)."""
+    lengths = [dims[name] for name in parts(dim)]
+    if "|" not in dim:
+        return list(values.split(lengths))
+    groups = dims["key_value"] // dims["head_dim"]
+    by_group = values.view(groups, -1).split([length // groups for length in lengths], dim=1)
+    return [own.flatten() for own in by_group]
 
 
 def _channels(heads: Tensor, head_dim: int) -> Tensor:

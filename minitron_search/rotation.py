@@ -9,8 +9,6 @@ The embedding absorbs no gain and the output head absorbs the final norm's: tied
 """
 
 import copy
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from minitron_search.architecture import Weight
 from minitron_search.families import decoder_layers, family_of, final_hidden, weights
-from minitron_search.trimming import student_of
+from minitron_search.trimming import save_once, student_of
 
 TOLERANCE = 1e-3  # of the hidden states' size; float32 rounding stays below 1e-4, a wrong fold is of order 1
 LARGE = 1e6  # a constant of this size shows a norm's gains: eps adds nothing to its mean square
@@ -117,14 +115,7 @@ def rotated(teacher: PreTrainedModel, rotation: Tensor) -> PreTrainedModel:
 def rotate_teacher(folder: Path, rotation: Tensor, into: Path) -> Path:
     """Write the rotated teacher, float32, a stock folder; it appears whole or not at all, and stays if it is there."""
     if not into.exists():
-        made = rotated(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), rotation)
-        into.parent.mkdir(parents=True, exist_ok=True)
-        temporary = into.with_name(f".{into.name}.{os.getpid()}")
-        made.save_pretrained(temporary)
-        try:
-            temporary.rename(into)
-        except OSError:  # another process was first: its folder is the same
-            shutil.rmtree(temporary)
+        save_once(rotated(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), rotation), into)
     return into
 
 

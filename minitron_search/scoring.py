@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from minitron_search import winogrande
 from minitron_search.distillation import output_head
-from minitron_search.distillation_loss import IGNORE, OutputHead, token_losses
+from minitron_search.distillation_loss import OutputHead, next_tokens, token_losses
 from minitron_search.families import final_hidden
 from minitron_search.precision import autocast
 from minitron_search.winogrande import PackedOptions
@@ -78,11 +78,9 @@ def window_losses(
         for first in range(0, len(windows), ROWS_AT_ONCE):
             rows = slice(first, first + ROWS_AT_ONCE)
             ids = torch.from_numpy(windows[rows].astype(np.int64)).to(model.device)
-            targets = torch.full_like(ids, IGNORE)
-            targets[:, :-1] = ids[:, 1:]
             student = final_hidden(model, ids).flatten(0, 1)
             teacher = teacher_hidden[rows].to(model.device, student.dtype).flatten(0, 1)
-            per_token = token_losses(student, head, targets.flatten(), teacher, teacher_head)
+            per_token = token_losses(student, head, next_tokens(ids).flatten(), teacher, teacher_head)
             assert per_token.kl is not None
             losses.append(per_token.ce.view_as(ids)[:, :-1].double().mean(1).cpu().numpy())
             divergences.append(per_token.kl.view_as(ids).double().mean(1).cpu().numpy())

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from minitron_search.architecture import Weight
 from minitron_search.distillation import output_head
-from minitron_search.distillation_loss import IGNORE, output_loss
+from minitron_search.distillation_loss import next_tokens, output_loss
 from minitron_search.families import final_hidden, sizes, weights
 from minitron_search.precision import autocast
 from minitron_search.weight_importance import Scores, SliceSums, of_elements, slice_sums
@@ -65,11 +65,9 @@ def each_gradient(
             handles.append(parameters[weight.name].register_post_accumulate_grad_hook(hook_of(weight)))
         for index, window in enumerate(windows):  # noqa: B007  # the hooks read it
             ids = torch.from_numpy(window.astype(np.int64))[None].to(teacher.device)
-            targets = torch.full_like(ids, IGNORE)
-            targets[:, :-1] = ids[:, 1:]
             with torch.enable_grad(), autocast(precision, teacher.device):
                 hidden = final_hidden(teacher, ids).flatten(0, 1)
-                loss = output_loss("ce", hidden, output_head(teacher), targets.flatten()).loss
+                loss = output_loss("ce", hidden, output_head(teacher), next_tokens(ids).flatten()).loss
             loss.backward()
     finally:
         for handle in handles:

@@ -53,14 +53,19 @@ def permute_teacher(teacher_folder: Path, rankings: Rankings, folder: Path, dtyp
     with torch.no_grad():
         for name, parameter in state.items():
             parameter.copy_(permuted[name])
+    save_once(teacher, folder)
+    return folder
+
+
+def save_once(model: PreTrainedModel, folder: Path) -> None:
+    """Write a stock folder that appears whole or not at all, and is the same whoever writes it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    teacher.save_pretrained(temporary)
+    model.save_pretrained(temporary)
     try:
         temporary.rename(folder)
     except OSError:  # another process was first: its folder is the same
         shutil.rmtree(temporary)
-    return folder
 
 
 def load_teacher(folder: Path) -> PreTrainedModel:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from minitron_search.architecture import Weight, parts
 from minitron_search.families import sizes, weights, whole
+from minitron_search.rankings import apart
 
 Reader = Callable[[str], Tensor]
 # by (weight name, axis, part of a fused axis): one number for each slice along that axis, (channels,), (neurons,),
@@ -36,8 +37,9 @@ class Scores(NamedTuple):
 def magnitude(config: PretrainedConfig, read: Reader) -> Scores:
     """The L2 norm of everything an element owns."""
     sums: SliceSums = {}
+    dims = sizes(config)
     for weight in weights(config):
-        sums |= slice_sums(weight, read(weight.name).float().square(), sizes(config))
+        sums |= slice_sums(weight, read(weight.name).float().square(), dims)
     return Scores(*(score.sqrt() for score in of_elements(config, sums)))
 
 
@@ -48,13 +50,13 @@ def wanda(config: PretrainedConfig, read: Reader, squares: Mapping[str, Tensor])
     squares: by weight name, the sum over calibration tokens of each input's square, (inputs,).
     """
     sums: SliceSums = {}
-    inputs = input_axes(config)
+    inputs, dims = input_axes(config), sizes(config)
     for weight in weights(config):
         if weight.matmul:
             matrix = read(weight.name).float().abs()
             norms = squares[weight.name].to(matrix.device).sqrt()
             scaled = matrix * (norms if inputs[weight.name] == 1 else norms[:, None])
-            sums |= slice_sums(weight, scaled, sizes(config))
+            sums |= slice_sums(weight, scaled, dims)
     return of_elements(config, sums)
 
 
@@ -80,16 +82,6 @@ def slice_sums(weight: Weight, values: Tensor, dims: Mapping[str, int]) -> Slice
             per_head = name in ("query", "key_value")
             sums[weight.name, axis, part] = own.unflatten(0, (-1, dims["head_dim"])).sum(1) if per_head else own
     return sums
-
-
-def apart(dim: str, values: Tensor, dims: Mapping[str, int]) -> list[Tensor]:
-    """`values` along a dimension, by the dimensions it is made of (`family_tables.Family`)."""
-    lengths = [dims[name] for name in parts(dim)]
-    if "|" not in dim:
-        return list(values.split(lengths))
-    groups = dims["key_value"] // dims["head_dim"]
-    by_group = values.view(groups, -1).split([length // groups for length in lengths], dim=1)
-    return [own.flatten() for own in by_group]
 
 
 def of_elements(config: PretrainedConfig, sums: SliceSums) -> Scores:

@@ -24,11 +24,7 @@ METHODS = ("activation", "random", "magnitude", "taylor", "wanda", "pca")
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny.teacher_folder(folder / "teacher")
-    (folder / "text.txt").write_text(tiny.prose(4_000))
-    tiny.winogrande_file(folder / "questions.jsonl")
-    return folder
+    return tiny.input_files(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture

@@ -20,12 +20,7 @@ AXES = "{hidden_size: {low: 16, high: 24, step: 4}, num_attention_heads: {choice
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher, a text and questions that are all in order."""
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny.teacher_folder(folder / "teacher")
-    (folder / "text.txt").write_text(tiny.prose(4_000))
-    tiny.winogrande_file(folder / "questions.jsonl")
-    return folder
+    return tiny.input_files(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(autouse=True)

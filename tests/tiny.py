@@ -184,6 +184,14 @@ def teacher_folder(folder: Path, seed: int = 0, **given: Any) -> Path:
     return folder
 
 
+def input_files(folder: Path) -> Path:
+    """A teacher, a text and questions that are all in order: `teacher`, `text.txt` and `questions.jsonl`."""
+    teacher_folder(folder / "teacher")
+    (folder / "text.txt").write_text(prose(4_000))
+    winogrande_file(folder / "questions.jsonl")
+    return folder
+
+
 def winogrande_file(path: Path, examples: int = 4) -> Path:
     """Questions in Winogrande's format, answers alternating."""
     lines = [
