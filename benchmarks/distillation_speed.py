@@ -22,11 +22,12 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from minitron_search.distillation import LoopSettings, Milestone, cached_teacher, live_teacher, train
+from minitron_search.distillation import LoopSettings, Milestone, train
 from minitron_search.distillation_loss import OutputHead
 from minitron_search.precision import autocast
 from minitron_search.teacher import teacher_folder
 from minitron_search.teacher_cache import Precision, ensure
+from minitron_search.teacher_source import cached_teacher, live_teacher
 
 ARMS = {"ce": "plain CE, full logits", "live": "KD, live teacher", "cached": "KD, cached teacher"}
 LENGTH, BATCH = 256, 8

@@ -8,7 +8,7 @@ from pathlib import Path
 import ray
 from transformers import PreTrainedModel
 
-from minitron_search import distillation
+from minitron_search import checkpoints
 from minitron_search.config import Config, Resources
 from minitron_search.model_card import model_card
 from minitron_search.precision import on_device
@@ -85,9 +85,9 @@ def export(materials: Materials, trial: Trial, teacher_name: str, teacher_folder
 
 def trained_student(materials: Materials, trial: Trial) -> PreTrainedModel:
     student = initial_student(materials, trial)
-    checkpoint = distillation.latest_checkpoint(materials.run.checkpoint(trial.id))
+    checkpoint = checkpoints.latest_checkpoint(materials.run.checkpoint(trial.id))
     assert checkpoint is not None, trial.id
-    distillation.load_weights(checkpoint, student)
+    checkpoints.load_weights(checkpoint, student)
     return on_device(student).eval()
 
 

@@ -8,10 +8,10 @@ import torch
 from transformers import PreTrainedModel
 
 from minitron_search import winogrande
-from minitron_search.distillation import output_head
 from minitron_search.distillation_loss import OutputHead, next_tokens, token_losses
 from minitron_search.families import final_hidden
 from minitron_search.precision import autocast
+from minitron_search.teacher_source import output_head
 from minitron_search.winogrande import PackedOptions
 
 ROWS_AT_ONCE = 8

@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from minitron_search.architecture import Weight
-from minitron_search.distillation import output_head
 from minitron_search.distillation_loss import next_tokens, output_loss
 from minitron_search.families import final_hidden, sizes, weights
 from minitron_search.precision import autocast
+from minitron_search.teacher_source import output_head
 from minitron_search.weight_importance import Scores, SliceSums, of_elements, slice_sums
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from minitron_search import distillation
-from minitron_search.distillation import DivergedError, Milestone, Teacher
+from minitron_search import checkpoints, distillation
+from minitron_search.distillation import Milestone
 from minitron_search.distillation_loss import OutputHead
 from minitron_search.loop_settings import LoopSettings, Precision
 from minitron_search.precision import device, on_device
@@ -19,6 +19,8 @@ from minitron_search.rankings import Rankings
 from minitron_search.run_directory import RunDirectory
 from minitron_search.scoring import score, throughput
 from minitron_search.teacher_cache import CacheReader
+from minitron_search.teacher_source import Teacher, cached_teacher, live_teacher
+from minitron_search.training_log import DivergedError
 from minitron_search.trial import Trial
 from minitron_search.trimming import load_head, load_teacher, random_student, trim
 from minitron_search.winogrande import PackedOptions
@@ -64,7 +66,7 @@ def run_trial(
     assert settings.threads is not None
     torch.set_num_threads(settings.threads)  # scoring too: how sums are split over threads decides their rounding
     logged = {row["rung"] for row in run.metrics(trial.id) if row["kind"] == "rung"}
-    checkpoints = run.checkpoint(trial.id)
+    folder = run.checkpoint(trial.id)
     student = on_device(initial_student(materials, trial))
     began = time.monotonic()
 
@@ -74,7 +76,7 @@ def run_trial(
         if rung not in logged and rank == 0:
             with ThreadPoolExecutor(1) as writer:  # a checkpoint is written while the student is scored
                 if milestone.step > 0:
-                    saving = writer.submit(milestone.save, checkpoints / f"step-{milestone.step:08d}")
+                    saving = writer.submit(milestone.save, folder / f"step-{milestone.step:08d}")
                 row = {
                     **trial.columns(),
                     **score_student(materials, milestone.student, trial),
@@ -85,7 +87,7 @@ def run_trial(
                 if milestone.step > 0:
                     saving.result()
             run.log_rung(trial.id, row)
-            distillation.keep_newest(checkpoints)
+            checkpoints.keep_newest(folder)
         last = rung == len(settings.milestones) - 1
         go_on = last or not decided or wait_for_decision(run, trial.id, rung)
         began = time.monotonic()
@@ -98,8 +100,8 @@ def run_trial(
         teacher_of(materials, settings),
         on_milestone=reached,
         log=lambda record: run.log_step(trial.id, **record),
-        checkpoint_folder=checkpoints,
-        resume=distillation.latest_checkpoint(checkpoints),
+        checkpoint_folder=folder,
+        resume=checkpoints.latest_checkpoint(folder),
         world_size=world_size,
         rank=rank,
     )
@@ -138,8 +140,8 @@ def teacher_of(materials: Materials, settings: LoopSettings) -> Teacher | None:
     if settings.loss == "ce":
         return None
     if materials.train_cache is None:
-        return distillation.live_teacher(on_device(load_teacher(materials.compute_folder)), settings.precision)
-    return distillation.cached_teacher(materials.train_cache, teacher_head(materials), settings.precision)
+        return live_teacher(on_device(load_teacher(materials.compute_folder)), settings.precision)
+    return cached_teacher(materials.train_cache, teacher_head(materials), settings.precision)
 
 
 def teacher_head(materials: Materials) -> OutputHead:

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minitron_search.distillation import frozen_head, output_head
 from minitron_search.distillation_loss import OutputHead
 from minitron_search.families import decoder_layers, family_of, weights
 from minitron_search.precision import autocast
+from minitron_search.teacher_source import frozen_head, output_head
 from minitron_search.trimming import load_teacher, reader
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -250,15 +251,23 @@ def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
+def worker_at_work(process: subprocess.Popen[bytes]) -> psutil.Process:
+    """A process that is computing a piece: Ray calls it by its task only while it has one."""
+    while process.poll() is None:
+        for child in descendants(process):
+            with suppress(psutil.NoSuchProcess):
+                if child.name().startswith("ray::compute"):
+                    return child
+    raise AssertionError("the sweep ended before a worker could be killed")
+
+
 @pytest.mark.slow
 def test_a_killed_worker_costs_the_piece_it_was_at(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(data, run)
     until_pieces(run, 2, process)
     kept = {path: path.stat().st_mtime_ns for path in (run / "depth_pieces").glob("*.npz")}
-    workers = [child for child in descendants(process) if child.name().startswith("ray::compute")]
-    assert workers
-    workers[0].send_signal(signal.SIGKILL)
+    worker_at_work(process).send_signal(signal.SIGKILL)
     assert process.wait(timeout=300) == 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert len(list((run / "depth_pieces").glob("*.npz"))) == last_event(run)["pieces"]

@@ -12,20 +12,17 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from minitron_search.checkpoints import latest_checkpoint
 from minitron_search.distillation import (
-    DivergedError,
     LoopSettings,
     Milestone,
-    Teacher,
     TrainResult,
-    cached_teacher,
-    latest_checkpoint,
-    live_teacher,
-    output_head,
     stream,
     train,
 )
 from minitron_search.teacher_cache import ensure
+from minitron_search.teacher_source import Teacher, TeacherBatch, cached_teacher, live_teacher, output_head
+from minitron_search.training_log import DivergedError
 
 LENGTH, VOCAB = 16, 61
 WINDOWS = np.random.default_rng(0).integers(0, VOCAB, (20, LENGTH)).astype(np.int32)
@@ -193,11 +190,11 @@ def _broken(at: int, value: float) -> Teacher:
     """A teacher whose hidden states of batch `at` and later are `value` times too large."""
     teacher, calls = live_teacher(tiny(0, 24), "float32"), [0]
 
-    def hidden(indices: np.ndarray, tokens: np.ndarray) -> torch.Tensor:
+    def ask(indices: np.ndarray, tokens: np.ndarray) -> TeacherBatch:
         calls[0] += 1
-        return teacher.hidden(indices, tokens) * (value if calls[0] >= at else 1.0)
+        return TeacherBatch(teacher.ask(indices, tokens).hidden * (value if calls[0] >= at else 1.0))
 
-    return teacher._replace(hidden=hidden)
+    return teacher._replace(ask=ask)
 
 
 def test_divergence_is_an_error_that_names_the_step_and_keeps_no_checkpoint(tmp_path: Path) -> None:

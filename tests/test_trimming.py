@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from minitron_search.architecture import Architecture
-from minitron_search.distillation import output_head
 from minitron_search.families import decoder_layers, family_of, sizes, student_config, whole
 from minitron_search.rankings import Rankings
+from minitron_search.teacher_source import output_head
 from minitron_search.trimming import (
     load_head,
     load_teacher,

@@ -1,0 +1,65 @@
+"""Where a distillation's teacher distribution comes from: the teacher itself, asked for every batch, or its cache."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from minitron_search.distillation_loss import OutputHead
+from minitron_search.families import head_scale, head_softcap
+from minitron_search.loop_settings import Precision
+from minitron_search.teacher_cache import CacheReader, teacher_hidden
+
+
+class TeacherBatch(NamedTuple):
+    """What the teacher says of n windows: its final normed hidden states (n, length, hidden)."""
+
+    hidden: Tensor
+
+
+class Teacher(NamedTuple):
+    """`ask(indices, tokens)`: windows (n,), their ids (n, length) -> what it says of them.
+
+    `forward_tokens()`: how many tokens it has put through the teacher itself.
+    """
+
+    ask: Callable[[np.ndarray, np.ndarray], TeacherBatch]
+    head: OutputHead
+    forward_tokens: Callable[[], int]
+
+
+def output_head(model: PreTrainedModel) -> OutputHead:
+    """The model's head with its family's scale (Granite) and soft-cap (Gemma)."""
+    head = model.get_output_embeddings()
+    return OutputHead(head.weight, head.bias, head_scale(model.config), head_softcap(model.config))
+
+
+def live_teacher(model: PreTrainedModel, precision: Precision) -> Teacher:
+    """Runs `model` for every batch."""
+    counted = [0]
+
+    def ask(indices: np.ndarray, tokens: np.ndarray) -> TeacherBatch:
+        counted[0] += tokens.size
+        ids = torch.from_numpy(tokens.astype(np.int64)).to(model.device)
+        return TeacherBatch(teacher_hidden(model, ids, precision))
+
+    return Teacher(ask, frozen_head(output_head(model), precision), lambda: counted[0])
+
+
+def cached_teacher(path: Path, head: OutputHead, precision: Precision) -> Teacher:
+    """Reads the cache at `path`; `head` is the teacher's `output_head`."""
+    reader = CacheReader(path)
+    return Teacher(
+        lambda indices, tokens: TeacherBatch(reader.hidden(indices, tokens)), frozen_head(head, precision), lambda: 0
+    )
+
+
+def frozen_head(head: OutputHead, precision: Precision) -> OutputHead:
+    """Without gradients, its weight once and for all in the dtype of the products."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    bias = None if head.bias is None else head.bias.detach().float()
+    return head._replace(weight=head.weight.detach().to(dtype), bias=bias)
