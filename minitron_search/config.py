@@ -45,6 +45,13 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, int | float) else value
 
 
+def _same_in_every_layer(value: Any) -> Any:
+    if isinstance(value, list | tuple) and any(isinstance(each, list | tuple) for each in value):
+        raise ValueError("a size for every layer is no axis: a stock configuration of these families holds one for all "
+                         "layers; valid: choices: [768, 1024]")  # fmt: skip
+    return value
+
+
 Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]
 CountOrZero = Annotated[int, BeforeValidator(_number), Field(ge=0)]
 Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
@@ -157,7 +164,9 @@ class Axis(Section):
     low: Count | None = None
     high: Count | None = None
     step: Count | None = None
-    choices: Annotated[tuple[Count, ...], BeforeValidator(_listed)] | None = None
+    choices: Annotated[
+        tuple[Count, ...], BeforeValidator(_listed), BeforeValidator(_same_in_every_layer)
+    ] | None = None  # fmt: skip
 
     @model_validator(mode="after")
     def _range_or_choices(self) -> "Axis":
