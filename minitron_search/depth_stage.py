@@ -117,9 +117,10 @@ def make_job(prepared: Prepared, resolved: str) -> tuple[Job, int]:
             for node in ray.nodes() if node["Alive"]
         ),
     )  # fmt: skip
-    if "taylor" in config.depth.metrics and job.device == "cpu" and _float32_bytes(job) > job.memory_bytes:
-        raise ValueError(f"depth.metrics: taylor holds the teacher in float32, {_float32_bytes(job) / 1e9:.1f} GB, and a "
-                         f"worker here has {job.memory_bytes / 1e9:.1f} GB; valid: metrics without taylor")  # fmt: skip
+    whole = _float32_bytes(job)
+    if "taylor" in config.depth.metrics and job.device == "cpu" and whole > job.memory_bytes:
+        raise ValueError(f"depth.metrics: taylor holds the teacher in float32, {whole / 1e9:.1f} GB, and a worker here "
+                         f"has {job.memory_bytes / 1e9:.1f} GB; valid: metrics without taylor")  # fmt: skip
     return job, workers
 
 
