@@ -24,7 +24,7 @@ from minitron_search.rotation import rotated_config
 from minitron_search.run_directory import RunDirectory
 from minitron_search.search_space import SearchSpace
 from minitron_search.teacher import fingerprint, load_tokenizer, teacher_config, teacher_folder
-from minitron_search.winogrande import Example, PackedOptions, check_window, load_examples, pack
+from minitron_search.winogrande import HUB, PackedOptions, check_window, load_examples, pack
 
 VERSIONS = ("torch", "transformers", "ray", "optuna", "numpy", "datasets", "lm_eval")
 # what a continued run may change
@@ -48,7 +48,7 @@ class Prepared:
     packed: PackedOptions
 
 
-def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace, list[Example]]:
+def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace]:
     """The quick checks, without weights or text. Raises ValueError with the field, the value and an alternative."""
     run = RunDirectory(config.output)
     _check_output(run, config, resume)
@@ -65,12 +65,15 @@ def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace, 
         raise ValueError(f"corpus.sequence_length: {config.corpus.sequence_length} is above the teacher's {limit} "
                          f"positions; valid: at most {limit}")  # fmt: skip
     check_tasks(config.evaluation.tasks)
-    return teacher, space, load_examples(config.winogrande.source, config.winogrande.limit)
+    if config.winogrande.source != HUB:
+        load_examples(config.winogrande.source, config.winogrande.limit)
+    return teacher, space
 
 
 def prepare(config: Config, resume: bool) -> Prepared:
     """All checks and all inputs. Raises ValueError as `check` does, and where text or disk space is too short."""
-    teacher, space, examples = check(config, resume)
+    teacher, space = check(config, resume)
+    examples = load_examples(config.winogrande.source, config.winogrande.limit)
     _check_disk(config, space)
     folder = teacher_folder(config.teacher.model).absolute()
     tokenizer = load_tokenizer(config.teacher.model)

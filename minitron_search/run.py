@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = configuration.load(options.config, overrides)
         if options.dry_run:
-            _, space, _ = check(config, options.resume)
+            _, space = check(config, options.resume)
             dry_run(config, space, console)
             return 0
         say("preparing: teacher, text, Winogrande")
