@@ -13,7 +13,8 @@ from transformers import AutoConfig, PreTrainedModel
 from minitron_search import checkpoints, distillation
 from minitron_search.distillation import Milestone
 from minitron_search.distillation_loss import OutputHead
-from minitron_search.loop_settings import LoopSettings, Precision
+from minitron_search.intermediate_loss import state_map
+from minitron_search.loop_settings import Precision
 from minitron_search.precision import device, on_device
 from minitron_search.rankings import Rankings
 from minitron_search.run_directory import RunDirectory
@@ -97,7 +98,7 @@ def run_trial(
         student,
         materials.train,
         settings,
-        teacher_of(materials, settings),
+        teacher_of(materials, trial),
         on_milestone=reached,
         log=lambda record: run.log_step(trial.id, **record),
         checkpoint_folder=folder,
@@ -136,11 +137,15 @@ def initial_student(materials: Materials, trial: Trial) -> PreTrainedModel:
     return trim(materials.teacher_folder, trial.architecture, rankings)
 
 
-def teacher_of(materials: Materials, settings: LoopSettings) -> Teacher | None:
-    if settings.loss == "ce":
+def teacher_of(materials: Materials, trial: Trial) -> Teacher | None:
+    settings, states = trial.settings, None
+    if not settings.asks_teacher:
         return None
+    if settings.intermediate:
+        depth = len(materials.block_bi) - 1
+        states = state_map(trial.architecture.layers, depth, settings.intermediate_layers, settings.embedding)
     if materials.train_cache is None:
-        return live_teacher(on_device(load_teacher(materials.compute_folder)), settings.precision)
+        return live_teacher(on_device(load_teacher(materials.compute_folder)), settings.precision, states)
     return cached_teacher(materials.train_cache, teacher_head(materials), settings.precision)
 
 
