@@ -52,17 +52,18 @@ def forecast(config: Config, space: SearchSpace) -> list[str]:
     retraining = config.retraining.tokens * config.search.promote
     largest = space.smallest_and_largest()[1]
     student, teacher = (flops_per_token(space, config, a) for a in (largest, space.teacher))
-    asked_once = max(config.search.rungs[-1], config.retraining.tokens)
+    live = config.distillation.teacher_cache == "off" or bool(config.distillation.intermediate)
+    asked = training + retraining if live else max(config.search.rungs[-1], config.retraining.tokens)
     # backward costs twice forward; a cached teacher still costs its output head for every token
     head = 2 * space.teacher.hidden_size * space.config.vocab_size
-    total = (training + retraining) * (3 * student + head) + asked_once * teacher
+    total = (training + retraining) * (3 * student + head) + asked * teacher
     speed = product_flops_per_second(resolve(config.precision)) * UTILISATION
     hours = total / speed / 3600
     where = "GPU-hours" if torch.cuda.is_available() else "hours on this machine's CPUs (0 GPU-hours)"
     return [
         f"search: at most {training:,} tokens ({config.search.trials} trials, rungs {list(config.search.rungs)})",
         f"retraining: {retraining:,} tokens",
-        f"teacher: {asked_once:,} tokens, asked once",
+        f"teacher: {asked:,} tokens, {'asked for every batch' if live else 'asked once'}",
         f"FLOPs: {total:.3g}; at {speed / 1e9:,.0f} GFLOP/s that is {hours:.2f} {where}, scoring and start-up apart",
     ]
 

@@ -24,6 +24,7 @@ from minitron_search.teacher_source import Teacher, cached_teacher, live_teacher
 from minitron_search.training_log import DivergedError
 from minitron_search.trial import Trial
 from minitron_search.trimming import load_head, load_teacher, random_student, trim
+from minitron_search.views import as_views
 from minitron_search.winogrande import PackedOptions
 
 DECISION_POLL_S = 0.05
@@ -134,7 +135,16 @@ def initial_student(materials: Materials, trial: Trial) -> PreTrainedModel:
     rankings = None
     if trial.initialization == "random_pruned":
         rankings = Rankings.random(AutoConfig.from_pretrained(materials.teacher_folder), trial.seed)
+    elif trial.settings.total_tokens == 0 and (folder := float32_folder(materials)):  # scored as it is
+        return as_views(folder, trial.architecture)
     return trim(materials.teacher_folder, trial.architecture, rankings)
+
+
+def float32_folder(materials: Materials) -> Path | None:
+    """The permuted teacher in the dtype of students, which are float32 whatever the dtype of the products: norms and
+    the residual stream of a bfloat16 model would round where a student's do not."""
+    folders = (materials.teacher_folder, materials.compute_folder)
+    return next((folder for folder in folders if AutoConfig.from_pretrained(folder).dtype == torch.float32), None)
 
 
 def teacher_of(materials: Materials, trial: Trial) -> Teacher | None:

@@ -16,17 +16,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from minitron_search import config as configuration
+from minitron_search.architecture import Architecture
 from minitron_search.config import Config
 from minitron_search.distillation import LoopSettings, Milestone, train
 from minitron_search.families import decoder_layers, family_of, whole
-from minitron_search.forecast import intermediate_advice
+from minitron_search.forecast import forecast, intermediate_advice
 from minitron_search.intermediate_loss import intermediate_loss, recorded, state_map
 from minitron_search.objective import Objective
 from minitron_search.search_space import SearchSpace
 from minitron_search.teacher_source import live_teacher
+from minitron_search.trial_run import run_trial
 from minitron_search.trial_settings import distillation_settings
 from minitron_search.trimming import trim
 from tests import tiny
+from tests.materials import materials, trial
 
 LENGTH, VOCAB = 16, 61
 WINDOWS = np.random.default_rng(0).integers(0, VOCAB, (20, LENGTH)).astype(np.int32)
@@ -366,3 +369,38 @@ def test_states_are_advised_where_less_than_two_thirds_of_the_depth_may_be_left(
         assert f"as few as {6 - dropped} of the teacher's 6 layers" in advice
         flags = advice.partition("logits: ")[2].split()
         assert said(**configuration.load(None, flags).dump()["distillation"]) is None
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_trial_compares_its_layers_with_the_permuted_teachers(
+    precision: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where ranks did not line up, the first state would be as far away as that of a student in another order."""
+    monkeypatch.setenv("MINITRON_SEARCH_CACHE", str(tmp_path / "cache"))
+    made = materials(tmp_path, precision)
+    settings = dataclasses.replace(
+        SETTINGS, total_tokens=64, milestones=(64,), embedding=True, intermediate_layers=1, intermediate="auto",
+        precision=precision,
+    )  # fmt: skip
+
+    def far(architecture: Architecture, initialization: str) -> float:
+        asked = trial(architecture, settings, initialization)
+        run_trial(made, asked, decided=False)
+        return next(row["intermediate"] for row in made.run.metrics(asked.id) if row["kind"] == "step")
+
+    assert far(Architecture(24, 20, 4, 2, (0, 1, 2, 3)), "pruned") < 1e-3
+    narrow = Architecture(12, 13, 4, 2, (0, 3))
+    assert far(narrow, "pruned") < 0.75 * far(narrow, "random_pruned")
+
+
+def test_the_forecast_counts_a_teacher_that_is_asked_for_every_batch() -> None:
+    def lines(**distillation: Any) -> str:
+        config = configuration.parse({
+            "space": {"budget": {"params": {"target": 11_136}}, "axes": {}},
+            "search": {"trials": 2, "rungs": [100], "reduction_factor": 2}, "retraining": {"tokens": 1000},
+            "precision": "float32", "distillation": distillation,
+        })  # fmt: skip
+        return "\n".join(forecast(config, SearchSpace(config.space, tiny.config())))
+
+    assert "teacher: 1,000 tokens, asked once" in lines()
+    assert "teacher: 1,200 tokens, asked for every batch" in lines(intermediate="auto")
