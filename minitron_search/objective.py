@@ -31,6 +31,7 @@ class Objective(nn.Module):
         """(loss, [loss, ce, kl, intermediate]) of `ids` (n, length), given what the teacher says of them.
         The intermediate loss is before alpha."""
         targets = {} if teacher is None else teacher.states
+        assert targets or not self.settings.intermediate, "a teacher without the states that L_is compares"
         with autocast(self.settings.precision, ids.device), recorded(self.student, targets) as states:
             hidden = final_hidden(self.student, ids)
             output = output_loss(

@@ -135,16 +135,15 @@ def initial_student(materials: Materials, trial: Trial) -> PreTrainedModel:
     rankings = None
     if trial.initialization == "random_pruned":
         rankings = Rankings.random(AutoConfig.from_pretrained(materials.teacher_folder), trial.seed)
-    elif trial.settings.total_tokens == 0 and (folder := float32_folder(materials)):  # scored as it is
-        return as_views(folder, trial.architecture)
+    elif trial.settings.total_tokens == 0 and is_float32(materials.teacher_folder):  # scored as it is
+        return as_views(materials.teacher_folder, trial.architecture)
     return trim(materials.teacher_folder, trial.architecture, rankings)
 
 
-def float32_folder(materials: Materials) -> Path | None:
-    """The permuted teacher in the dtype of students, which are float32 whatever the dtype of the products: norms and
-    the residual stream of a bfloat16 model would round where a student's do not."""
-    folders = (materials.teacher_folder, materials.compute_folder)
-    return next((folder for folder in folders if AutoConfig.from_pretrained(folder).dtype == torch.float32), None)
+def is_float32(folder: Path) -> bool:
+    """Whether a model is stored in the dtype of students, float32 whatever the dtype of the products: the norms and the
+    residual stream of a bfloat16 model round where a student's do not."""
+    return AutoConfig.from_pretrained(folder).dtype == torch.float32
 
 
 def teacher_of(materials: Materials, trial: Trial) -> Teacher | None:

@@ -255,6 +255,12 @@ def test_training_brings_the_states_nearer_than_logits_alone_do(loss: Any, alpha
     )  # the text is random: next tokens pull away from the teacher
 
 
+def test_a_teacher_that_gives_no_states_is_not_taken_for_one_that_agrees() -> None:
+    teacher, student, _ = students()
+    with pytest.raises(AssertionError, match="without the states"):
+        train(student, WINDOWS, SETTINGS, live_teacher(teacher, "float32"))
+
+
 def test_the_log_has_the_distance_only_where_it_is_asked_for() -> None:
     assert "intermediate" not in run(dataclasses.replace(SETTINGS, intermediate=0.0))[0][0]
     record = run(SETTINGS)[0][0]

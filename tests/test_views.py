@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,29 +106,25 @@ def test_scoring_a_candidate_on_views_takes_no_memory_for_its_weights(tmp_path: 
     del teacher, first  # kept until here: memory that is free already would be used again, and nothing be seen
 
 
-@pytest.mark.parametrize(
-    ("stored", "precision", "folder"),
-    [("float32", "float32", "stored"), ("float32", "bfloat16", "stored"), ("bfloat16", "float32", "float32"),
-     ("bfloat16", "bfloat16", None)],
-)  # fmt: skip
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_trial_that_does_not_train_is_scored_on_views_of_a_float32_teacher(
-    stored: str, precision: str, folder: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stored: str, precision: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MINITRON_SEARCH_CACHE", str(tmp_path / "cache"))
-    made = materials(tmp_path, precision, stored)  # type: ignore[arg-type]
+    made = materials(tmp_path, precision, stored)
     architecture = Architecture(16, 13, 4, 2, (0, 1, 3))
     own = trim(made.teacher_folder, architecture)
 
     def held(settings: LoopSettings, initialization: str = "pruned") -> bool:
-        """Whether its weights are in mapped files."""
+        """Whether its weights are in the teacher's mapped file."""
         student = initial_student(made, trial(architecture, settings, initialization))
         parts = list(zip(student.parameters(), own.parameters(), strict=True))
         assert initialization != "pruned" or all(torch.equal(part, expected) for part, expected in parts)
         assert all(part.dtype == torch.float32 for part, _ in parts)
-        addresses = mapped(tmp_path / folder) if folder else []
-        return all(any(part.data_ptr() in where for where in addresses) for part, _ in parts)
+        return all(any(part.data_ptr() in where for where in mapped(made.teacher_folder)) for part, _ in parts)
 
-    assert held(untrained(SETTINGS)) == (folder is not None)
+    assert held(untrained(SETTINGS)) == (stored == "float32")
     assert not held(SETTINGS)
     for other in ("random", "random_pruned"):
         assert not held(untrained(SETTINGS), other)
@@ -139,11 +136,11 @@ def test_a_trial_scored_on_views_has_the_scores_of_the_trimmed_student(
     monkeypatch.setenv("MINITRON_SEARCH_CACHE", str(tmp_path / "cache"))
     made = materials(tmp_path)
     asked = trial(Architecture(16, 13, 4, 2, (0, 1, 3)), untrained(SETTINGS))
-    file = made.compute_folder / "model.safetensors"
+    file = made.teacher_folder / "model.safetensors"
     before = file.read_bytes()
     run_trial(made, asked, decided=False)
     (on_views,) = made.run.metrics(asked.id)
-    monkeypatch.setattr("minitron_search.trial_run.float32_folder", lambda materials: None)
+    monkeypatch.setattr("minitron_search.trial_run.is_float32", lambda folder: False)
     trimmed = replace(asked, arm="untrained")
     run_trial(made, trimmed, decided=False)
     (of_trim,) = made.run.metrics(trimmed.id)
