@@ -27,7 +27,7 @@ from minitron_search.cluster import on_all_cpus, resolved_precision  # noqa: E40
 from minitron_search.console import console, say  # noqa: E402
 from minitron_search.depth_recommendation import best_blocks  # noqa: E402
 from minitron_search.depth_stage import measure_depth  # noqa: E402
-from minitron_search.forecast import dry_run  # noqa: E402
+from minitron_search.forecast import dry_run, intermediate_advice  # noqa: E402
 from minitron_search.loop_settings import Precision  # noqa: E402
 from minitron_search.memory import release_memory  # noqa: E402
 from minitron_search.preparation import Prepared, check, environment, prepare  # noqa: E402
@@ -123,6 +123,9 @@ def run(prepared: Prepared) -> None:
 
 def search_and_retrain(prepared: Prepared, resolved: Precision) -> None:
     config, run, space = prepared.config, prepared.run, prepared.space
+    if advice := intermediate_advice(config, space):
+        run.event("advice", message=advice)
+        say(advice)
     materials = ray.put(make_materials(prepared, resolved))
     settings = distillation_settings(config, resolved)
     resources = config.resources

@@ -115,7 +115,7 @@ def _materials(prepared: Prepared, resolved: Precision, folder: Path, key: str) 
         return built.path
 
     mode = teacher_cache.resolve_mode(
-        config.distillation.teacher_cache,
+        "off" if config.distillation.intermediate else config.distillation.teacher_cache,  # no cache holds states
         teacher_cache.cache_path(key, f"{corpus.id} train", corpus.train, resolved),
         teacher_cache.cache_bytes(corpus.train, prepared.teacher_config.hidden_size, resolved),
     )
