@@ -50,6 +50,14 @@ class OutputHead(NamedTuple):
     softcap: float | None = None
 
 
+class TopK(NamedTuple):
+    """What is kept of a teacher's next-token distributions: log-probabilities, nats, at temperature 1."""
+
+    indices: Tensor  # (T, k) int64, the most probable tokens, each once
+    log_probabilities: Tensor  # (T, k) float32
+    rest: Tensor  # (T,) float32, log of the probability of all other tokens; -inf where there are none
+
+
 class OutputLoss(NamedTuple):
     """`loss` carries the gradient; the means are for the log: nats per token, float32.
 
@@ -76,23 +84,38 @@ def output_loss(
     teacher_hidden: Tensor | None = None,
     teacher_head: OutputHead | None = None,
     *,
+    teacher_topk: TopK | None = None,
     temperature: float = 1.0,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> OutputLoss:
     """The loss of `student_hidden` (T, H), with gradients to it and to the student head's weight and bias.
 
     `targets` (T,) int64 are next tokens, or IGNORE. KL averages over all T, cross-entropy over those with a
-    target. The teacher's hidden states (T, H_teacher) and head are read by `kld` and `clm+kld` only. The loss
-    can be backpropagated once.
+    target. The teacher's hidden states (T, H_teacher) and head are read by `kld` and `clm+kld` only; at temperature 1
+    `teacher_topk` may take their place, and KL is then that of k + 1 outcomes, the last of them any other token. The
+    loss can be backpropagated once.
     """
     if loss == "ce":
-        teacher_hidden = teacher_head = None
+        teacher_hidden = teacher_head = teacher_topk = None
     else:
-        assert teacher_hidden is not None and teacher_head is not None
+        assert (teacher_topk is None) != (teacher_hidden is None or teacher_head is None)
     return OutputLoss(*_ChunkedLoss.apply(
         student_hidden, student_head.weight, student_head.bias, student_head.scale, student_head.softcap,
-        targets, teacher_hidden, teacher_head, loss != "kld", temperature, chunk_tokens,
+        targets, teacher_hidden, teacher_head, teacher_topk, loss != "kld", temperature, chunk_tokens,
     ))  # fmt: skip
+
+
+@torch.no_grad()
+def top_k(hidden: Tensor, head: OutputHead, k: int, *, chunk_tokens: int = 64) -> TopK:
+    """The k most probable next tokens of every position of `hidden` (T, H), k at most V."""
+    chunks = []
+    for rows in hidden.split(chunk_tokens):
+        logits, _ = _logits(rows @ head.weight.t(), head)
+        kept, indices = logits.topk(k)
+        rest = logits.scatter_(1, indices, -torch.inf).logsumexp(1, keepdim=True)
+        total = torch.cat([kept, rest], 1).logsumexp(1, keepdim=True)
+        chunks.append(TopK(indices, kept - total, (rest - total).squeeze(1)))
+    return TopK(*map(torch.cat, zip(*chunks, strict=True)))
 
 
 @torch.no_grad()
@@ -125,12 +148,15 @@ class _ChunkedLoss(torch.autograd.Function):
         targets: Tensor,
         teacher_hidden: Tensor | None,
         teacher_head: OutputHead | None,
+        teacher_topk: TopK | None,
         with_ce: bool,
         temperature: float,
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         head = OutputHead(weight, bias, scale, softcap)
-        walk = _Walk(student_hidden, head, targets, teacher_hidden, teacher_head, temperature, chunk_tokens)
+        walk = _Walk(
+            student_hidden, head, targets, teacher_hidden, teacher_head, temperature, chunk_tokens, teacher_topk
+        )
         tokens, targeted = len(targets), (targets != IGNORE).sum()
         # gradients are those of tokens * loss, and divided once, in backward
         ce_weight = tokens / targeted if with_ce else None
@@ -158,7 +184,7 @@ class _ChunkedLoss(torch.autograd.Function):
         assert ctx.gradients is not None, "the gradients of a loss are kept for one backward pass"
         gradients = [part if part is None else part.mul_(grad_loss / ctx.tokens) for part in ctx.gradients]
         ctx.gradients = None  # autograd takes these tensors over instead of copying them
-        return *gradients, *(None,) * 8
+        return *gradients, *(None,) * 9
 
 
 class _Walk:
@@ -173,6 +199,7 @@ class _Walk:
         teacher_head: OutputHead | None,
         temperature: float,
         chunk_tokens: int,
+        teacher_topk: TopK | None = None,
     ) -> None:
         self.device = student_hidden.device.type
         autocast = torch.is_autocast_enabled(self.device)
@@ -181,10 +208,11 @@ class _Walk:
         self.student_weight = student_head.weight.to(dtype)
         self.student_head, self.teacher_head = student_head, teacher_head
         self.targets, self.temperature = targets, temperature
+        self.teacher_topk = teacher_topk
         self.chunk = min(chunk_tokens, len(targets))
         self.tile = CPU_TILE_TOKENS if self.device == "cpu" else self.chunk
         self.ce = torch.empty(len(targets), device=student_hidden.device)
-        self.kl = None if teacher_head is None else torch.empty_like(self.ce)
+        self.kl = None if teacher_head is None and teacher_topk is None else torch.empty_like(self.ce)
         # one chunk's product, reused for every chunk; the student's becomes its gradient in place
         self.student_logits = self.student_hidden.new_empty(self.chunk, len(self.student_weight))
         if teacher_head is not None:
@@ -213,7 +241,8 @@ class _Walk:
                     tokens = slice(start + tile.start, start + tile.stop)
                     logits, slope = _logits(student[tile], self.student_head, gradient)
                     from_teacher = self.teacher_head and _logits(teacher[tile], self.teacher_head)[0]
-                    grad = self._tile(tokens, logits, from_teacher, gradient, ce_weight)
+                    tile_of = self._tile if self.teacher_topk is None else self._sparse_tile
+                    grad = tile_of(tokens, logits, from_teacher, gradient, ce_weight)
                     if gradient:
                         grad = grad if slope is None else grad.mul_(slope)
                         student[tile].copy_(grad)
@@ -248,6 +277,35 @@ class _Walk:
                 kl_grad = kl_grad if tau == 1 else kl_grad.mul_(tau)
                 grad = kl_grad if ce_weight is None else grad.add_(kl_grad)
         return grad
+
+    def _sparse_tile(
+        self, tokens: slice, student: Tensor, teacher: Tensor | None, gradient: bool, ce_weight: Tensor | None
+    ) -> Tensor:
+        """As `_tile`, of the k + 1 outcomes of `teacher_topk`.
+
+        The only softmax is over the other tokens, so their probability is never 1 minus a sum near 1.
+        """
+        assert self.teacher_topk is not None and self.kl is not None
+        indices, log_p, rest = (part[tokens] for part in self.teacher_topk)
+        log_p = torch.cat([log_p, rest[:, None]], 1)
+        targets = self.targets[tokens, None]
+        valid, targets = (targets != IGNORE).float(), targets.clamp(min=0)
+        at_target, kept = student.gather(1, targets), student.gather(1, indices)
+        # not -inf: with k = V there are no other tokens, and a softmax of -inf alone is nan
+        others, others_lse = _softmax(student.scatter_(1, indices, torch.finfo(student.dtype).min))
+        outcomes = torch.cat([kept, others_lse], 1)
+        lse = outcomes.logsumexp(1, keepdim=True)
+        log_q = outcomes - lse
+        p, q = log_p.exp(), log_q.exp()
+        self.ce[tokens] = ((lse - at_target) * valid).squeeze(1)
+        # q - p sums to zero but for rounding, as in `_tile`; an outcome without probability may have log_p -inf
+        self.kl[tokens] = torch.where(p > 0, p * (log_p - log_q), 0).add_(q - p).sum(1)
+        if not gradient:
+            return others
+        weight = valid * (0 if ce_weight is None else ce_weight)
+        grad_outcomes = q * (p.sum(1, keepdim=True) + weight) - p
+        grad = others.mul_(grad_outcomes[:, -1:]).scatter_(1, indices, grad_outcomes[:, :-1])
+        return grad if ce_weight is None else grad.scatter_add_(1, targets, -weight)
 
 
 def _logits(product: Tensor, head: OutputHead, with_slope: bool = False) -> tuple[Tensor, Tensor | None]:
