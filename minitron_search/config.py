@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from minitron_search.loop_settings import Loss
+
 STAGES = ("importance", "depth", "search", "retrain", "report")
 SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
@@ -243,13 +245,21 @@ class Search(Section):
 
 
 class Distillation(Section):
-    loss: Literal["kld", "ce", "clm+kld"] = "kld"
+    loss: Loss = "kld"
     temperature: Positive = 1.0
     intermediate: Annotated[Real, Field(ge=0, le=0)] = 0.0  # logits only (best practice 7)
     learning_rate: Positive = 3e-4
     batch_tokens: Count = 1_000
     teacher_cache: Literal["auto", "hidden", "off"] = "auto"
     initialization: Literal["pruned", "random", "random_pruned"] = "pruned"
+
+    @model_validator(mode="after")
+    def _logits_have_no_temperature(self) -> "Distillation":
+        if self.temperature != 1 and self.loss.removeprefix("clm+") in ("mse", "cosine"):
+            raise ValueError(f"distillation.temperature: {self.temperature:g} with loss {self.loss}, which compares "
+                             "logits, not probabilities; valid: 1, or distillation.loss kld, reverse_kld, js or tv "
+                             "(also as clm+kld, ...)")  # fmt: skip
+        return self
 
 
 class Retraining(Section):
