@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from minitron_search import liger_rows
 from minitron_search.divergences import Divergence, compare, softmax, top_k_kl
 from minitron_search.loop_settings import Loss
 
@@ -227,6 +228,7 @@ class _Walk:
         self.student_head, self.teacher_head = student_head, teacher_head
         self.targets, self.temperature = targets, temperature
         self.teacher_topk, self.divergence = teacher_topk, divergence
+        self.liger = liger_rows.usable(self.device)
         self.tau_power = 1 if divergence == "tv" else 2  # of the factor that keeps the size of the gradient
         self.chunk = min(chunk_tokens, len(targets))
         self.tile = CPU_TILE_TOKENS if self.device == "cpu" else self.chunk
@@ -274,6 +276,11 @@ class _Walk:
         self, tokens: slice, student: Tensor, teacher: Tensor | None, gradient: bool, ce_weight: Tensor | None
     ) -> Tensor:
         """Losses of `tokens` from their float32 logits, which are overwritten; gradient to the student's."""
+        if self.liger and gradient and self.teacher_topk is None:
+            if teacher is None:
+                return self._liger_cross_entropy(tokens, student, ce_weight)
+            if self.divergence == "kld" and ce_weight is None:
+                return self._liger_kl(tokens, student, teacher)
         targets, tau = self.targets[tokens, None], self.temperature
         valid, targets = (targets != IGNORE).float(), targets.clamp(min=0)
         weight = valid * ce_weight if gradient and ce_weight is not None else None
@@ -302,6 +309,22 @@ class _Walk:
                     compared.gradient.mul_(tau ** (self.tau_power - 1))
                 grad = compared.gradient if weight is None else grad.add_(compared.gradient)
         return grad
+
+    def _liger_cross_entropy(self, tokens: slice, student: Tensor, ce_weight: Tensor | None) -> Tensor:
+        """As `_tile` without a teacher."""
+        assert ce_weight is not None
+        self.ce[tokens] = liger_rows.cross_entropy(student, self.targets[tokens], IGNORE, gradient=True)
+        return student.mul_(ce_weight)
+
+    def _liger_kl(self, tokens: slice, student: Tensor, teacher: Tensor) -> Tensor:
+        """As `_tile` of kld."""
+        assert self.kl is not None
+        targets, tau = self.targets[tokens], self.temperature
+        # clamped: of a row without a target Liger makes zeros, even where it is asked for no gradient
+        ce = liger_rows.cross_entropy(student, targets.clamp(min=0), IGNORE, gradient=False)
+        self.ce[tokens] = ce * (targets != IGNORE)
+        self.kl[tokens] = liger_rows.forward_kl(student, torch.softmax(teacher.mul_(1 / tau), -1), tau)
+        return student if tau == 1 else student.mul_(tau**2)
 
 
 def _logits(product: Tensor, head: OutputHead, with_slope: bool = False) -> tuple[Tensor, Tensor | None]:

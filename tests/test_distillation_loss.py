@@ -169,7 +169,7 @@ def test_loss_and_gradients_equal_the_float64_reference(case: Case, temperature:
     assert value == pytest.approx(expected.item(), rel=1e-5, abs=2e-6 * max(1.0, temperature**2))
     slack = case.sign_flips(temperature) if loss.endswith("tv") else [torch.zeros(())] * 3
     for gradient, reference, flips in zip(gradients, references, slack, strict=True):
-        assert (gradient - 1.7 * reference).norm() <= 1e-4 * reference.norm() + 1e-7 + 1.7 * flips.norm()
+        assert (gradient - 1.7 * reference).norm() <= 1e-4 * reference.norm() + 5e-7 + 1.7 * flips.norm()
 
 
 @pytest.mark.parametrize("loss", [KL, BOTH])
