@@ -9,7 +9,8 @@ divergences.py defines them. They are averaged over tokens, and KL is summed ove
 2.3). To keep the size of the gradient as tau changes, kld, reverse_kld and js, which are quadratic in small differences
 of the logits, are multiplied by tau^2 (Hinton et al. 2015, section 2) and tv, which is linear in them, by tau.
 Gradients are computed chunk by chunk in the forward pass, where the logits already are, so full-vocabulary logits of a
-batch never exist, not even for the backward pass.
+batch never exist, not even for the backward pass. On a GPU with `liger-kernel` installed the rows of ce and kld are
+computed by its kernels (liger_rows.py).
 
 Shapes: T tokens, V vocabulary, H hidden size (the student's and the teacher's may differ). Matrix products
 run in the precision of the surrounding autocast; softmax, sums and weight gradients in float32.
@@ -97,8 +98,9 @@ def output_loss(
 
     `targets` (T,) int64 are next tokens, or IGNORE. KL averages over all T, cross-entropy over those with a
     target, and `ce` reads no teacher. Every other loss reads the teacher's hidden states (T, H_teacher) and head. For
-    `kld` and `clm+kld` at temperature 1 `teacher_topk` may take their place: KL is then that of k + 1 outcomes, the
-    last of them any other token. The loss can be backpropagated once.
+    `kld` and `clm+kld` at temperature 1 `teacher_topk` may take the place of the hidden states: KL is then that of
+    k + 1 outcomes, the last of them any other token, and the teacher's head is not read. The loss can be backpropagated
+    once.
     """
     divergence = cast(Divergence | None, None if loss == "ce" else loss.removeprefix("clm+"))
     if divergence is None:
@@ -107,7 +109,8 @@ def output_loss(
         assert teacher_hidden is not None and teacher_head is not None
         assert temperature == 1 or divergence not in ("mse", "cosine"), "logits have no temperature"
     else:
-        assert teacher_hidden is None and teacher_head is None
+        assert teacher_hidden is None
+        teacher_head = None
         assert divergence == "kld" and temperature == 1, "a sparse teacher is one of kld at temperature 1"
     return OutputLoss(*_ChunkedLoss.apply(
         student_hidden, student_head.weight, student_head.bias, student_head.scale, student_head.softcap,
@@ -323,7 +326,9 @@ class _Walk:
         # clamped: of a row without a target Liger makes zeros, even where it is asked for no gradient
         ce = liger_rows.cross_entropy(student, targets.clamp(min=0), IGNORE, gradient=False)
         self.ce[tokens] = ce * (targets != IGNORE)
-        self.kl[tokens] = liger_rows.forward_kl(student, torch.softmax(teacher.mul_(1 / tau), -1), tau)
+        self.kl[tokens] = liger_rows.forward_kl(
+            student, torch.softmax(teacher if tau == 1 else teacher.mul_(1 / tau), -1), tau
+        )
         return student if tau == 1 else student.mul_(tau**2)
 
 

@@ -49,9 +49,8 @@ class Case:
     ) -> tuple[Tensor, list[Tensor]]:
         inputs = [part.clone().requires_grad_() for part in (self.student, self.weight, self.bias)]
         head = OutputHead(inputs[1], inputs[2], self.scale, self.softcap)
-        teacher = (self.teacher, self.teacher_head) if sparse is None else (None, None)
         out = output_loss(
-            loss, inputs[0], head, self.targets, *teacher,
+            loss, inputs[0], head, self.targets, self.teacher if sparse is None else None, self.teacher_head,
             teacher_topk=sparse, temperature=temperature, chunk_tokens=chunk,
         )  # fmt: skip
         (factor * out.loss).backward()
