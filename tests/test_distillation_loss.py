@@ -364,3 +364,17 @@ def test_gradients_are_kept_for_one_backward_pass() -> None:
     out.loss.backward(retain_graph=True)
     with pytest.raises(AssertionError, match="one backward"):
         out.loss.backward()
+
+
+@pytest.mark.parametrize("kept", [1, 5, 50])
+def test_a_small_kl_of_a_sparse_teacher_keeps_its_digits_where_logits_are_large(kept: int) -> None:
+    """Logits that float32 holds exactly, near 1000, where it rounds a log-sum-exp by up to 3e-5 nats."""
+    rng = torch.Generator().manual_seed(8)
+    teacher = torch.randint(-2048, 2048, (40, 50), generator=rng) / 1024
+    student = 1000 + teacher + torch.randint(-32, 32, (40, 50), generator=rng) / 1024
+    sparse = top_k(teacher, OutputHead(torch.eye(50)), kept)
+    targets = torch.zeros(40, dtype=torch.int64)
+    kl = output_loss(KL, student, OutputHead(torch.eye(50)), targets, teacher_topk=sparse).loss
+    log_q, log_p = (outcomes(part.double(), sparse.indices) for part in (student, teacher))
+    expected = torch.where(log_p > -math.inf, log_p.exp() * (log_p - log_q), 0).sum(1).mean()
+    assert kl.item() == pytest.approx(expected.item(), abs=2e-7)
