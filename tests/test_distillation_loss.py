@@ -19,6 +19,8 @@ OF_LOGITS: tuple[Loss, ...] = ("mse", "cosine", "clm+mse", "clm+cosine")
 KL: Loss = "kld"
 CE: Loss = "ce"
 BOTH: Loss = "clm+kld"
+# of a gradient: q - p near 1 is off by 6e-8 in float32, times a row of weights of norm 4, times the factor 1.7
+ROUNDING = 1e-6
 
 
 class Case:
@@ -166,9 +168,11 @@ def test_loss_and_gradients_equal_the_float64_reference(case: Case, temperature:
     expected, references, _, _ = case.reference(loss, temperature)
     # a small KL is a difference of logits near 10 and has their rounding, which the loss multiplies by tau^2
     assert value == pytest.approx(expected.item(), rel=1e-5, abs=2e-6 * max(1.0, temperature**2))
+    # a gradient of 1e-3 may be what is left of terms of several nats (reverse_kld, js) or of logits (mse, cosine)
+    rounding = ROUNDING if loss in (KL, CE, BOTH) else 3 * ROUNDING
     slack = case.sign_flips(temperature) if loss.endswith("tv") else [torch.zeros(())] * 3
     for gradient, reference, flips in zip(gradients, references, slack, strict=True):
-        assert (gradient - 1.7 * reference).norm() <= 1e-4 * reference.norm() + 5e-7 + 1.7 * flips.norm()
+        assert (gradient - 1.7 * reference).norm() <= 1e-4 * reference.norm() + rounding + 1.7 * flips.norm()
 
 
 @pytest.mark.parametrize("loss", [KL, BOTH])
@@ -181,7 +185,7 @@ def test_a_sparse_teacher_is_a_kl_of_k_and_one_outcomes(case: Case, chunk: int, 
     expected, references = case.sparse_reference(loss, sparse)
     assert value == pytest.approx(expected.item(), rel=1e-5, abs=2e-6)
     for gradient, reference in zip(gradients, references, strict=True):
-        assert (gradient - 1.7 * reference).norm() <= 1e-4 * reference.norm() + 1e-7
+        assert (gradient - 1.7 * reference).norm() <= 1e-4 * reference.norm() + ROUNDING
 
 
 @settings(max_examples=30, deadline=None)
@@ -198,7 +202,7 @@ def test_a_sparse_teacher_nears_the_whole_one_from_below(case: Case, chunk: int)
         if k >= vocab - 1:
             assert value == pytest.approx(whole.item(), rel=1e-5, abs=2e-6)
             for gradient, reference in zip(gradients, references, strict=True):
-                assert (gradient - reference).norm() <= 1e-4 * reference.norm() + 1e-7
+                assert (gradient - reference).norm() <= 1e-4 * reference.norm() + ROUNDING
 
 
 @settings(max_examples=30, deadline=None)
