@@ -45,6 +45,11 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, int | float) else value
 
 
+def _off(value: Any) -> Any:
+    """YAML 1.1 reads `off` as false."""
+    return "off" if value is False else value
+
+
 Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]
 CountOrZero = Annotated[int, BeforeValidator(_number), Field(ge=0)]
 Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
@@ -243,13 +248,28 @@ class Search(Section):
 
 
 class Distillation(Section):
+    """teacher_cache: what is kept of the teacher, asked once for all trials. hidden: its final hidden states, exact;
+    topk: its `topk` most probable tokens, smaller and approximate; off: nothing, every batch asks it live; auto: hidden
+    if that takes at most teacher_cache_bytes (auto: a quarter of the free disk, and at most 16 GiB), else off.
+    """
+
     loss: Literal["kld", "ce", "clm+kld"] = "kld"
     temperature: Positive = 1.0
     intermediate: Annotated[Real, Field(ge=0, le=0)] = 0.0  # logits only (best practice 7)
     learning_rate: Positive = 3e-4
     batch_tokens: Count = 1_000
-    teacher_cache: Literal["auto", "hidden", "off"] = "auto"
+    teacher_cache: Annotated[Literal["auto", "hidden", "topk", "off"], BeforeValidator(_off)] = "auto"
+    teacher_cache_bytes: AutoCount = "auto"
+    topk: Count = 64
     initialization: Literal["pruned", "random", "random_pruned"] = "pruned"
+
+    @model_validator(mode="after")
+    def _topk_knows_the_forward_kl_at_temperature_1(self) -> "Distillation":
+        if self.teacher_cache == "topk" and (self.loss not in ("kld", "clm+kld") or self.temperature != 1):
+            raise ValueError(f"distillation.teacher_cache: topk with loss {self.loss} at temperature "
+                             f"{self.temperature:g}, which needs more of the teacher than its most probable tokens; "
+                             "valid: teacher_cache hidden, or loss kld or clm+kld at temperature 1")  # fmt: skip
+        return self
 
 
 class Retraining(Section):
