@@ -102,8 +102,8 @@ def cache_bytes(request: Request) -> int:
 
 
 def columns(request: Request) -> dict[str, Column]:
-    """The files of a cache. Log-probabilities are float16: rounding them changes a KL by 1e-6 nats (bfloat16: 1e-4),
-    far less than the rest loses."""
+    """The files of a cache. Log-probabilities are float16: read back, they move the KL of a token by 1e-4 nats
+    (bfloat16: 7e-4), where leaving out all but 64 tokens takes 0.07 from it (SmolLM2 and its trim by four layers)."""
     if request.k is None:
         return {"hidden": Column(DTYPES[request.precision], (request.hidden_size,))}
     return {
