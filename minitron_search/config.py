@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from minitron_search.loop_settings import Loss
+
 STAGES = ("importance", "depth", "search", "retrain", "report")
 SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
@@ -253,7 +255,7 @@ class Distillation(Section):
     if that takes at most teacher_cache_bytes (auto: a quarter of the free disk, and at most 16 GiB), else off.
     """
 
-    loss: Literal["kld", "ce", "clm+kld"] = "kld"
+    loss: Loss = "kld"
     temperature: Positive = 1.0
     intermediate: Annotated[Real, Field(ge=0, le=0)] = 0.0  # logits only (best practice 7)
     learning_rate: Positive = 3e-4
@@ -269,6 +271,14 @@ class Distillation(Section):
             raise ValueError(f"distillation.teacher_cache: topk with loss {self.loss} at temperature "
                              f"{self.temperature:g}, which needs more of the teacher than its most probable tokens; "
                              "valid: teacher_cache hidden, or loss kld or clm+kld at temperature 1")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _logits_have_no_temperature(self) -> "Distillation":
+        if self.temperature != 1 and self.loss.removeprefix("clm+") in ("mse", "cosine"):
+            raise ValueError(f"distillation.temperature: {self.temperature:g} with loss {self.loss}, which compares "
+                             "logits, not probabilities; valid: 1, or distillation.loss kld, reverse_kld, js or tv "
+                             "(also as clm+kld, ...)")  # fmt: skip
         return self
 
 
