@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: run test lint bench-depth clean
+.PHONY: run test lint bench-depth bench-distill clean
 
 run: $(VENV)/.installed
 	$(BIN)/python -m minitron_search.run $(ARGS)
@@ -18,6 +18,10 @@ lint: $(VENV)/.installed
 # the depth sweep against a forward pass per cut and against lm-eval, and its peak memory
 bench-depth: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.depth_speed $(ARGS)
+
+# distillation's speed, memory, exactness and what the teacher is paid, against their bars
+bench-distill: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.distillation_speed $(ARGS)
 
 # the stamp is written last: an installation that was cut off is done again
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -54,6 +54,11 @@ def _same_in_every_layer(value: Any) -> Any:
     return value
 
 
+def _off(value: Any) -> Any:
+    """YAML 1.1 reads `off` as false."""
+    return "off" if value is False else value
+
+
 Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]
 CountOrZero = Annotated[int, BeforeValidator(_number), Field(ge=0)]
 Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
@@ -260,6 +265,10 @@ class Distillation(Section):
     intermediate_layers: how many of the student's layers L_is compares the outputs of, from the last; more than a
         student has are all of its.
     embedding: whether it compares the embedding's output too.
+    teacher_cache: what is kept of the teacher, asked once for all trials. hidden: its final hidden states, exact;
+        topk: its `topk` most probable tokens, smaller and approximate; off: nothing, every batch asks it live; auto:
+        hidden if that takes at most teacher_cache_bytes (auto: a quarter of the free disk, and at most 16 GiB), else
+        off.
     """
 
     loss: Loss = "kld"
@@ -270,7 +279,9 @@ class Distillation(Section):
     embedding: bool = False
     learning_rate: Positive = 3e-4
     batch_tokens: Count = 1_000
-    teacher_cache: Literal["auto", "hidden", "off"] = "auto"
+    teacher_cache: Annotated[Literal["auto", "hidden", "topk", "off"], BeforeValidator(_off)] = "auto"
+    teacher_cache_bytes: AutoCount = "auto"
+    topk: Count = 64
     initialization: Literal["pruned", "random", "random_pruned"] = "pruned"
 
     @model_validator(mode="after")
@@ -291,6 +302,14 @@ class Distillation(Section):
             raise ValueError(f"distillation.initialization: random_pruned keeps channels that are not the teacher's "
                              f"leading ones, with which {asked} compares them; valid: pruned or random, or "
                              "intermediate 0")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _topk_knows_the_forward_kl_at_temperature_1(self) -> "Distillation":
+        if self.teacher_cache == "topk" and (self.loss not in ("kld", "clm+kld") or self.temperature != 1):
+            raise ValueError(f"distillation.teacher_cache: topk with loss {self.loss} at temperature "
+                             f"{self.temperature:g}, which needs more of the teacher than its most probable tokens; "
+                             "valid: teacher_cache hidden, or loss kld or clm+kld at temperature 1")  # fmt: skip
         return self
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from minitron_search.distillation_loss import OutputHead, next_tokens, output_loss
+from minitron_search.distillation_loss import OutputHead, TopK, next_tokens, output_loss
 from minitron_search.families import final_hidden
 from minitron_search.intermediate_loss import LEAST, intermediate_loss, recorded
 from minitron_search.loop_settings import LoopSettings
@@ -36,7 +36,10 @@ class Objective(nn.Module):
             hidden = final_hidden(self.student, ids)
             output = output_loss(
                 self.settings.loss, hidden.flatten(0, 1), output_head(self.student), next_tokens(ids).flatten(),
-                None if teacher is None else teacher.hidden.to(ids.device).flatten(0, 1), self.teacher_head,
+                None if teacher is None or teacher.hidden is None else teacher.hidden.to(ids.device).flatten(0, 1),
+                self.teacher_head,
+                teacher_topk=None if teacher is None or teacher.topk is None
+                else TopK(*(part.to(ids.device).flatten(0, 1) for part in teacher.topk)),
                 temperature=self.settings.temperature,
             )  # fmt: skip
         kl = torch.zeros_like(output.ce) if output.kl is None else output.kl

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from minitron_search import __version__
+from minitron_search import __version__, precision
 from minitron_search import config as configuration
 from minitron_search.architecture import parameter_count
 from minitron_search.config import Axes, Budget, Config, Space, Target, cache_folder
@@ -20,10 +20,12 @@ from minitron_search.corpus import Corpus, load_corpus
 from minitron_search.depth import in_layers
 from minitron_search.evaluation import check_tasks
 from minitron_search.families import family_of, sizes, weights
+from minitron_search.loop_settings import Precision
 from minitron_search.rotation import rotated_config
 from minitron_search.run_directory import RunDirectory
 from minitron_search.search_space import SearchSpace
 from minitron_search.teacher import fingerprint, load_tokenizer, teacher_config, teacher_folder
+from minitron_search.teacher_cache import Request, cache_bytes, free_bytes
 from minitron_search.winogrande import HUB, PackedOptions, check_window, load_examples, pack
 
 VERSIONS = ("torch", "transformers", "ray", "optuna", "numpy", "datasets", "lm_eval")
@@ -65,6 +67,7 @@ def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace]:
         raise ValueError(f"corpus.sequence_length: {config.corpus.sequence_length} is above the teacher's {limit} "
                          f"positions; valid: at most {limit}")  # fmt: skip
     check_tasks(config.evaluation.tasks)
+    _check_topk(config, teacher)
     if config.winogrande.source != HUB:
         load_examples(config.winogrande.source, config.winogrande.limit)
     return teacher, space
@@ -91,6 +94,7 @@ def prepare(config: Config, resume: bool) -> Prepared:
         train_tokens=max(config.search.rungs[-1], config.retraining.tokens) if trains else 0,
         seed=importance_seed(config),
     )
+    _check_teacher_cache(config, teacher, corpus)
     return Prepared(
         config=config,
         run=RunDirectory(config.output),
@@ -106,6 +110,15 @@ def prepare(config: Config, resume: bool) -> Prepared:
 
 def importance_seed(config: Config) -> int:
     return config.seed if config.importance.seed is None else config.importance.seed
+
+
+def train_request(
+    config: Config, teacher: PretrainedConfig, corpus: Corpus, computed_in: Precision, key: str = ""
+) -> Request:
+    """What is asked of the teacher (whose content is `key`) for every train window, once."""
+    dims, asked = sizes(teacher), config.distillation
+    k = asked.topk if asked.teacher_cache == "topk" else None
+    return Request(key, f"{corpus.id} train", corpus.train, computed_in, dims["hidden"], dims["vocab"], k)
 
 
 def environment(prepared: Prepared) -> dict[str, Any]:
@@ -196,6 +209,31 @@ def _check_disk(config: Config, space: SearchSpace) -> None:
             raise ValueError(f"{name}: {existing} has {free / 1e9:.1f} GB free and the run needs about "
                              f"{bytes_needed / 1e9:.1f} GB; valid: a folder on a larger disk, or fewer "
                              "search.trials")  # fmt: skip
+
+
+def _check_topk(config: Config, teacher: PretrainedConfig) -> None:
+    vocab = sizes(teacher)["vocab"]
+    if config.distillation.teacher_cache == "topk" and config.distillation.topk >= vocab:
+        raise ValueError(f"distillation.topk: {config.distillation.topk} leaves nothing of the teacher's vocabulary of "
+                         f"{vocab} tokens; valid: at most {vocab - 1}, or teacher_cache hidden")  # fmt: skip
+
+
+def _check_teacher_cache(config: Config, teacher: PretrainedConfig, corpus: Corpus) -> None:
+    """`auto` keeps within its budget by itself; what was asked for by name has to fit."""
+    asked, folder = config.distillation, cache_folder() / "teacher_cache"
+    used = set(config.stages) & {"search", "retrain"} and asked.loss != "ce"
+    if asked.teacher_cache not in ("hidden", "topk") or not used:
+        return
+    needed = cache_bytes(train_request(config, teacher, corpus, precision.resolve(config.precision)))
+    limits: list[tuple[str, Any, int]] = [("MINITRON_SEARCH_CACHE", folder, free_bytes(folder))]
+    if any(event["event"] == "teacher_asked" for event in RunDirectory(config.output).events()):
+        limits = []  # a run that goes on has its cache already
+    if asked.teacher_cache_bytes != "auto":
+        limits.append(("distillation.teacher_cache_bytes", asked.teacher_cache_bytes, asked.teacher_cache_bytes))
+    for name, value, limit in limits:
+        if needed > limit:
+            raise ValueError(f"distillation.teacher_cache: {asked.teacher_cache} needs {needed:,} bytes, and {name} "
+                             f"({value}) allows {limit:,}; valid: auto, off, or that much there")  # fmt: skip
 
 
 def _git() -> str | None:

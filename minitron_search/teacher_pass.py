@@ -6,10 +6,11 @@ import shutil
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitron_search import config as configuration
 from minitron_search import precision, teacher_cache
@@ -19,10 +20,11 @@ from minitron_search.config import ImportanceConfig
 from minitron_search.console import say
 from minitron_search.importance import Importance, Partial, combined, partial_sums
 from minitron_search.loop_settings import Precision
-from minitron_search.preparation import Prepared, importance_seed
+from minitron_search.preparation import Prepared, importance_seed, train_request
 from minitron_search.rotation import rotate_teacher
 from minitron_search.rounds import in_rounds, smallest_widths
 from minitron_search.run_directory import RunDirectory
+from minitron_search.teacher_cache import Lost, Request
 from minitron_search.trial_run import Materials
 from minitron_search.trimming import load_teacher, permute_teacher
 
@@ -63,9 +65,9 @@ def make_materials(prepared: Prepared, resolved: Precision) -> Materials:
     folder = configuration.cache_folder() / "permuted" / key
     say("teacher: permuted by importance, and asked once for every window")
     began = time.monotonic()
-    made, tokens = _materials(prepared, resolved, folder, key)
-    run.event("teacher_asked", tokens=tokens, seconds=time.monotonic() - began)
-    say(f"teacher: {tokens:,} tokens in {time.monotonic() - began:.0f} s")
+    made, asked = _materials(prepared, resolved, folder, key)
+    run.event("teacher_asked", **asked, seconds=time.monotonic() - began)
+    say(f"teacher: {asked['tokens']:,} tokens in {time.monotonic() - began:.0f} s")
     return made
 
 
@@ -85,12 +87,13 @@ def _combined(sums: list[Partial], asked: ImportanceConfig, seed: int, folder: P
     return combined(sums, asked, seed, lambda: AutoModelForCausalLM.from_pretrained(folder, dtype="auto"))
 
 
-def _hidden(parts: list[slice], file: Path, folder: Path, windows: np.ndarray, resolved: Precision) -> list[int]:
+def _written(parts: list[slice], into: Path, folder: Path, request: Request) -> list[Lost]:
     teacher = precision.on_device(load_teacher(folder))
-    return [teacher_cache.write_hidden(file, teacher, windows, [part], resolved) for part in parts]
+    return [teacher_cache.write_part(into, teacher, request, part) for part in parts]
 
 
-def _materials(prepared: Prepared, resolved: Precision, folder: Path, key: str) -> tuple[Materials, int]:
+def _materials(prepared: Prepared, resolved: Precision, folder: Path, key: str) -> tuple[Materials, dict[str, Any]]:
+    """And what was asked of the teacher, for the log."""
     config, corpus = prepared.config, prepared.corpus
     found = Importance.load(prepared.run.importance)
     rankings = found.rankings(prepared.space.teacher.num_key_value_heads)
@@ -98,27 +101,31 @@ def _materials(prepared: Prepared, resolved: Precision, folder: Path, key: str) 
     if found.rotation is not None:
         teacher = on_all_cpus(rotate_teacher, teacher, found.rotation, folder / "rotated")
     stored = on_all_cpus(permute_teacher, teacher, rankings, folder / "stored")
-    computing = on_all_cpus(permute_teacher, teacher, rankings, folder / resolved, resolved)
-    tokens = 0
+    computing = stored  # one copy where it is stored in the dtype of the products
+    if AutoConfig.from_pretrained(stored).dtype != teacher_cache.DTYPES[resolved]:
+        computing = on_all_cpus(permute_teacher, teacher, rankings, folder / resolved, resolved)
+    distillation = config.distillation
+    train = train_request(config, prepared.teacher_config, corpus, resolved, key)
+    # what scores read is exact, whatever is kept for training
+    validation = train._replace(data=f"{corpus.id} validation", windows=corpus.validation, k=None)
+    budget = teacher_cache.budget_bytes(distillation.teacher_cache_bytes, teacher_cache.cache_path(train))
+    of_head_alone = distillation.loss != "ce" and not distillation.intermediate  # no cache holds intermediate states
+    mode = teacher_cache.resolve_mode(distillation.teacher_cache, train, budget) if of_head_alone else "off"
+    asked: dict[str, Any] = {"tokens": 0, "teacher_cache": mode}
+    if mode == "off" and distillation.teacher_cache == "auto" and of_head_alone:
+        say(f"teacher: asked live; its hidden states need {teacher_cache.cache_bytes(train):,} bytes, and "
+            f"distillation.teacher_cache_bytes allows {budget:,}")  # fmt: skip
 
-    def cache(name: str, windows: np.ndarray) -> Path:
-        nonlocal tokens
-        built = teacher_cache.ensure(
-            lambda: precision.on_device(load_teacher(computing)),
-            key,
-            f"{corpus.id} {name}",
-            windows,
-            resolved,
-            write=lambda file: in_parts(_hidden, teacher_cache.chunks(windows), file, computing, windows, resolved)[0],
-        )
-        tokens += built.teacher_tokens
+    def cache(request: Request) -> Path:
+        parts = teacher_cache.parts(request.windows)
+        built = teacher_cache.ensure(request, lambda into: in_parts(_written, parts, into, computing, request))
+        asked["tokens"] += built.teacher_tokens
+        if built.lost is not None:
+            asked.update(topk=request.k, rest_mass=built.lost.rest_mass, kl_lost=built.lost.kl)
+            say(f"teacher: its {request.k} most probable tokens leave {built.lost.rest_mass:.2%} of the probability "
+                f"untold, {built.lost.kl:.3f} nats per token")  # fmt: skip
         return built.path
 
-    mode = teacher_cache.resolve_mode(
-        "off" if config.distillation.intermediate else config.distillation.teacher_cache,  # no cache holds states
-        teacher_cache.cache_path(key, f"{corpus.id} train", corpus.train, resolved),
-        teacher_cache.cache_bytes(corpus.train, prepared.teacher_config.hidden_size, resolved),
-    )
     made = Materials(
         run=prepared.run,
         teacher_folder=stored,
@@ -126,12 +133,12 @@ def _materials(prepared: Prepared, resolved: Precision, folder: Path, key: str) 
         train=corpus.train,
         validation=corpus.validation,
         packed=prepared.packed,
-        train_cache=cache("train", corpus.train) if mode == "hidden" else None,
-        validation_cache=cache("validation", corpus.validation),
+        train_cache=None if mode == "off" else cache(train),
+        validation_cache=cache(validation),
         block_bi=found.block_bi.numpy(),
         precision=resolved,
     )
-    return made, tokens
+    return made, asked
 
 
 def importance_id(run: RunDirectory) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from minitron_search.distillation_loss import OutputHead
+from minitron_search.distillation_loss import OutputHead, TopK
 from minitron_search.families import head_scale, head_softcap
 from minitron_search.intermediate_loss import recorded
 from minitron_search.loop_settings import Precision
@@ -17,23 +17,26 @@ from minitron_search.teacher_cache import CacheReader, teacher_hidden
 
 
 class TeacherBatch(NamedTuple):
-    """What the teacher says of n windows: its final normed hidden states (n, length, hidden).
+    """What the teacher says of n windows: its final normed hidden states (n, length, hidden), or the most probable
+    tokens of every position, (n, length, k).
 
-    states: by the number of the student's state that each is compared with (`intermediate_loss`), the same shape.
+    states: by the number of the student's state that each is compared with (`intermediate_loss`), (n, length, hidden).
     """
 
-    hidden: Tensor
+    hidden: Tensor | None
+    topk: TopK | None = None
     states: Mapping[int, Tensor] = {}
 
 
 class Teacher(NamedTuple):
     """`ask(indices, tokens)`: windows (n,), their ids (n, length) -> what it says of them.
 
-    `forward_tokens()`: how many tokens it has put through the teacher itself.
+    `head` is None where it says more than hidden states. `forward_tokens()`: how many tokens it has put through the
+    teacher itself.
     """
 
     ask: Callable[[np.ndarray, np.ndarray], TeacherBatch]
-    head: OutputHead
+    head: OutputHead | None
     forward_tokens: Callable[[], int]
 
 
@@ -59,8 +62,10 @@ def live_teacher(model: PreTrainedModel, precision: Precision, states: Mapping[i
 
 
 def cached_teacher(path: Path, head: OutputHead, precision: Precision) -> Teacher:
-    """Reads the cache at `path`; `head` is the teacher's `output_head`."""
+    """Reads the cache at `path`; `head` is the teacher's `output_head`, which a cache of hidden states needs."""
     reader = CacheReader(path)
+    if reader.k is not None:
+        return Teacher(lambda indices, tokens: TeacherBatch(None, reader.topk(indices, tokens)), None, lambda: 0)
     return Teacher(
         lambda indices, tokens: TeacherBatch(reader.hidden(indices, tokens)), frozen_head(head, precision), lambda: 0
     )

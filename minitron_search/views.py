@@ -20,7 +20,8 @@ def as_views(folder: Path, architecture: Architecture) -> PreTrainedModel:
     - query heads dropped inside groups, where more than one group is left: the weights with a `query` dimension (in a
       stock model a head's place says its group, so no order of the teacher's heads makes them lead in every group);
     - projections fused one after another (`q+k+v` of GPT-2 and Phi-3, `gate+up` of Phi-3) where a part shrinks;
-    - Gemma's embedding where hidden_size shrinks, which is scaled.
+    - Gemma's embedding where hidden_size shrinks, which is scaled, and with a tied head its final norm;
+    - the bias of a tied head (Phi), which transformers pads anew.
 
     Matrix products read rows at any stride, no slower and to the same bits (MKL, but for single rows).
     """

@@ -12,7 +12,7 @@ from minitron_search.families import whole
 from minitron_search.loop_settings import LoopSettings, Precision
 from minitron_search.rankings import Rankings
 from minitron_search.run_directory import RunDirectory
-from minitron_search.teacher_cache import ensure
+from minitron_search.teacher_cache import Request, ensure, in_this_process
 from minitron_search.trial import Trial
 from minitron_search.trial_run import Materials
 from minitron_search.trimming import load_teacher, permute_teacher
@@ -34,6 +34,7 @@ def materials(folder: Path, precision: Precision = "float32", stored: str = "flo
     draw = np.random.default_rng(0)
     train, validation = (draw.integers(0, config.vocab_size, (rows, LENGTH)).astype(np.int32) for rows in (20, 4))
     questions = load_examples(str(tiny.winogrande_file(folder / "questions.jsonl")))
+    asked = Request(str(folder), "validation", validation, precision, config.hidden_size, config.vocab_size)
     return Materials(
         run=RunDirectory(str(folder / "run")),
         teacher_folder=permute_teacher(teacher, rankings, folder / "stored"),
@@ -42,7 +43,7 @@ def materials(folder: Path, precision: Precision = "float32", stored: str = "flo
         validation=validation,
         packed=pack(questions, tiny.tokenizer()),
         train_cache=None,
-        validation_cache=ensure(lambda: load_teacher(computing), str(folder), "validation", validation, precision).path,
+        validation_cache=ensure(asked, in_this_process(asked, lambda: load_teacher(computing))).path,
         block_bi=torch.rand(depth + 1, depth + 1).numpy(),
         precision=precision,
     )

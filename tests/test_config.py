@@ -118,6 +118,14 @@ def test_what_is_no_count_is_refused_with_its_key_and_value(wrong: Any) -> None:
     assert message({"retraining": {"tokens": wrong}}).startswith(f"retraining.tokens: {shown}")
 
 
+def test_off_is_a_value_though_yaml_reads_it_as_false(tmp_path: Path) -> None:
+    (tmp_path / "off.yaml").write_text("distillation: {teacher_cache: off}")
+    written = load(str(tmp_path / "off.yaml"), [])
+    assert written == load(None, ["--distillation.teacher_cache", "off"])
+    assert written.distillation.teacher_cache == "off"
+    assert parse(yaml.safe_load(yaml.safe_dump(written.dump()))) == written
+
+
 LEAVES = [
     name
     for name, default in keys()
@@ -159,6 +167,12 @@ def test_a_section_that_is_none_is_named(key: str) -> None:
         ({"distillation": {"loss": "mse", "temperature": 2}}, ["distillation.temperature: 2", "mse", "valid: 1, or"]),
         ({"distillation": {"loss": "clm+cosine", "temperature": 0.5}}, ["temperature: 0.5", "clm+cosine", "valid: 1"]),
         ({"distillation": {"temperature": 0}}, ["distillation.temperature: 0", "greater than 0"]),
+        ({"distillation": {"topk": 0}}, ["distillation.topk: 0", "greater than or equal to 1"]),
+        ({"distillation": {"teacher_cache": "logits"}}, ["distillation.teacher_cache: 'logits'", "'topk'"]),
+        ({"distillation": {"teacher_cache_bytes": "half"}}, ["distillation.teacher_cache_bytes: 'half'"]),
+        ({"distillation": {"teacher_cache": "topk", "temperature": 2}},
+         ["distillation.teacher_cache: topk", "temperature 2", "valid: teacher_cache hidden"]),
+        ({"distillation": {"teacher_cache": "topk", "loss": "ce"}}, ["distillation.teacher_cache: topk", "loss ce"]),
         ({"space": {"budget": {}}}, ["space.budget", "{target: 90M"]),
         ({"space": {"budget": {"params": {"target": "90X"}}}}, ["space.budget.params.target: '90X'"]),
         ({"space": {"budget": {"params": {"target": 1, "tolerance": 1}}}}, ["space.budget.params.tolerance: 1"]),

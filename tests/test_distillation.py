@@ -20,7 +20,7 @@ from minitron_search.distillation import (
     stream,
     train,
 )
-from minitron_search.teacher_cache import ensure
+from minitron_search.teacher_cache import Request, ensure, in_this_process
 from minitron_search.teacher_source import Teacher, TeacherBatch, cached_teacher, live_teacher, output_head
 from minitron_search.training_log import DivergedError
 
@@ -112,7 +112,8 @@ def test_micro_batches_change_nothing_but_rounding() -> None:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_cached_teacher_trains_as_the_live_one(precision: Any) -> None:
     settings = dataclasses.replace(SETTINGS, precision=precision)
-    built = ensure(lambda: tiny(0, 24), "teacher", "data", WINDOWS, precision)
+    asked = Request("teacher", "data", WINDOWS, precision, hidden_size=24, vocab_size=VOCAB)
+    built = ensure(asked, in_this_process(asked, lambda: tiny(0, 24)))
     cached = cached_teacher(built.path, output_head(tiny(0, 24)), precision)
     records, result = run(settings, teacher=cached)
     assert losses(records) == pytest.approx(losses(run(settings)[0]), rel=1e-4)

@@ -65,6 +65,24 @@ def test_ranks_compare_within_a_rung_and_stopped_trials_stay_stopped(unbroken: P
     assert best["status"] == "promoted"
 
 
+def test_the_teacher_is_asked_once_for_all_trials(command: Command, unbroken: Path) -> None:
+    (asked,) = events(unbroken, "teacher_asked")
+    assert asked["tokens"] == 512 + 4 * 32  # what the longest trial trains on, and validation
+    assert asked["teacher_cache"] == "hidden"
+    assert len({row["trial"] for row in rows(unbroken) if row["arm"] in ("search", "retrained")}) > 2
+    output = command.folder / "topk"
+    command.run(output, *ONE, *INLINE, "--stages", "importance,search", "--search.trials", "2",
+                "--distillation.teacher_cache", "topk", "--distillation.topk", "100")  # fmt: skip
+    (sparse,) = events(output, "teacher_asked")
+    assert sparse["tokens"] == 512, "validation is exact, and was there"
+    assert (sparse["teacher_cache"], sparse["topk"]) == ("topk", 100)
+    assert 0 < sparse["rest_mass"] < 1 and sparse["kl_lost"] > 0
+    exact = {(row["trial"], row["rung"]): row["lm_loss"] for row in rows(unbroken)}
+    both = [row for row in rows(output) if row["arm"] == "search" and (row["trial"], row["rung"]) in exact]
+    ours = [(row["lm_loss"], exact[row["trial"], row["rung"]]) for row in both]
+    assert all(a == pytest.approx(b, rel=1e-2) for a, b in ours) and any(a != b for a, b in ours)
+
+
 @pytest.mark.parametrize("at", ["importance:", "[1/5", "retrain:"])
 def test_sigkill_of_the_driver_then_resume_gives_the_unbroken_table(command: Command, unbroken: Path, at: str) -> None:
     output = command.folder / f"killed-{at.strip('[:').replace('/', '-')}"

@@ -10,6 +10,8 @@ import yaml
 from transformers import GPTJConfig, GPTJForCausalLM
 
 from minitron_search import config as configuration
+from minitron_search import preparation
+from minitron_search.preparation import prepare
 from minitron_search.run import main
 from minitron_search.run_directory import RunDirectory
 from tests import tiny
@@ -190,6 +192,40 @@ def test_a_teacher_without_weights_or_tokenizer(refused: Refused, here: Path) ->
     assert "has no weights in safetensors files" in refused("--teacher.model", str(here / "empty"))
     tiny.model(tiny.config(vocab_size=258)).save_pretrained(here / "mute")
     assert "has no tokenizer that loads" in refused("--teacher.model", str(here / "mute"))
+
+
+# The teacher's cache
+
+
+def test_more_tokens_than_the_vocabulary_has(refused: Refused) -> None:
+    said = refused("--distillation.teacher_cache", "topk", "--distillation.topk", "258")
+    assert "distillation.topk: 258 leaves nothing of the teacher's vocabulary of 258 tokens; valid: at most 257" in said
+
+
+# 8 windows of 32 tokens: 24 float32 hidden channels each, or 10 indices and log-probabilities of 2 bytes and the rest
+@pytest.mark.parametrize(("mode", "needed"), [("hidden", 24_576), ("topk", 11_264)])
+def test_a_cache_that_does_not_fit(
+    mode: str, needed: int, refused: Refused, good: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good += ["--precision", "float32", "--distillation.topk", "10"]
+    flags = ["--distillation.teacher_cache", mode]
+    said = refused(*flags, "--distillation.teacher_cache_bytes", str(needed - 1))
+    assert f"distillation.teacher_cache: {mode} needs {needed:,} bytes, and distillation.teacher_cache_bytes" in said
+    prepare(configuration.load(None, [*good, *flags, "--distillation.teacher_cache_bytes", str(needed)]), False)
+    monkeypatch.setattr(preparation, "free_bytes", lambda folder: needed - 1)
+    assert f"{mode} needs {needed:,} bytes, and MINITRON_SEARCH_CACHE" in refused(*flags)
+    for other in ("auto", "off"):
+        prepare(configuration.load(None, [*good, "--distillation.teacher_cache", other]), False)
+
+
+def test_a_run_that_goes_on_has_its_cache_already(good: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    good += ["--distillation.teacher_cache", "hidden"]
+    existing_run(good)
+    monkeypatch.setattr(preparation, "free_bytes", lambda folder: 0)
+    with pytest.raises(ValueError, match="needs .* bytes, and MINITRON_SEARCH_CACHE"):
+        prepare(configuration.load(None, good), True)
+    RunDirectory("run").event("teacher_asked", tokens=256)
+    prepare(configuration.load(None, good), True)
 
 
 # Stages
