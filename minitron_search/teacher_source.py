@@ -24,12 +24,14 @@ class TeacherBatch(NamedTuple):
 class Teacher(NamedTuple):
     """`ask(indices, tokens)`: windows (n,), their ids (n, length) -> what it says of them.
 
-    `forward_tokens()`: how many tokens it has put through the teacher itself.
+    `forward_tokens()`: how many tokens it has put through the teacher itself. `reads`: asking is reading, which
+    a thread may do ahead of the step.
     """
 
     ask: Callable[[np.ndarray, np.ndarray], TeacherBatch]
     head: OutputHead
     forward_tokens: Callable[[], int]
+    reads: bool = False
 
 
 def output_head(model: PreTrainedModel) -> OutputHead:
@@ -54,8 +56,9 @@ def cached_teacher(path: Path, head: OutputHead, precision: Precision) -> Teache
     """Reads the cache at `path`; `head` is the teacher's `output_head`."""
     reader = CacheReader(path)
     return Teacher(
-        lambda indices, tokens: TeacherBatch(reader.hidden(indices, tokens)), frozen_head(head, precision), lambda: 0
-    )
+        lambda indices, tokens: TeacherBatch(reader.hidden(indices, tokens)), frozen_head(head, precision), lambda: 0,
+        reads=True,
+    )  # fmt: skip
 
 
 def frozen_head(head: OutputHead, precision: Precision) -> OutputHead:
