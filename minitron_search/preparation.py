@@ -30,8 +30,8 @@ from minitron_search.winogrande import Example, PackedOptions, check_window, loa
 VERSIONS = ("torch", "transformers", "ray", "optuna", "numpy", "datasets", "lm_eval")
 # what a continued run may change
 PLACEMENT = (
-    "stages", "search.concurrency", "depth.workers", "depth.weights", "output", "resources.workers_per_trial",
-    "resources.strategy", "distillation.gradient_checkpointing", "distillation.compile",
+    "stages", "search.concurrency", "depth.workers", "depth.weights", "output", "resources.launcher",
+    "resources.workers_per_trial", "resources.strategy", "distillation.gradient_checkpointing", "distillation.compile",
 )  # fmt: skip
 # float32 master, two moments: what one checkpoint holds for every parameter
 CHECKPOINT_BYTES = 12

@@ -238,6 +238,7 @@ def test_recomputed_layers_change_no_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights(again), weights(result), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile builds C++")
 def test_compiled_layers_train_alike_and_are_scored_as_they_are() -> None:
     torch._dynamo.reset()
