@@ -1,21 +1,36 @@
-"""Checkpoints of a training: weights, optimizer, and what must be the same to go on. Each is whole or not there."""
+"""Checkpoints of a training: weights, optimizer, and what must be the same to go on. Each is whole or not there.
+
+Written and read with torch.distributed.checkpoint, under names: `student.<parameter>`, and `<moment>.<parameter>` of
+the optimizer. One process writes replicas, every process its own shards; any number of processes of either strategy
+reads either.
+"""
 
 import json
 import os
 import shutil
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from minitron_search.loop_settings import LoopSettings
+from minitron_search.parallel import agreed
 from minitron_search.training_log import TrainingLog
 
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
 # What a continued run may change without changing the steps already taken.
-FREE_ON_RESUME = {"total_tokens", "milestones", "checkpoint_tokens", "log_steps", "threads"}
+FREE_ON_RESUME = {
+    "total_tokens", "milestones", "checkpoint_tokens", "log_steps", "threads", "strategy", "gradient_checkpointing",
+    "compile",
+}  # fmt: skip
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -33,23 +48,33 @@ def save(
     folder: Path, student: PreTrainedModel, optimizer: torch.optim.Optimizer, settings: LoopSettings,
     step: int, losses: TrainingLog,
 ) -> None:  # fmt: skip
-    """Appears whole or not at all; one that is there is replaced."""
+    """Appears whole or not at all. Called by every process of a sharded student, by one of a replicated one.
+
+    One that is there is left: it is of the same step of the same training, and in the moment between its end and
+    that of its successor there would be none.
+    """
+    together = _is_sharded(student)
+    if agreed(folder.exists()) if together else folder.exists():
+        return
+    first = not together or dist.get_rank() == 0
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    # named_parameters lists tied weights once
-    weights = {name: p.detach().contiguous() for name, p in student.named_parameters()}
-    save_file(weights, partial / "model.safetensors")
-    torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-    state = {
-        "step": step,
-        "first_losses": losses.first,
-        "last_loss": losses.last,
-        "settings": _fixed(settings),
-    }
-    (partial / "state.json").write_text(json.dumps(state, indent=1))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(partial, folder)
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    if together:
+        dist.barrier()
+    dcp.save(_tensors(student, optimizer), checkpoint_id=partial, no_dist=not together)
+    if first:
+        state = {
+            "step": step,
+            "first_losses": losses.first,
+            "last_loss": losses.last,
+            "settings": _fixed(settings),
+        }
+        (partial / "state.json").write_text(json.dumps(state, indent=1))
+        os.rename(partial, folder)
+    if together:
+        dist.barrier()
 
 
 def load(
@@ -59,7 +84,8 @@ def load(
     settings: LoopSettings,
     losses: TrainingLog,
 ) -> int:
-    """Steps already taken. Raises ValueError where `settings` are not those of the checkpoint."""
+    """Steps already taken. Called by every process. Raises ValueError where `settings` are not those of the
+    checkpoint."""
     state = json.loads((folder / "state.json").read_text())
     for key, value in _fixed(settings).items():
         if state["settings"].get(key) != value:
@@ -67,21 +93,40 @@ def load(
                 f"{key}: {value!r}, but the checkpoint {folder} was trained with "
                 f"{state['settings'].get(key)!r}; valid: the same, or a run that begins anew"
             )
-    load_weights(folder, student)
-    kept = torch.load(folder / "optimizer.pt", map_location=student.device, weights_only=True)
-    optimizer.load_state_dict(kept)
+    kept = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    for name, parameter in student.named_parameters():
+        if f"exp_avg.{name}" in kept:
+            moments = {moment: torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+    dcp.load(_tensors(student, optimizer), checkpoint_id=folder, no_dist=not _is_sharded(student))
     losses.first, losses.last = state["first_losses"], state["last_loss"]
     return int(state["step"])
 
 
 def load_weights(folder: Path, student: PreTrainedModel) -> None:
-    """Put the weights of checkpoint `folder` into `student`."""
-    weights = load_file(folder / "model.safetensors", device=str(student.device))
-    with torch.no_grad():
-        for name, parameter in student.named_parameters():
-            parameter.copy_(weights[name])
+    """Put the weights of checkpoint `folder`, whoever wrote it, into a plain `student`."""
+    dcp.load(_weights(student), checkpoint_id=folder, no_dist=True)
 
 
 def keep_newest(folder: Path) -> None:
     for old in sorted(folder.glob("step-????????"))[:-1]:
         shutil.rmtree(old)
+
+
+def _is_sharded(student: PreTrainedModel) -> bool:
+    return isinstance(next(student.parameters()), DTensor)
+
+
+def _weights(student: PreTrainedModel) -> dict[str, Tensor]:
+    # named_parameters lists tied weights once
+    return {f"student.{name}": parameter.detach() for name, parameter in student.named_parameters()}
+
+
+def _tensors(student: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Everything a checkpoint holds, by name; not copies: what is loaded into them is loaded."""
+    moments = {
+        f"{moment}.{name}": value
+        for name, parameter in student.named_parameters()
+        for moment, value in optimizer.state.get(parameter, {}).items()
+    }
+    return {**_weights(student), **moments}

@@ -283,6 +283,8 @@ class Distillation(Section):
     teacher_cache_bytes: AutoCount = "auto"
     topk: Count = 64
     initialization: Literal["pruned", "random", "random_pruned"] = "pruned"
+    gradient_checkpointing: bool = False
+    compile: bool = False
 
     @model_validator(mode="after")
     def _states_come_from_a_live_teacher_lined_up(self) -> "Distillation":
@@ -334,17 +336,22 @@ class Evaluation(Section):
 
 
 class Resources(Section):
+    """`strategy` is how the workers of one trial hold its student: `ddp` whole each, `fsdp2` a share each."""
+
     launcher: Literal["train", "inline"] = "train"
     workers_per_trial: Count = 1
     cpus_per_worker: Count = 1
     gpus_per_worker: Annotated[Real, Field(ge=0)] = 0.0
-    strategy: Literal["ddp"] = "ddp"
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
 
     @model_validator(mode="after")
     def _inline_is_one_worker(self) -> "Resources":
         if self.launcher == "inline" and self.workers_per_trial > 1:
             raise ValueError(f"resources.launcher: inline runs one worker, not {self.workers_per_trial}; "
                              "valid: resources.launcher train, or resources.workers_per_trial 1")  # fmt: skip
+        if self.launcher == "inline" and self.strategy == "fsdp2":
+            raise ValueError("resources.strategy: fsdp2 with launcher inline, whose one worker has nobody to share "
+                             "with; valid: resources.launcher train, or resources.strategy ddp")  # fmt: skip
         return self
 
 
@@ -376,6 +383,17 @@ class Config(Section):
         scheme = re.match(r"([a-z0-9]+)://", self.output)
         if scheme and scheme[1] != "file":
             raise ValueError(f"output: {self.output!r} is no folder of this machine; valid: runs/{self.name}")
+        return self
+
+    @model_validator(mode="after")
+    def _workers_share_a_batch_equally(self) -> "Config":
+        length, workers = self.corpus.sequence_length, self.resources.workers_per_trial
+        windows = math.ceil(self.distillation.batch_tokens / length)
+        if windows % workers:
+            valid = math.ceil(windows / workers) * workers * length
+            raise ValueError(f"distillation.batch_tokens: {self.distillation.batch_tokens} is {windows} windows of "
+                             f"{length} tokens, which {workers} workers cannot share equally; "
+                             f"valid: {valid}")  # fmt: skip
         return self
 
     def dump(self) -> dict[str, Any]:

@@ -11,18 +11,22 @@ stream.
 
 import math
 import time
+import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 
-from minitron_search import checkpoints
+from minitron_search import checkpoints, parallel
+from minitron_search.families import decoder_layers
+from minitron_search.feed import feed
 from minitron_search.loop_settings import LoopSettings
 from minitron_search.objective import Objective
 from minitron_search.teacher_source import Teacher
@@ -30,13 +34,13 @@ from minitron_search.training_log import TrainingLog
 
 
 class Milestone(NamedTuple):
-    """Handed to `on_milestone` in every process. `save(folder)` writes a checkpoint, in one process, and may run
-    in a thread of its own as long as it ends before `on_milestone` does."""
+    """Handed to `on_milestone` in every process. Every process calls `save(folder)`, which writes a checkpoint, or
+    none does; it may run in a thread of its own as long as it ends before `on_milestone` does."""
 
     tokens: int  # as asked for in LoopSettings.milestones
     tokens_seen: int  # whole batches
     step: int
-    student: PreTrainedModel
+    student: PreTrainedModel | None  # whole; of a sharded one a copy in the first process, None in the others
     save: Callable[[Path], None]
 
 
@@ -71,8 +75,9 @@ def train(
     alpha; only where asked for). `resume` is a checkpoint.
 
     With `world_size` > 1, called by every process of an initialised torch.distributed group, each of which
-    trains on its share of every batch (DistributedDataParallel); the loss and its gradient are the mean over
-    the batch. `log` is called on rank 0.
+    trains on its share of every batch; the loss and its gradient are the mean over the batch. `log` is called on
+    rank 0. Under `ddp` rank 0's weights are everyone's; under `fsdp2` all have to bring the same, and `student`
+    is left sharded, on the device of the run.
 
     Raises ValueError where the settings do not fit the windows, the number of processes or the checkpoint,
     and DivergedError when a loss is not finite, or, after the warm-up and 10 steps, is above 3 times the mean
@@ -89,55 +94,77 @@ def train(
     assert teacher is not None or not settings.asks_teacher
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    began, device = time.monotonic(), student.device
+    began, shards = time.monotonic(), settings.shards(world_size)
     teacher_tokens_before = teacher.forward_tokens() if teacher else 0
     steps = math.ceil(settings.total_tokens / (batch * length))
     milestones = {math.ceil(tokens / (batch * length)): tokens for tokens in sorted(settings.milestones)}
     checkpoint_steps = math.ceil((settings.checkpoint_tokens or 0) / (batch * length))  # 0: none
 
+    if settings.gradient_checkpointing:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # transformers 6 gives it another name
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+    if settings.compile:
+        for layer in decoder_layers(student):
+            layer.compile(dynamic=False)  # a graph a shape: which one runs does not depend on what ran before
+    objective: nn.Module = Objective(student, settings, teacher and teacher.head)
+    if world_size > 1:
+        objective = parallel.sharded(objective, student) if shards else parallel.replicated(objective)
+    device = student.device
     optimizer = _optimizer(student, settings)
     start, losses = 0, TrainingLog(settings, batch * length, world_size, rank, log)
     if resume is not None:
         start = checkpoints.load(resume, student, optimizer, settings, losses)
-    objective: nn.Module = Objective(student, settings, teacher and teacher.head)
-    if world_size > 1:
-        objective = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def save(folder: Path) -> None:
-        checkpoints.save(folder, student, optimizer, settings, step, losses)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # a thread begins with the machine's first
+        if rank == 0 or shards:
+            checkpoints.save(folder, student, optimizer, settings, step, losses)
 
     def reach() -> bool:
         """Call back at the milestone of this step; whether to stop there."""
-        reached = Milestone(milestones[step], step * batch * length, step, student, save)
-        ends = on_milestone(reached) is False
+        one = parallel.whole_student(student) if shards else student
+        reached = Milestone(milestones[step], step * batch * length, step, one, save)
+        eager = torch.compiler.set_stance("force_eager") if settings.compile else nullcontext()
+        with eager:  # it is scored in shapes of its own
+            ends = on_milestone(reached) is False
         student.train()
         losses.restart_clock()
         return ends and step < steps
 
     share = batch // world_size
     micro = max(1, min(share, settings.micro_batch_tokens // length))
+
+    def parts(step: int) -> list[np.ndarray]:
+        """Windows of each forward pass of this process in the step after `step` steps."""
+        indices = stream(settings.seed, len(windows), step * batch + rank * share, share)
+        return [indices[at : at + micro] for at in range(0, share, micro)]
+
+    asked = teacher if settings.asks_teacher else None
+    coming = feed((part for step in range(start, steps) for part in parts(step)), windows, asked, device)
     step, stopped = start, False
     student.train()
     if step in milestones:  # 0, or that of the checkpoint: whoever was cut off there hears of it again
         stopped = reach()
     while step < steps and not stopped:
         torch.manual_seed(_step_seed(settings.seed, step, rank))  # dropout, where a model has it
-        indices = stream(settings.seed, len(windows), step * batch + rank * share, share)
-        parts = [indices[at : at + micro] for at in range(0, share, micro)]
         total = torch.zeros(4, device=device)
-        for number, part in enumerate(parts):
-            tokens = windows[part]
-            said = teacher.ask(part, tokens) if teacher and settings.asks_teacher else None
-            ids = torch.from_numpy(tokens.astype(np.int64)).to(device)
-            last = number == len(parts) - 1
-            with nullcontext() if last or world_size == 1 else objective.no_sync():  # type: ignore[operator]
-                loss, means = objective(ids, said)
-                (loss * (len(part) / share)).backward()
-            total += means * (len(part) / share)
+        left = share
+        while left:
+            part = next(coming)
+            left -= len(part.indices)
+            said = part.said
+            if asked and said is None:
+                said = asked.ask(part.indices, part.tokens)
+            with parallel.gradients_kept(objective) if left else nullcontext():
+                with _no_packing():
+                    loss, means = objective(part.ids, said)
+                (loss * (len(part.indices) / share)).backward()
+            total += means * (len(part.indices) / share)
         learning_rate = _learning_rate(settings, step, steps)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = nn.utils.clip_grad_norm_(student.parameters(), settings.gradient_clip)
+        norm = parallel.whole(nn.utils.clip_grad_norm_(student.parameters(), settings.gradient_clip))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -146,9 +173,10 @@ def train(
         at_checkpoint = checkpoint_steps > 0 and step % checkpoint_steps == 0
         if at_milestone or at_checkpoint or step == steps or step % settings.log_steps == 0:
             losses.flush()  # before anything of this step is kept: a diverged student is not
-        if at_checkpoint and checkpoint_folder is not None and rank == 0:
+        if at_checkpoint and checkpoint_folder is not None:
             save(checkpoint_folder / f"step-{step:08d}")
-            checkpoints.keep_newest(checkpoint_folder)
+            if rank == 0:
+                checkpoints.keep_newest(checkpoint_folder)
         if at_milestone:
             stopped = reach()
     teacher_tokens = (teacher.forward_tokens() if teacher else 0) - teacher_tokens_before
@@ -160,8 +188,20 @@ def stream(seed: int, windows: int, start: int, count: int) -> np.ndarray:
     """Indices (count,) of places start..start+count-1 of the endless stream over `windows` windows."""
     places = np.arange(start, start + count)
     epochs = places // windows
-    order = {epoch: np.random.default_rng([seed, epoch]).permutation(windows) for epoch in np.unique(epochs)}
-    return np.array([order[epoch][place % windows] for epoch, place in zip(epochs, places, strict=True)])
+    return np.array(
+        [_epoch(seed, windows, epoch)[place % windows] for epoch, place in zip(epochs, places, strict=True)]
+    )
+
+
+@lru_cache(maxsize=2)
+def _epoch(seed: int, windows: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(windows)
+
+
+def _no_packing() -> AbstractContextManager:
+    """Every forward pass of transformers asks whether position ids begin anew inside a window, and waits for the
+    device to say no: ours never do."""
+    return patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
 
 
 def _optimizer(student: PreTrainedModel, settings: LoopSettings) -> torch.optim.AdamW:

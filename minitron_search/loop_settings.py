@@ -9,6 +9,7 @@ Loss = Literal[
 ]  # fmt: skip
 Precision = Literal["float32", "bfloat16"]
 IntermediateLoss = Literal["mse", "cosine"]
+Strategy = Literal["ddp", "fsdp2"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,14 @@ class LoopSettings:
     checkpoint_tokens: int | None = None  # between checkpoints
     log_steps: int = 10  # between calls of `log`
     threads: int | None = None  # torch's own choice
+    strategy: Strategy = "ddp"  # of several processes; one process holds everything
+    gradient_checkpointing: bool = False  # layers are computed again in the backward pass
+    compile: bool = False  # the decoder layers, by torch.compile
 
     @property
     def asks_teacher(self) -> bool:
         return self.loss != "ce" or self.intermediate != 0
+
+    def shards(self, world_size: int) -> bool:
+        """Whether `world_size` processes hold a share each."""
+        return self.strategy == "fsdp2" and world_size > 1

@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +31,10 @@ from minitron_search.winogrande import HUB, PackedOptions, check_window, load_ex
 
 VERSIONS = ("torch", "transformers", "ray", "optuna", "numpy", "datasets", "lm_eval")
 # what a continued run may change
-PLACEMENT = ("stages", "search.concurrency", "depth.workers", "depth.weights", "output")
+PLACEMENT = (
+    "stages", "search.concurrency", "depth.workers", "depth.weights", "output", "resources.launcher",
+    "resources.workers_per_trial", "resources.strategy", "distillation.gradient_checkpointing", "distillation.compile",
+)  # fmt: skip
 # float32 master, two moments: what one checkpoint holds for every parameter
 CHECKPOINT_BYTES = 12
 
@@ -68,6 +72,8 @@ def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace]:
                          f"positions; valid: at most {limit}")  # fmt: skip
     check_tasks(config.evaluation.tasks)
     _check_topk(config, teacher)
+    if config.distillation.compile:
+        _check_compiler()
     if config.winogrande.source != HUB:
         load_examples(config.winogrande.source, config.winogrande.limit)
     return teacher, space
@@ -188,6 +194,19 @@ def _check_stages(run: RunDirectory, config: Config) -> None:
         if not promoted:
             raise ValueError(f"stages: {', '.join(stages)}: retrain needs a search, which {config.output} does not "
                              "hold; valid: importance,search,retrain")  # fmt: skip
+
+
+def _check_compiler() -> None:
+    """torch.compile writes C++ and builds it (on a GPU too, to launch its kernels)."""
+    compiler, headers = os.environ.get("CXX", "g++"), Path(sysconfig.get_path("include"))
+    missing = []
+    if shutil.which(compiler) is None:
+        missing.append(f"a C++ compiler, and there is no {compiler} on this PATH")
+    if not (headers / "Python.h").exists():
+        missing.append(f"Python's headers, and {headers} has no Python.h")
+    if missing:
+        raise ValueError(f"distillation.compile: true needs {'; and '.join(missing)}; valid: false, or CXX naming a "
+                         "compiler and the headers installed (Debian: g++ and python3-dev)")  # fmt: skip
 
 
 def _check_disk(config: Config, space: SearchSpace) -> None:

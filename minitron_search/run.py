@@ -31,6 +31,7 @@ from minitron_search.forecast import dry_run, intermediate_advice  # noqa: E402
 from minitron_search.loop_settings import Precision  # noqa: E402
 from minitron_search.memory import release_memory  # noqa: E402
 from minitron_search.preparation import Prepared, check, environment, prepare  # noqa: E402
+from minitron_search.run_directory import RunDirectory  # noqa: E402
 from minitron_search.search import Search, run_search  # noqa: E402
 from minitron_search.summary import summary_table  # noqa: E402
 from minitron_search.teacher_pass import make_materials, measure_importance  # noqa: E402
@@ -164,17 +165,25 @@ def retrain(
     run.event("trial_started", trial=trial.id)
     on_all_cpus(retraining.score_now, materials, before)
     if not run.best(rank).exists():
-        retraining.retrain(config, trial, materials, slots, say)
+        try:
+            retraining.retrain(config, trial, materials, slots, say)
+        except RuntimeError:  # one that diverged is a row that says so
+            search.write_tables(promoted(run))
+            raise
         on_all_cpus(retraining.export, materials, trial, config.teacher.model, prepared.teacher_folder, run.best(rank))
     run.event("trial_finished", trial=trial.id, status="complete")
-    search.write_tables(frozenset(row["trial"] for row in run.read_trials() if row["status"] == "promoted"))
+    search.write_tables(promoted(run))
     say(f"retrain: {run.best(rank)}")
 
 
-def evaluate_all(prepared: Prepared, promoted: int) -> None:
+def promoted(run: RunDirectory) -> frozenset[str]:
+    return frozenset(row["trial"] for row in run.read_trials() if row["status"] == "promoted")
+
+
+def evaluate_all(prepared: Prepared, students: int) -> None:
     """lm-eval's tasks on the teacher and on every student in best/, into evaluation.json."""
     run, tasks = prepared.run, prepared.config.evaluation.tasks
-    folders = {"teacher": prepared.teacher_folder, **{run.best(n).name: run.best(n) for n in range(1, promoted + 1)}}
+    folders = {"teacher": prepared.teacher_folder, **{run.best(n).name: run.best(n) for n in range(1, students + 1)}}
     for name, folder in folders.items():
         if name not in run.read_evaluation():
             say(f"evaluation: {', '.join(tasks)} on {name}")

@@ -59,10 +59,12 @@ class Search:
         self.read_failures()
 
     def read_failures(self) -> None:
-        """A trial that diverged has said so itself."""
+        """A trial that diverged has said so itself; a retraining, which is no trial of the search, too."""
         for event in self.run.events():
-            if event["event"] == "trial_failed" and event["trial"] in self.trials:
+            if event["event"] == "trial_failed":
                 self.failures[event["trial"]] = event["message"]
+            elif event["event"] == "trial_finished" and event["status"] == "complete":
+                self.failures.pop(event["trial"], None)
 
     def make(self, architecture: Architecture, proposal: int, seed: int) -> Trial:
         return Trial(
@@ -132,6 +134,7 @@ class Search:
         return len(self.trials) >= min(asked.trials, len(self.space)) * asked.seeds
 
     def write_tables(self, promoted: frozenset[str] = frozenset()) -> None:
+        self.read_failures()
         statuses = {trial: "promoted" if trial in promoted else self.status(trial) for trial in self.trials}
         self.run.write_trials(statuses, self.failures)
 

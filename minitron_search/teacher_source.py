@@ -32,12 +32,13 @@ class Teacher(NamedTuple):
     """`ask(indices, tokens)`: windows (n,), their ids (n, length) -> what it says of them.
 
     `head` is None where it says more than hidden states. `forward_tokens()`: how many tokens it has put through the
-    teacher itself.
+    teacher itself. `reads`: asking is reading, which a thread may do ahead of the step.
     """
 
     ask: Callable[[np.ndarray, np.ndarray], TeacherBatch]
     head: OutputHead | None
     forward_tokens: Callable[[], int]
+    reads: bool = False
 
 
 def output_head(model: PreTrainedModel) -> OutputHead:
@@ -65,10 +66,13 @@ def cached_teacher(path: Path, head: OutputHead, precision: Precision) -> Teache
     """Reads the cache at `path`; `head` is the teacher's `output_head`, which a cache of hidden states needs."""
     reader = CacheReader(path)
     if reader.k is not None:
-        return Teacher(lambda indices, tokens: TeacherBatch(None, reader.topk(indices, tokens)), None, lambda: 0)
+        return Teacher(
+            lambda indices, tokens: TeacherBatch(None, reader.topk(indices, tokens)), None, lambda: 0, reads=True
+        )
     return Teacher(
-        lambda indices, tokens: TeacherBatch(reader.hidden(indices, tokens)), frozen_head(head, precision), lambda: 0
-    )
+        lambda indices, tokens: TeacherBatch(reader.hidden(indices, tokens)), frozen_head(head, precision), lambda: 0,
+        reads=True,
+    )  # fmt: skip
 
 
 def frozen_head(head: OutputHead, precision: Precision) -> OutputHead:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from minitron_search import checkpoints, distillation
+from minitron_search import checkpoints, distillation, parallel
 from minitron_search.distillation import Milestone
 from minitron_search.distillation_loss import OutputHead
 from minitron_search.intermediate_loss import state_map
@@ -69,27 +69,36 @@ def run_trial(
     torch.set_num_threads(settings.threads)  # scoring too: how sums are split over threads decides their rounding
     logged = {row["rung"] for row in run.metrics(trial.id) if row["kind"] == "rung"}
     folder = run.checkpoint(trial.id)
-    student = on_device(initial_student(materials, trial))
+    resume = checkpoints.latest_checkpoint(folder)
+    if world_size > 1:
+        logged, resume = parallel.agreed((logged, resume))
+    student, shards = initial_student(materials, trial), settings.shards(world_size)
+    if not shards:  # else its layers move one by one
+        student = on_device(student)
     began = time.monotonic()
 
     def reached(milestone: Milestone) -> bool:
         nonlocal began
         rung = settings.milestones.index(milestone.tokens)
-        if rung not in logged and rank == 0:
+        if rung not in logged:
             with ThreadPoolExecutor(1) as writer:  # a checkpoint is written while the student is scored
                 if milestone.step > 0:
                     saving = writer.submit(milestone.save, folder / f"step-{milestone.step:08d}")
+                if rank == 0:
+                    assert milestone.student is not None
+                    scores = score_student(materials, milestone.student, trial)
+                if milestone.step > 0:
+                    saving.result()
+            if rank == 0:
                 row = {
                     **trial.columns(),
-                    **score_student(materials, milestone.student, trial),
+                    **scores,
                     "rung": rung,
                     "tokens": milestone.tokens_seen,
                     "seconds": time.monotonic() - began,
                 }
-                if milestone.step > 0:
-                    saving.result()
-            run.log_rung(trial.id, row)
-            checkpoints.keep_newest(folder)
+                run.log_rung(trial.id, row)
+                checkpoints.keep_newest(folder)
         last = rung == len(settings.milestones) - 1
         go_on = last or not decided or wait_for_decision(run, trial.id, rung)
         began = time.monotonic()
@@ -99,11 +108,11 @@ def run_trial(
         student,
         materials.train,
         settings,
-        teacher_of(materials, trial),
+        teacher_of(materials, trial, world_size),
         on_milestone=reached,
         log=lambda record: run.log_step(trial.id, **record),
         checkpoint_folder=folder,
-        resume=checkpoints.latest_checkpoint(folder),
+        resume=resume,
         world_size=world_size,
         rank=rank,
     )
@@ -146,13 +155,16 @@ def is_float32(folder: Path) -> bool:
     return AutoConfig.from_pretrained(folder).dtype == torch.float32
 
 
-def teacher_of(materials: Materials, trial: Trial) -> Teacher | None:
+def teacher_of(materials: Materials, trial: Trial, world_size: int = 1) -> Teacher | None:
     settings, states = trial.settings, None
     if not settings.asks_teacher:
         return None
     if settings.intermediate:
         depth = len(materials.block_bi) - 1
         states = state_map(trial.architecture.layers, depth, settings.intermediate_layers, settings.embedding)
+    if materials.train_cache is None and settings.shards(world_size):
+        sharded = parallel.sharded_teacher(load_teacher(materials.compute_folder))
+        return live_teacher(sharded, settings.precision, states)
     if materials.train_cache is None:
         return live_teacher(on_device(load_teacher(materials.compute_folder)), settings.precision, states)
     return cached_teacher(materials.train_cache, teacher_head(materials), settings.precision)

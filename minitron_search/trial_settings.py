@@ -48,6 +48,9 @@ def distillation_settings(config: Config, precision: Precision) -> LoopSettings:
         precision=precision,
         seed=config.seed,
         threads=config.resources.cpus_per_worker,
+        strategy=config.resources.strategy,
+        gradient_checkpointing=asked.gradient_checkpointing,
+        compile=asked.compile,
     )
 
 

@@ -92,3 +92,19 @@ def rows(output: Path) -> list[dict[str, Any]]:
 def events(output: Path, kind: str) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]
     return [line for line in lines if line["event"] == kind]
+
+
+def kill_train_process(kind: str, folder: Path) -> bool:
+    """SIGKILL the newest Ray Train worker or controller of the runs in `folder`; whether there was one."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            name = (process / "cmdline").read_bytes().decode()
+            ours = str(folder).encode() in (process / "environ").read_bytes()
+        except OSError:
+            continue
+        if ours and name.startswith("ray::") and kind in name:
+            found.append(int(process.name))
+    for pid in sorted(found)[-1:]:
+        os.kill(pid, signal.SIGKILL)
+    return bool(found)

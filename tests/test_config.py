@@ -187,6 +187,9 @@ def test_a_section_that_is_none_is_named(key: str) -> None:
         ({"space": {"anchors": [{"hidden_size": "x"}]}}, ["space.anchors.0.hidden_size: 'x'"]),
         ({"space": {"anchors": [{"drop_block": [1]}]}}, ["space.anchors.0.drop_block"]),
         ({"resources": {"launcher": "inline", "workers_per_trial": 2}}, ["resources.launcher", "valid"]),
+        ({"resources": {"launcher": "inline", "strategy": "fsdp2"}}, ["resources.strategy: fsdp2", "valid", "ddp"]),
+        ({"resources": {"strategy": "fsdp"}}, ["resources.strategy: 'fsdp'", "'ddp' or 'fsdp2'"]),
+        ({"resources": {"workers_per_trial": 3}}, ["distillation.batch_tokens: 1000 is 4 windows", "valid: 1536"]),
         ({"winogrande": {"limit": 1}}, ["winogrande.limit: 1", "2"]),
     ],
 )  # fmt: skip

@@ -1,17 +1,22 @@
 """The training loop: its data order, determinism, resumption, processes and failures."""
 
 import dataclasses
-import multiprocessing
+import json
+import os
 import pickle
+import shutil
+import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from minitron_search import checkpoints
 from minitron_search.checkpoints import latest_checkpoint
 from minitron_search.distillation import (
     LoopSettings,
@@ -20,6 +25,7 @@ from minitron_search.distillation import (
     stream,
     train,
 )
+from minitron_search.feed import ahead
 from minitron_search.teacher_cache import Request, ensure, in_this_process
 from minitron_search.teacher_source import Teacher, TeacherBatch, cached_teacher, live_teacher, output_head
 from minitron_search.training_log import DivergedError
@@ -51,6 +57,13 @@ def run(settings: LoopSettings = SETTINGS, **given: Any) -> tuple[list[dict[str,
     student = given.pop("student", None) or tiny(1)
     teacher = given.pop("teacher", None) or live_teacher(tiny(0, 24), settings.precision)
     return records, train(student, WINDOWS, settings, teacher, log=records.append, **given)
+
+
+def cached(precision: Any) -> Teacher:
+    """`tiny(0, 24)`, asked once."""
+    asked = Request("teacher", "data", WINDOWS, precision, hidden_size=24, vocab_size=VOCAB)
+    built = ensure(asked, in_this_process(asked, lambda: tiny(0, 24)))
+    return cached_teacher(built.path, output_head(tiny(0, 24)), precision)
 
 
 def losses(records: list[dict[str, float]]) -> list[float]:
@@ -112,10 +125,7 @@ def test_micro_batches_change_nothing_but_rounding() -> None:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_cached_teacher_trains_as_the_live_one(precision: Any) -> None:
     settings = dataclasses.replace(SETTINGS, precision=precision)
-    asked = Request("teacher", "data", WINDOWS, precision, hidden_size=24, vocab_size=VOCAB)
-    built = ensure(asked, in_this_process(asked, lambda: tiny(0, 24)))
-    cached = cached_teacher(built.path, output_head(tiny(0, 24)), precision)
-    records, result = run(settings, teacher=cached)
+    records, result = run(settings, teacher=cached(precision))
     assert losses(records) == pytest.approx(losses(run(settings)[0]), rel=1e-4)
     assert result.teacher_tokens == 0
 
@@ -215,30 +225,140 @@ def test_a_batch_that_processes_cannot_share_equally_is_refused() -> None:
         run(world_size=3)
 
 
-def _worker(rank: int, folder: str, told: Any) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    settings = dataclasses.replace(SETTINGS, micro_batch_tokens=LENGTH, milestones=(6 * 64,), loss="clm+kld")
-    records, result = run(
-        settings, world_size=2, rank=rank, student=tiny(1 + rank),  # rank 0's weights count
-        on_milestone=lambda milestone: None if rank else milestone.save(Path(folder) / "at-6"),
-    )  # fmt: skip
-    dist.barrier()
-    continued, _ = run(settings, world_size=2, rank=rank, resume=Path(folder) / "at-6")
-    told.put((rank, losses(records), losses(continued), [w.numpy() for w in weights(result)]))
-    dist.destroy_process_group()
+def test_recomputed_layers_change_no_bit() -> None:
+    settings = dataclasses.replace(SETTINGS, gradient_checkpointing=True)
+    forwards = [0]
+
+    def student() -> LlamaForCausalLM:
+        model = tiny(1, dropout=0.2)
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))
+        return model
+
+    kept, result = run(student=student())
+    assert forwards == [12]
+    recomputed, again = run(settings, student=student())
+    assert forwards == [12 + 24], "a layer is to run in the forward and in the backward pass"
+    assert losses(recomputed) == losses(kept)
+    assert [record["gradient_norm"] for record in recomputed] == [record["gradient_norm"] for record in kept]
+    assert all(torch.equal(a, b) for a, b in zip(weights(again), weights(result), strict=True))
 
 
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    told = context.Queue()
-    processes = [context.Process(target=_worker, args=(rank, str(tmp_path), told)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    answers = sorted((told.get(timeout=120) for _ in processes), key=lambda answer: answer[0])
-    for process in processes:
-        process.join(30)
-    (_, two, continued, left), (_, silent, _, right) = answers
-    one = losses(run(dataclasses.replace(SETTINGS, loss="clm+kld"))[0])
-    assert two == pytest.approx(one, rel=1e-4)  # sums in another order, and Adam on top
-    assert continued == two[6:] and silent == []
-    assert all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile builds C++")
+def test_compiled_layers_train_alike_and_are_scored_as_they_are() -> None:
+    torch._dynamo.reset()
+    settings = dataclasses.replace(SETTINGS, compile=True, milestones=(6 * 64,))
+    compiled = []
+
+    def score(milestone: Milestone) -> None:
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert milestone.student is not None
+        milestone.student.eval()(torch.arange(7)[None])
+        compiled.append((before, torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+
+    records, _ = run(settings, on_milestone=score)
+    assert losses(records) == pytest.approx(losses(run()[0]), rel=1e-4)
+    [(before, after)] = compiled
+    assert before >= 1 and after == before, "scoring in another shape is to compile nothing"
+
+
+class _Reads(TorchDispatchMode):
+    """Where a number of a tensor was read: on a GPU, waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.places.append("".join(traceback.format_stack()))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("loss", ["kld", "ce", "clm+kld"])
+def test_no_step_waits_for_the_device(loss: Any) -> None:
+    settings = dataclasses.replace(SETTINGS, loss=loss, micro_batch_tokens=LENGTH, precision="bfloat16")
+    teacher = cached("bfloat16")
+    with _Reads() as reads:
+        run(settings, teacher=teacher)
+    assert not reads.places, reads.places[0]
+    with reads:
+        torch.ones(1).item()
+    assert len(reads.places) == 1, "this test sees reads"
+
+
+def test_the_next_item_is_loaded_while_one_is_used_and_none_after_it() -> None:
+    loaded: list[int] = []
+    second = threading.Event()
+
+    def load(item: int) -> int:
+        loaded.append(item)
+        if item == 1:
+            second.set()
+        return 10 * item
+
+    items = ahead(load, iter(range(4)))
+    assert next(items) == 0
+    assert second.wait(10) and loaded == [0, 1]
+    assert list(items) == [10, 20, 30] and loaded == [0, 1, 2, 3]
+    assert list(ahead(load, iter(()))) == []
+
+
+def test_what_reading_ahead_raises_is_raised_by_the_training(tmp_path: Path) -> None:
+    teacher = cached("float32")
+    with pytest.raises(ValueError, match="was computed from other tokens"):
+        train(tiny(1), WINDOWS[::-1].copy(), SETTINGS, teacher)
+
+
+def test_a_live_teacher_is_asked_in_its_turn_by_the_thread_that_trains() -> None:
+    alone, threads = live_teacher(tiny(0, 24), "float32"), set()
+
+    def ask(indices: np.ndarray, tokens: np.ndarray) -> TeacherBatch:
+        threads.add(threading.current_thread())
+        return alone.ask(indices, tokens)
+
+    run(teacher=alone._replace(ask=ask))
+    assert threads == {threading.current_thread()}
+
+
+def test_a_checkpoint_that_is_there_is_left(tmp_path: Path) -> None:
+    """Between its end and the end of its successor a killed process would leave none."""
+    settings = dataclasses.replace(SETTINGS, checkpoint_tokens=6 * 64, milestones=(12 * 64,))
+    inode: list[int] = []
+
+    def reached(milestone: Milestone) -> None:
+        inode.append((tmp_path / "step-00000012").stat().st_ino)
+        milestone.save(tmp_path / "step-00000012")
+
+    run(settings, checkpoint_folder=tmp_path, on_milestone=reached)
+    assert inode == [(tmp_path / "step-00000012").stat().st_ino]
+
+
+@pytest.mark.parametrize("cut", ["tensors", "state", "rename"])
+def test_a_process_killed_while_it_writes_a_checkpoint_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: str
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    settings = dataclasses.replace(SETTINGS, checkpoint_tokens=4 * 64)
+    unbroken = losses(run(settings)[0])
+    where = {"tensors": (checkpoints.dcp, "save"), "state": (json, "dumps"), "rename": (os, "rename")}
+    module, name = where[cut]
+    real = getattr(module, name)
+
+    def killing(*args: Any, **given: Any) -> Any:
+        second = (tmp_path / ".step-00000008.partial").exists()
+        if second and (cut != "rename" or Path(args[1]).parent == tmp_path):
+            raise Killed
+        return real(*args, **given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, killing)
+        with pytest.raises(Killed):
+            run(settings, checkpoint_folder=tmp_path)
+    newest = latest_checkpoint(tmp_path)
+    assert newest == tmp_path / "step-00000004"
+    records, _ = run(settings, checkpoint_folder=tmp_path, resume=newest)
+    assert losses(records) == unbroken[4:]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000012"]

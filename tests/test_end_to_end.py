@@ -1,7 +1,6 @@
 """The command on a tiny teacher: what it leaves, that it repeats itself, and that nothing kills it for good."""
 
 import json
-import os
 import signal
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
-from tests.runs import Command, events, rows, tiny_configuration
+from tests.runs import Command, events, kill_train_process, rows, tiny_configuration
 
 ONE = ("--search.concurrency", "1")
 INLINE = ("--resources.launcher", "inline")
@@ -137,26 +136,11 @@ def test_a_killed_train_process_is_replaced_and_changes_no_number(command: Comma
     killed = False
     for line in process.stdout:
         if "rung 0" in line and "continue" in line and not killed:  # its worker trains towards the next rung
-            killed = kill_train_process(name)
+            killed = kill_train_process(name, command.folder)
     assert process.wait(timeout=300) == 0 and killed
     ours = [row for row in rows(output) if row["arm"] == "search"]
     expected = [row for row in rows(unbroken) if row["arm"] == "search"]
     assert ours == expected
-
-
-def kill_train_process(kind: str) -> bool:
-    """SIGKILL the newest Ray Train worker or controller of this machine's tests; whether there was one."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            name = (folder / "cmdline").read_bytes().decode()
-        except OSError:
-            continue
-        if name.startswith("ray::") and kind in name:
-            found.append(int(folder.name))
-    for pid in sorted(found)[-1:]:
-        os.kill(pid, signal.SIGKILL)
-    return bool(found)
 
 
 def test_a_diverging_trial_fails_with_its_reason_and_is_not_repeated(command: Command) -> None:

@@ -282,3 +282,22 @@ def test_a_path_through_a_file(refused: Refused, here: Path) -> None:
 
 def test_a_dry_run_of_something_wrong_is_refused_too(refused: Refused) -> None:
     assert "space.budget.params" in refused("--dry-run", "--space.budget", "{params: {target: 90M}}")
+
+
+def test_compiling_without_a_compiler_is_refused(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    said = refused("--distillation.compile", "true")
+    assert "distillation.compile: true needs a C++ compiler, and there is no no-such-compiler" in said
+    assert "valid: false" in said
+
+
+def test_where_a_run_is_placed_may_change_on_resume_and_what_it_computes_may_not(
+    good: list[str], here: Path, refused: Refused
+) -> None:
+    begun = RunDirectory("run")
+    begun.write_config(configuration.load(None, good[: good.index("--stages")]).dump())
+    flags = ("--resume", "--resources.strategy", "fsdp2", "--resources.workers_per_trial", "2",
+             "--distillation.gradient_checkpointing", "true", "--distillation.temperature", "2.0")  # fmt: skip
+    said = refused(*flags)
+    assert "distillation.temperature: 1.0 there, 2.0 asked now" in said
+    assert "resources" not in said and "gradient_checkpointing" not in said

@@ -1,0 +1,126 @@
+"""A retraining on two workers that loses one: it resumes by itself and ends where an unbroken one ends."""
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+from tests import tiny
+from tests.runs import Command, kill_train_process, rows, tiny_configuration
+
+pytestmark = pytest.mark.slow
+RETRAIN = ("--resume", "--stages", "retrain", "--resources.launcher", "train")
+STEPS, BETWEEN = 160, 20  # of the retraining, and between its checkpoints
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
+    folder = tmp_path_factory.mktemp("killed")
+    config = tiny.config(
+        vocab_size=258, hidden_size=48, intermediate_size=128, num_hidden_layers=6, num_attention_heads=6,
+        num_key_value_heads=3, head_dim=8, max_position_embeddings=512,
+    )  # fmt: skip
+    tiny.model(config).save_pretrained(folder / "teacher")
+    tiny.tokenizer().save_pretrained(folder / "teacher")
+    (folder / "text.txt").write_text(tiny.prose(20_000))
+    configuration = tiny_configuration(folder / "teacher", folder / "text.txt")
+    configuration["search"] = {"trials": 1, "rungs": [128]}
+    configuration["retraining"] = {"tokens": STEPS * 64, "warmup_steps": 2}
+    return Command(folder, configuration)
+
+
+@pytest.fixture(scope="module")
+def searched(command: Command) -> Path:
+    """A run whose retraining is still to come."""
+    output = command.folder / "searched"
+    command.run(output, "--stages", "importance,search", "--resources.launcher", "inline")
+    return output
+
+
+@pytest.fixture(scope="module")
+def unbroken(command: Command, searched: Path) -> Path:
+    output = copied(searched, "unbroken")
+    command.run(output, *RETRAIN)
+    return output
+
+
+def copied(searched: Path, name: str) -> Path:
+    return Path(shutil.copytree(searched, searched.parent / name))
+
+
+def steps(output: Path) -> list[dict[str, Any]]:
+    """Every logged step of the retraining, those that were taken twice included."""
+    lines = [line for log in output.glob("trials/retrained-*/metrics.jsonl") for line in log.open()]
+    return [record for record in map(json.loads, lines) if record["kind"] == "step"]
+
+
+def checkpoints(output: Path, name: str) -> Iterator[Path]:
+    return output.glob(f"trials/retrained-*/checkpoint/{name}")
+
+
+def in_a_step(output: Path) -> bool:
+    """Some steps behind its second checkpoint."""
+    logged = steps(output)
+    return bool(logged) and logged[-1]["step"] >= 2 * BETWEEN + 10
+
+
+def in_a_checkpoint(output: Path) -> bool:
+    return any(checkpoints(output, "step-*")) and any(checkpoints(output, ".step-*.partial"))
+
+
+@pytest.mark.parametrize("strategy, moment", [("ddp", in_a_step), ("fsdp2", in_a_step), ("fsdp2", in_a_checkpoint)])
+def test_a_killed_worker_changes_no_number(
+    command: Command, searched: Path, unbroken: Path, strategy: str, moment: Callable[[Path], bool]
+) -> None:
+    """Under ddp bit for bit; shards add up otherwise than replicas, and are compared to 1e-5."""
+    output = copied(searched, f"{strategy}-{moment.__name__}")
+    killed: list[bool] = []
+
+    def kill() -> None:
+        while not moment(output):
+            time.sleep(0.001)
+        killed.append(kill_train_process("TrainWorker", command.folder))
+
+    threading.Thread(target=kill, daemon=True).start()
+    command.run(output, *RETRAIN, "--resources.strategy", strategy)
+    assert killed == [True]
+    taken: dict[int, float] = {}
+    again = 0
+    for record in steps(output):
+        again += record["step"] in taken
+        assert taken.setdefault(record["step"], record["loss"]) == record["loss"], "a step taken again differs"
+    if moment is in_a_step:
+        assert 0 < again < 2 * BETWEEN, "it goes on from its last checkpoint"
+    whole = {record["step"]: record["loss"] for record in steps(unbroken)}
+    assert list(taken) == list(whole) == list(range(1, STEPS + 1))
+    ours, theirs = ([row for row in rows(root) if row["arm"] == "retrained"] for root in (output, unbroken))
+    assert ours[0]["status"] == "complete" and len(ours) == 1
+    if strategy == "ddp":
+        assert taken == whole and ours == theirs
+    else:
+        assert list(taken.values()) == pytest.approx(list(whole.values()), rel=1e-5)
+        assert ours[0]["lm_loss"] == pytest.approx(theirs[0]["lm_loss"], rel=1e-5)
+    left = sorted(path.name for path in checkpoints(output, "*"))
+    assert left == [f"step-{STEPS:08d}"]
+    AutoModelForCausalLM.from_pretrained(output / "best")
+
+
+def test_a_diverging_retraining_in_shards_is_a_row_that_says_so(command: Command, searched: Path) -> None:
+    output = copied(searched, "diverging")
+    configuration = yaml.safe_load((output / "config.yaml").read_text())
+    configuration["retraining"]["learning_rate"] = 1e30
+    (output / "config.yaml").write_text(yaml.safe_dump(configuration))
+    process = command.start(output, *RETRAIN, "--resources.strategy", "fsdp2", "--retraining.learning_rate", "1e30")
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 1 and "diverged at step" in printed, printed
+    assert "Warning" not in printed
+    found = [row for row in rows(output) if row["arm"] == "retrained"]
+    assert [row["status"] for row in found] == ["failed"] and "diverged at step" in found[0]["message"]
+    assert any(row["status"] == "promoted" for row in rows(output))
