@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.stateful import Stateful
 from transformers import PreTrainedModel
 
 from minitron_search.loop_settings import LoopSettings
@@ -31,9 +32,9 @@ def _fixed(settings: LoopSettings) -> dict[str, Any]:
 
 def save(
     folder: Path, student: PreTrainedModel, optimizer: torch.optim.Optimizer, settings: LoopSettings,
-    step: int, losses: TrainingLog,
+    step: int, losses: TrainingLog, teacher: Stateful | None = None,
 ) -> None:  # fmt: skip
-    """Appears whole or not at all; one that is there is replaced."""
+    """Appears whole or not at all; one that is there is replaced. `teacher`: one that is trained too."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -41,6 +42,8 @@ def save(
     weights = {name: p.detach().contiguous() for name, p in student.named_parameters()}
     save_file(weights, partial / "model.safetensors")
     torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+    if teacher is not None:
+        torch.save(teacher.state_dict(), partial / "teacher.pt")
     state = {
         "step": step,
         "first_losses": losses.first,
@@ -58,6 +61,7 @@ def load(
     optimizer: torch.optim.Optimizer,
     settings: LoopSettings,
     losses: TrainingLog,
+    teacher: Stateful | None = None,
 ) -> int:
     """Steps already taken. Raises ValueError where `settings` are not those of the checkpoint."""
     state = json.loads((folder / "state.json").read_text())
@@ -70,6 +74,8 @@ def load(
     load_weights(folder, student)
     kept = torch.load(folder / "optimizer.pt", map_location=student.device, weights_only=True)
     optimizer.load_state_dict(kept)
+    if teacher is not None:
+        teacher.load_state_dict(torch.load(folder / "teacher.pt", map_location=student.device, weights_only=True))
     losses.first, losses.last = state["first_losses"], state["last_loss"]
     return int(state["step"])
 

@@ -95,16 +95,16 @@ def train(
     milestones = {math.ceil(tokens / (batch * length)): tokens for tokens in sorted(settings.milestones)}
     checkpoint_steps = math.ceil((settings.checkpoint_tokens or 0) / (batch * length))  # 0: none
 
-    optimizer = _optimizer(student, settings)
+    optimizer = make_optimizer(student, settings)
     start, losses = 0, TrainingLog(settings, batch * length, world_size, rank, log)
     if resume is not None:
-        start = checkpoints.load(resume, student, optimizer, settings, losses)
+        start = checkpoints.load(resume, student, optimizer, settings, losses, teacher and teacher.correction)
     objective: nn.Module = Objective(student, settings, teacher and teacher.head)
     if world_size > 1:
         objective = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def save(folder: Path) -> None:
-        checkpoints.save(folder, student, optimizer, settings, step, losses)
+        checkpoints.save(folder, student, optimizer, settings, step, losses, teacher and teacher.correction)
 
     def reach() -> bool:
         """Call back at the milestone of this step; whether to stop there."""
@@ -134,7 +134,7 @@ def train(
                 loss, means = objective(ids, said)
                 (loss * (len(part) / share)).backward()
             total += means * (len(part) / share)
-        learning_rate = _learning_rate(settings, step, steps)
+        learning_rate = learning_rate_of(settings, step, steps)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         norm = nn.utils.clip_grad_norm_(student.parameters(), settings.gradient_clip)
@@ -164,7 +164,7 @@ def stream(seed: int, windows: int, start: int, count: int) -> np.ndarray:
     return np.array([order[epoch][place % windows] for epoch, place in zip(epochs, places, strict=True)])
 
 
-def _optimizer(student: PreTrainedModel, settings: LoopSettings) -> torch.optim.AdamW:
+def make_optimizer(student: PreTrainedModel, settings: LoopSettings) -> torch.optim.AdamW:
     """Norms and biases do not decay."""
     matrices = [p for p in student.parameters() if p.dim() > 1]
     vectors = [p for p in student.parameters() if p.dim() <= 1]
@@ -178,7 +178,7 @@ def _optimizer(student: PreTrainedModel, settings: LoopSettings) -> torch.optim.
     )
 
 
-def _learning_rate(settings: LoopSettings, step: int, steps: int) -> float:
+def learning_rate_of(settings: LoopSettings, step: int, steps: int) -> float:
     """Of the step after `step` steps: linear warm-up, then constant or a cosine down to the last step."""
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps

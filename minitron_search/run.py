@@ -25,6 +25,7 @@ from minitron_search import config as configuration  # noqa: E402
 from minitron_search.architecture import Architecture  # noqa: E402
 from minitron_search.cluster import on_all_cpus, resolved_precision  # noqa: E402
 from minitron_search.console import console, say  # noqa: E402
+from minitron_search.correction_stage import correct_teacher  # noqa: E402
 from minitron_search.depth_recommendation import best_blocks  # noqa: E402
 from minitron_search.depth_stage import measure_depth  # noqa: E402
 from minitron_search.forecast import dry_run  # noqa: E402
@@ -35,6 +36,7 @@ from minitron_search.search import Search, run_search  # noqa: E402
 from minitron_search.summary import summary_table  # noqa: E402
 from minitron_search.teacher_pass import make_materials, measure_importance  # noqa: E402
 from minitron_search.trial_settings import (  # noqa: E402
+    correction_tokens,
     distillation_settings,
     make_trial,
     retraining_settings,
@@ -104,6 +106,9 @@ def run(prepared: Prepared) -> None:
         with cluster.joined():
             resolved = resolved_precision(config.precision)
             run.write_environment({**environment(prepared), "precision": resolved})
+            if correction_tokens(config):
+                prepared = correct_teacher(prepared, resolved)
+                run.write_environment({**environment(prepared), "precision": resolved})
             if "importance" in config.stages and not run.importance.exists():
                 measure_importance(prepared, resolved)
             if "depth" in config.stages and not run.depth_recommendation.exists():
@@ -162,10 +167,19 @@ def retrain(
     on_all_cpus(retraining.score_now, materials, before)
     if not run.best(rank).exists():
         retraining.retrain(config, trial, materials, slots, say)
-        on_all_cpus(retraining.export, materials, trial, config.teacher.model, prepared.teacher_folder, run.best(rank))
+        names = config.teacher.model, taught_by(prepared)
+        on_all_cpus(retraining.export, materials, trial, *names, prepared.teacher_folder, run.best(rank))
     run.event("trial_finished", trial=trial.id, status="complete")
     search.write_tables(frozenset(row["trial"] for row in run.read_trials() if row["status"] == "promoted"))
     say(f"retrain: {run.best(rank)}")
+
+
+def taught_by(prepared: Prepared) -> str:
+    """To the reader of a model card: which model the student was distilled from."""
+    model, asked = prepared.config.distillation.teacher, prepared.config.teacher.correction
+    name = f"`{model}`" if model else "it"
+    when = " in parallel" if asked.parallel else ""
+    return name if asked.method == "none" else f"{name}, corrected{when} on the same text ({asked.method})"
 
 
 def evaluate_all(prepared: Prepared, promoted: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from minitron_search import config as configuration
 from minitron_search import precision, teacher_cache
@@ -17,14 +17,19 @@ from minitron_search.architecture import digest
 from minitron_search.cluster import in_parts, on_all_cpus
 from minitron_search.config import ImportanceConfig
 from minitron_search.console import say
+from minitron_search.distillation_loss import next_tokens, token_losses
 from minitron_search.importance import Importance, Partial, combined, partial_sums
 from minitron_search.loop_settings import Precision
-from minitron_search.preparation import Prepared, importance_seed
+from minitron_search.preparation import Prepared, importance_seed, lines_up
+from minitron_search.rankings import Rankings
 from minitron_search.rotation import rotate_teacher
 from minitron_search.rounds import in_rounds, smallest_widths
 from minitron_search.run_directory import RunDirectory
+from minitron_search.scoring import standard_error
+from minitron_search.teacher_cache import Built
 from minitron_search.trial_run import Materials
-from minitron_search.trimming import load_teacher, permute_teacher
+from minitron_search.trial_settings import correction
+from minitron_search.trimming import load_head, load_teacher, permute_teacher
 
 PART = 8  # calibration windows a part: fixed, so that the sums do not depend on the number of tasks
 FORMULA = 1  # part of what kept importance is found by: raise it when the same inputs give other values
@@ -66,6 +71,11 @@ def make_materials(prepared: Prepared, resolved: Precision) -> Materials:
     made, tokens = _materials(prepared, resolved, folder, key)
     run.event("teacher_asked", tokens=tokens, seconds=time.monotonic() - began)
     say(f"teacher: {tokens:,} tokens in {time.monotonic() - began:.0f} s")
+    if prepared.other is not None:
+        loss, stderr = on_all_cpus(_teacher_loss, made)
+        about = {"folder": str(prepared.other.folder), "fingerprint": prepared.other.fingerprint}
+        run.event("taught_by", **about, lm_loss=loss, lm_loss_stderr=stderr, lm_loss_n=len(made.validation))
+        say(f"teacher: students are distilled from {prepared.other.folder}, LM loss {loss:.3f} +- {stderr:.3f}")
     return made
 
 
@@ -98,26 +108,31 @@ def _materials(prepared: Prepared, resolved: Precision, folder: Path, key: str) 
     if found.rotation is not None:
         teacher = on_all_cpus(rotate_teacher, teacher, found.rotation, folder / "rotated")
     stored = on_all_cpus(permute_teacher, teacher, rankings, folder / "stored")
-    computing = on_all_cpus(permute_teacher, teacher, rankings, folder / resolved, resolved)
+    asked, teaching_folder, teaching = correction(config), folder, prepared.teaching
+    if prepared.other is not None:
+        alike = lines_up(prepared.other.config, prepared.teacher_config)
+        key = digest([prepared.other.fingerprint, importance_id(prepared.run) if alike else "as it is"])
+        teaching_folder, teacher = folder.with_name(key), prepared.other.folder
+        if alike and found.rotation is not None:
+            teacher = on_all_cpus(rotate_teacher, teacher, found.rotation, teaching_folder / "rotated")
+        if not alike:
+            rankings = Rankings.identity(prepared.other.config)
+    computing = on_all_cpus(permute_teacher, teacher, rankings, teaching_folder / resolved, resolved)
+    parallel_folder = None
+    if asked is not None and config.teacher.correction.parallel:
+        parallel_folder = on_all_cpus(permute_teacher, teacher, rankings, teaching_folder / "stored")
     tokens = 0
 
     def cache(name: str, windows: np.ndarray) -> Path:
         nonlocal tokens
-        built = teacher_cache.ensure(
-            lambda: precision.on_device(load_teacher(computing)),
-            key,
-            f"{corpus.id} {name}",
-            windows,
-            resolved,
-            write=lambda file: in_parts(_hidden, teacher_cache.chunks(windows), file, computing, windows, resolved)[0],
-        )
+        built = hidden_states(computing, key, f"{corpus.id} {name}", windows, resolved)
         tokens += built.teacher_tokens
         return built.path
 
     mode = teacher_cache.resolve_mode(
-        config.distillation.teacher_cache,
+        "off" if parallel_folder else config.distillation.teacher_cache,
         teacher_cache.cache_path(key, f"{corpus.id} train", corpus.train, resolved),
-        teacher_cache.cache_bytes(corpus.train, prepared.teacher_config.hidden_size, resolved),
+        teacher_cache.cache_bytes(corpus.train, teaching.config.hidden_size, resolved),
     )
     made = Materials(
         run=prepared.run,
@@ -130,8 +145,38 @@ def _materials(prepared: Prepared, resolved: Precision, folder: Path, key: str) 
         validation_cache=cache("validation", corpus.validation),
         block_bi=found.block_bi.numpy(),
         precision=resolved,
+        parallel=asked if parallel_folder else None,
+        parallel_folder=parallel_folder,
     )
     return made, tokens
+
+
+def _teacher_loss(made: Materials) -> tuple[float, float]:
+    """LM loss of the model that teaches, nats per token, and its standard error over the validation windows."""
+    windows = made.validation
+    hidden = teacher_cache.CacheReader(made.validation_cache).hidden(np.arange(len(windows)), windows)
+    targets = next_tokens(torch.from_numpy(windows.astype(np.int64)))
+    head = load_head(made.compute_folder)
+    ce = token_losses(hidden.flatten(0, 1), head, targets.flatten()).ce
+    of_windows = ce.view(windows.shape)[:, :-1].double().mean(1).numpy()
+    return float(of_windows.mean()), standard_error(of_windows)
+
+
+def plain_copy(model: Path, folder: Path, dtype: str) -> Path:
+    """The model of a stock folder as `load_teacher` and `load_head` read one: in `dtype`, in its own order."""
+    return permute_teacher(model, Rankings.identity(AutoConfig.from_pretrained(model)), folder, dtype)
+
+
+def hidden_states(computing: Path, key: str, data_id: str, windows: np.ndarray, resolved: Precision) -> Built:
+    """The cache of what the model in `computing` says of `windows`, made now by tasks unless it is there."""
+    return teacher_cache.ensure(
+        lambda: precision.on_device(load_teacher(computing)),
+        key,
+        data_id,
+        windows,
+        resolved,
+        write=lambda file: in_parts(_hidden, teacher_cache.chunks(windows), file, computing, windows, resolved)[0],
+    )
 
 
 def importance_id(run: RunDirectory) -> str:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.stateful import Stateful
 from transformers import PreTrainedModel
 
 from minitron_search.distillation_loss import OutputHead
@@ -24,12 +25,14 @@ class TeacherBatch(NamedTuple):
 class Teacher(NamedTuple):
     """`ask(indices, tokens)`: windows (n,), their ids (n, length) -> what it says of them.
 
-    `forward_tokens()`: how many tokens it has put through the teacher itself.
+    `forward_tokens()`: how many tokens it has put through the teacher itself. `correction`: what a checkpoint must
+    hold of a teacher that is corrected meanwhile (`correction.Correcting`).
     """
 
     ask: Callable[[np.ndarray, np.ndarray], TeacherBatch]
     head: OutputHead
     forward_tokens: Callable[[], int]
+    correction: Stateful | None = None
 
 
 def output_head(model: PreTrainedModel) -> OutputHead:
