@@ -36,7 +36,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
 
 
 def test_a_student_is_pruned_again_and_taught_by_another_model_corrected_before(command: Command) -> None:
-    """Iterative compression with an older teacher, of another shape, which is corrected; killed while it is, resumed."""
+    """Iterative compression with an older teacher, of another shape, which is corrected; killed meanwhile, resumed."""
     output, cache = command.folder / "again", command.folder / "cache"
     asked = (*INLINE, *CORRECTED, "--distillation.teacher", str(command.folder / "larger"))
     assert command.interrupt(output, "correction:", signal.SIGKILL, *asked) == -signal.SIGKILL
@@ -48,7 +48,7 @@ def test_a_student_is_pruned_again_and_taught_by_another_model_corrected_before(
     assert folder == cache / "corrected" / made["id"] and str(folder) in printed
     assert made["made_now"] and made["tokens"] == 256 and made["of"] == fingerprint(command.folder / "larger")
     before, after = made["before"], made["after"]
-    assert after["lm_loss"] < before["lm_loss"] and before["kl"] == pytest.approx(0, abs=1e-4) < after["kl"]
+    assert after["lm_loss"] < before["lm_loss"] and abs(before["kl"]) < 1e-4 < 1e-3 < after["kl"]
     assert before["lm_loss_stderr"] > 0 and after["lm_loss_n"] == 4
     assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == "qwen3"
     assert not folder.with_name(f"{folder.name}.work").exists()
@@ -80,15 +80,7 @@ def test_a_corrected_teacher_is_pruned_and_made_once(command: Command) -> None:
     teacher = {output: next(row for row in rows(output) if row["arm"] == "teacher") for output in (pruned, kept)}
     assert teacher[pruned]["lm_loss"] == first["after"]["lm_loss"]
     assert teacher[kept]["lm_loss"] == first["before"]["lm_loss"]
-    assert teacher[pruned]["kl"] == pytest.approx(0, abs=1e-4) and teacher[kept]["kl"] == pytest.approx(
-        _reverse(first, teacher[kept]), rel=1e-3
-    )
-
-
-def _reverse(made: dict[str, Any], row: dict[str, Any]) -> float:
-    """KL(corrected || original) of the original teacher: there is no other number to compare with than its own."""
-    assert row["kl"] > 0.001 and made["after"]["kl"] > 0.001
-    return row["kl"]
+    assert abs(teacher[pruned]["kl"]) < 1e-4 and teacher[kept]["kl"] > 1e-3
 
 
 def test_in_parallel_end_to_end(command: Command) -> None:
