@@ -99,7 +99,11 @@ def parameter_count(weights: Iterable[Weight], sizes: Sizes, *, embeddings: bool
 def memory_bytes(
     weights: Iterable[Weight], sizes: Sizes, batch_size: int, context_length: int, element_bytes: int = 2
 ) -> Any:
-    """Bytes of the weights and of the key-value cache of `batch_size` sequences of `context_length` tokens."""
+    """Bytes of the weights and of the key-value cache of `batch_size` sequences of `context_length` tokens.
+
+    Every layer keeps every position: where some attend through a sliding window (Gemma 2 and 3), a cache that drops
+    what left the window takes less.
+    """
     cache = 2 * sizes["layers"] * sizes["key_value"] * batch_size * context_length
     return element_bytes * (parameter_count(weights, sizes) + cache)
 

@@ -45,6 +45,13 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, int | float) else value
 
 
+def _same_in_every_layer(value: Any) -> Any:
+    if isinstance(value, list | tuple) and any(isinstance(each, list | tuple) for each in value):
+        raise ValueError("a size for every layer is no axis: a stock configuration of these families holds one for all "
+                         "layers; valid: choices: [768, 1024]")  # fmt: skip
+    return value
+
+
 Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]
 CountOrZero = Annotated[int, BeforeValidator(_number), Field(ge=0)]
 Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
@@ -178,7 +185,9 @@ class Axis(Section):
     low: Count | None = None
     high: Count | None = None
     step: Count | None = None
-    choices: Annotated[tuple[Count, ...], BeforeValidator(_listed)] | None = None
+    choices: Annotated[
+        tuple[Count, ...], BeforeValidator(_listed), BeforeValidator(_same_in_every_layer)
+    ] | None = None  # fmt: skip
 
     @model_validator(mode="after")
     def _range_or_choices(self) -> "Axis":
@@ -264,14 +273,45 @@ class Search(Section):
 
 
 class Distillation(Section):
+    """L = L_CLM + L_logits + intermediate * L_is.
+
+    intermediate: a weight, or auto for L_logits / L_is, the balance of the two in every micro-batch.
+    intermediate_layers: how many of the student's layers L_is compares the outputs of, from the last; more than a
+        student has are all of its.
+    embedding: whether it compares the embedding's output too.
+    """
+
     loss: Literal["kld", "ce", "clm+kld"] = "kld"
     temperature: Positive = 1.0
-    intermediate: Annotated[Real, Field(ge=0, le=0)] = 0.0  # logits only (best practice 7)
+    intermediate: Literal["auto"] | Annotated[Real, Field(ge=0)] = 0.0  # alpha; 0: logits only (best practice 7)
+    intermediate_loss: Literal["mse", "cosine"] = "mse"
+    intermediate_layers: Literal["all"] | Count = "all"
+    embedding: bool = False
     learning_rate: Positive = 3e-4
     batch_tokens: Count = 1_000
     teacher_cache: Literal["auto", "hidden", "off"] = "auto"
     teacher: str | None = None  # another model that teaches, as teacher.model names one; null for the pruned model
     initialization: Literal["pruned", "random", "random_pruned"] = "pruned"
+
+    @model_validator(mode="after")
+    def _states_come_from_a_live_teacher_lined_up(self) -> "Distillation":
+        asked = f"distillation.intermediate {self.intermediate}"
+        if not self.intermediate:
+            if self.embedding:
+                raise ValueError("distillation.embedding: true is part of the intermediate loss, whose weight is 0; "
+                                 "valid: distillation.intermediate auto, or embedding false")  # fmt: skip
+            return self
+        if self.teacher_cache not in ("auto", "off"):
+            raise ValueError(f"distillation.teacher_cache: {self.teacher_cache} holds no intermediate states, which "
+                             f"{asked} needs of the teacher itself; valid: off or auto, or intermediate 0")  # fmt: skip
+        if self.loss == "ce" and self.intermediate == "auto":
+            raise ValueError("distillation.intermediate: auto balances against the loss of the logits, which loss ce "
+                             "has not; valid: a number such as 1.0, or loss clm+kld")  # fmt: skip
+        if self.initialization == "random_pruned":
+            raise ValueError(f"distillation.initialization: random_pruned keeps channels that are not the teacher's "
+                             f"leading ones, with which {asked} compares them; valid: pruned or random, or "
+                             "intermediate 0")  # fmt: skip
+        return self
 
 
 class Retraining(Section):
@@ -344,7 +384,7 @@ class Config(Section):
             raise ValueError(f"distillation.teacher_cache: {self.distillation.teacher_cache} with "
                              "teacher.correction.parallel, whose teacher changes at every step; "
                              "valid: auto or off")  # fmt: skip
-        if asked.parallel and self.distillation.loss == "ce":
+        if asked.parallel and self.distillation.loss == "ce" and not self.distillation.intermediate:
             raise ValueError("teacher.correction.parallel: True with distillation.loss ce, which asks no teacher; "
                              "valid: distillation.loss kld")  # fmt: skip
         if prune == "corrected" and not self.prunes_corrected:

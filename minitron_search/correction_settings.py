@@ -35,8 +35,9 @@ class Correction:
         warmup = min(WARMUP_STEPS, int(WARMUP_SHARE * steps)) if self.warmup_steps is None else self.warmup_steps
         low = min(self.min_learning_rate, self.learning_rate)
         return replace(
-            training, loss="ce", learning_rate=self.learning_rate, min_learning_rate=low, warmup_steps=warmup
-        )
+            training, loss="ce", intermediate=0.0, embedding=False,
+            learning_rate=self.learning_rate, min_learning_rate=low, warmup_steps=warmup,
+        )  # fmt: skip
 
 
 def method_of(initialization: str) -> Method | None:

@@ -117,7 +117,15 @@ def make_job(prepared: Prepared, resolved: str) -> tuple[Job, int]:
             for node in ray.nodes() if node["Alive"]
         ),
     )  # fmt: skip
+    whole = _float32_bytes(job)
+    if "taylor" in config.depth.metrics and job.device == "cpu" and whole > job.memory_bytes:
+        raise ValueError(f"depth.metrics: taylor holds the teacher in float32, {whole / 1e9:.1f} GB, and a worker here "
+                         f"has {job.memory_bytes / 1e9:.1f} GB; valid: metrics without taylor")  # fmt: skip
     return job, workers
+
+
+def _float32_bytes(job: Job) -> float:
+    return job.weight_bytes * 4 / (2 if job.precision == "bfloat16" else 4)
 
 
 def worker_gpus(config: Config) -> float:

@@ -1,6 +1,6 @@
 """The training loop of distillation, written once; it is placed elsewhere, and knows nothing of placement.
 
-`L = L_CLM + L_logits`, each switchable (2408.11796, section 2.3). The teacher is a source of final hidden
+`L = L_CLM + L_logits + alpha * L_is`, each switchable (2408.11796, section 2.3). The teacher is a source of hidden
 states, live or cached, and an output head. Same inputs and same thread count give the same numbers, bit for
 bit, on a CPU; so does a run continued from a checkpoint.
 
@@ -67,8 +67,8 @@ def train(
 
     `teacher` may be None for the loss `ce`. `on_milestone` is called at every milestone and returns False to
     stop there. `log` gets a record per step, several steps at a time: step, tokens, loss, lm_loss, kl (nats
-    per token; kl only with a teacher), learning_rate, gradient_norm, tokens_per_second. `resume` is a
-    checkpoint.
+    per token; kl only with a teacher), learning_rate, gradient_norm, tokens_per_second and intermediate (L_is before
+    alpha; only where asked for). `resume` is a checkpoint.
 
     With `world_size` > 1, called by every process of an initialised torch.distributed group, each of which
     trains on its share of every batch (DistributedDataParallel); the loss and its gradient are the mean over
@@ -86,7 +86,7 @@ def train(
             f"distillation.batch_tokens: {settings.batch_tokens} is {batch} windows of {length} tokens, "
             f"which {world_size} processes cannot share equally; valid: {valid}"
         )
-    assert teacher is not None or settings.loss == "ce"
+    assert teacher is not None or not settings.asks_teacher
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     began, device = time.monotonic(), student.device
@@ -124,10 +124,10 @@ def train(
         torch.manual_seed(_step_seed(settings.seed, step, rank))  # dropout, where a model has it
         indices = stream(settings.seed, len(windows), step * batch + rank * share, share)
         parts = [indices[at : at + micro] for at in range(0, share, micro)]
-        total = torch.zeros(3, device=device)
+        total = torch.zeros(4, device=device)
         for number, part in enumerate(parts):
             tokens = windows[part]
-            said = teacher.ask(part, tokens) if teacher and settings.loss != "ce" else None
+            said = teacher.ask(part, tokens) if teacher and settings.asks_teacher else None
             ids = torch.from_numpy(tokens.astype(np.int64)).to(device)
             last = number == len(parts) - 1
             with nullcontext() if last or world_size == 1 else objective.no_sync():  # type: ignore[operator]

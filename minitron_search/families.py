@@ -178,6 +178,11 @@ def weights(config: PretrainedConfig) -> list[Weight]:
     return listed
 
 
+def vocabulary_tables(listed: list[Weight]) -> list[str]:
+    """Names of the input embedding and of the output head: one where they are tied."""
+    return [weight.name for weight in listed if weight.dims == ("vocab", "hidden")]
+
+
 def split_name(family: Family, name: str) -> tuple[int | None, str]:
     """(layer, name inside the layer) of a weight; (None, name) for one outside the layers."""
     prefix = family.layers + "."
@@ -217,7 +222,7 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 def head_scale(config: PretrainedConfig) -> float:
     """What the output head's products are multiplied by."""
-    return 1 / (getattr(config, "logits_scaling", None) or 1)
+    return (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
 
 
 def head_softcap(config: PretrainedConfig) -> float | None:

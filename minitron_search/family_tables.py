@@ -91,10 +91,13 @@ LLAMA = Family(
 )
 # Qwen2.5 is qwen2, SmolLM2 is llama. Where the class names no head_dim (qwen2, smollm3, granite, olmo2, phi3) its
 # modules still read one from the configuration.
-LLAMA_LIKE = replace(LLAMA, model_types=("mistral", "qwen2", "granite"), head_dim="free")
+LLAMA_LIKE = replace(
+    LLAMA, model_types=("mistral", "ministral", "qwen2", "granite", "seed_oss", "ernie4_5", "olmo"), head_dim="free"
+)
 SMOLLM3 = replace(LLAMA_LIKE, model_types=("smollm3",), per_layer=("layer_types", "no_rope_layers"))
 QWEN3 = replace(LLAMA_LIKE, model_types=("qwen3",), layer_weights=_LLAMA_LAYER | _HEAD_NORMS)
 
+GEMMA = replace(LLAMA_LIKE, model_types=("gemma",), embedding_scaled=True)
 GEMMA2 = replace(
     LLAMA,
     model_types=("gemma2",),
@@ -126,6 +129,55 @@ OLMO2 = replace(
     | _SANDWICH_NORMS
     | {"self_attn.q_norm.weight": ("query",), "self_attn.k_norm.weight": ("key_value",)},
 )
+
+OLMO3 = replace(OLMO2, model_types=("olmo3",))
+EXAONE4 = replace(OLMO2, model_types=("exaone4",), layer_weights=_LLAMA_LAYER | _SANDWICH_NORMS | _HEAD_NORMS)
+GLM4 = replace(
+    LLAMA_LIKE,
+    model_types=("glm4",),
+    layer_weights=_LLAMA_LAYER
+    | {
+        "mlp.gate_up_proj.weight": ("mlp+mlp", "hidden"),
+        "post_self_attn_layernorm.weight": ("hidden",),
+        "post_mlp_layernorm.weight": ("hidden",),
+    },
+)
+
+# Minitron-4B and 8B and the 15B teacher they were cut from: a plain MLP, norms that multiply by 1 + weight
+NEMOTRON = replace(LLAMA_LIKE, model_types=("nemotron",))
+STARCODER2 = replace(
+    LLAMA_LIKE,
+    model_types=("starcoder2",),
+    mlp_output="mlp.c_proj",
+    layer_weights=_LLAMA_LAYER | _layer_weights({"mlp.c_fc": ("mlp", "hidden"), "mlp.c_proj": ("hidden", "mlp")}),
+)
+COHERE = replace(
+    LLAMA_LIKE,
+    model_types=("cohere",),
+    norms=("input_layernorm",),
+    unsupported=(("use_qk_norm", True, "its query and key norms have a weight a head"),),
+)
+PHI = replace(
+    LLAMA_LIKE,
+    model_types=("phi",),
+    final_norm="model.final_layernorm",
+    norms=("input_layernorm",),
+    attention_output="self_attn.dense",
+    mlp_output="mlp.fc2",
+    weights=_LLAMA_WEIGHTS
+    | {
+        "model.final_layernorm.weight": ("hidden",),
+        "model.final_layernorm.bias": ("hidden",),
+        "lm_head.bias": ("vocab",),
+    },
+    layer_weights=_LLAMA_LAYER
+    | _layer_weights({
+        "self_attn.dense": ("hidden", "query"),
+        "mlp.fc1": ("mlp", "hidden"),
+        "mlp.fc2": ("hidden", "mlp"),
+    }),
+    unsupported=(("qk_layernorm", True, "its query and key norms follow no axis that is described here"),),
+)  # fmt: skip
 
 STABLELM = replace(
     LLAMA,
@@ -232,7 +284,10 @@ OPT = Family(
     ),
 )  # fmt: skip
 
-FAMILIES = (LLAMA, LLAMA_LIKE, SMOLLM3, QWEN3, GEMMA2, GEMMA3, PHI3, OLMO2, STABLELM, GPT_NEOX, GPT2, OPT)
+FAMILIES = (
+    LLAMA, LLAMA_LIKE, SMOLLM3, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI, PHI3, OLMO2, OLMO3, EXAONE4, GLM4, NEMOTRON,
+    STARCODER2, COHERE, STABLELM, GPT_NEOX, GPT2, OPT,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -12,22 +12,39 @@ from minitron_search.architecture import Architecture, forward_flops
 from minitron_search.config import Config
 from minitron_search.families import sizes_of
 from minitron_search.precision import device, resolve
-from minitron_search.search_space import SearchSpace
+from minitron_search.search_space import COORDINATES, SearchSpace
 
 # Share of a large matrix product's speed that distilling SmolLM2 reaches here: 0.45 to 0.6 on two cores.
 UTILISATION = 0.5
+# Of the teacher's depth: a student with less of it has lost much of its depth. The papers give no number; what they
+# call depth pruning keeps half (2408.11796: 16 of 32 layers), and their width pruning keeps every layer.
+SHALLOW = 2 / 3
 
 
 def dry_run(config: Config, space: SearchSpace, console: Console) -> None:
     console.print(yaml.safe_dump(config.dump(), sort_keys=False).rstrip(), markup=False)
     smallest, largest = space.smallest_and_largest()
     console.print(f"\nspace: {space.grid_size:,} architectures on the grid, {len(space):,} legal and in budget")
-    for name, architecture in (("teacher", space.teacher), ("smallest", smallest), ("largest", largest)):
+    anchors = [("anchor", anchor) for anchor in space.anchors]
+    for name, architecture in (("teacher", space.teacher), ("smallest", smallest), ("largest", largest), *anchors):
         counted = space.measures(architecture)
         console.print(f"{name}: {architecture}: {counted.params:,} parameters, "
                       f"{counted.non_embedding_params:,} without embeddings")  # fmt: skip
     for line in forecast(config, space):
         console.print(line)
+    if advice := intermediate_advice(config, space):
+        console.print(advice)
+
+
+def intermediate_advice(config: Config, space: SearchSpace) -> str | None:
+    """What to say where candidates lose much of their depth and only logits are distilled (best practices 6 and 7)."""
+    teacher = space.teacher.num_hidden_layers
+    least = teacher - int(space.points[:, COORDINATES.index("drop_block_length")].max())
+    if config.distillation.intermediate or least >= SHALLOW * teacher:
+        return None
+    return (f"advice: candidates keep as few as {least} of the teacher's {teacher} layers, under two thirds; where "
+            "depth shrinks that much, intermediate states and the embedding help beside the logits: "
+            "--distillation.intermediate auto --distillation.embedding true")  # fmt: skip
 
 
 def forecast(config: Config, space: SearchSpace) -> list[str]:
@@ -36,17 +53,18 @@ def forecast(config: Config, space: SearchSpace) -> list[str]:
     retraining = config.retraining.tokens * config.search.promote
     largest = space.smallest_and_largest()[1]
     student, teacher = (flops_per_token(space, config, a) for a in (largest, space.teacher))
-    asked_once = max(config.search.rungs[-1], config.retraining.tokens)
+    live = config.distillation.teacher_cache == "off" or bool(config.distillation.intermediate)
+    asked = training + retraining if live else max(config.search.rungs[-1], config.retraining.tokens)
     # backward costs twice forward; a cached teacher still costs its output head for every token
     head = 2 * space.teacher.hidden_size * space.config.vocab_size
-    total = (training + retraining) * (3 * student + head) + asked_once * teacher
+    total = (training + retraining) * (3 * student + head) + asked * teacher
     speed = product_flops_per_second(resolve(config.precision)) * UTILISATION
     hours = total / speed / 3600
     where = "GPU-hours" if torch.cuda.is_available() else "hours on this machine's CPUs (0 GPU-hours)"
     return [
         f"search: at most {training:,} tokens ({config.search.trials} trials, rungs {list(config.search.rungs)})",
         f"retraining: {retraining:,} tokens",
-        f"teacher: {asked_once:,} tokens, asked once",
+        f"teacher: {asked:,} tokens, {'asked for every batch' if live else 'asked once'}",
         f"FLOPs: {total:.3g}; at {speed / 1e9:,.0f} GFLOP/s that is {hours:.2f} {where}, scoring and start-up apart",
     ]
 

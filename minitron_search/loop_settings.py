@@ -5,6 +5,7 @@ from typing import Literal
 
 Loss = Literal["kld", "ce", "clm+kld"]
 Precision = Literal["float32", "bfloat16"]
+IntermediateLoss = Literal["mse", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,10 @@ class LoopSettings:
     total_tokens: int
     loss: Loss = "kld"
     temperature: float = 1.0
+    intermediate: float | Literal["auto"] = 0.0  # alpha of L_is; auto: L_logits / L_is, of every micro-batch
+    intermediate_loss: IntermediateLoss = "mse"
+    intermediate_layers: int | Literal["all"] = "all"  # how many of the student's, from the last
+    embedding: bool = False  # whether L_is compares the embedding's output too
     learning_rate: float = 3e-4
     min_learning_rate: float = 0.0  # where cosine ends
     warmup_steps: int = 10
@@ -29,3 +34,7 @@ class LoopSettings:
     checkpoint_tokens: int | None = None  # between checkpoints
     log_steps: int = 10  # between calls of `log`
     threads: int | None = None  # torch's own choice
+
+    @property
+    def asks_teacher(self) -> bool:
+        return self.loss != "ce" or self.intermediate != 0

@@ -1,4 +1,5 @@
-"""What a distillation minimises, as one module: whoever wraps it (DistributedDataParallel) sees every gradient."""
+"""What a distillation minimises, `L_CLM + L_logits + alpha * L_is`, as one module: whoever wraps it
+(DistributedDataParallel) sees every gradient."""
 
 import torch
 from torch import Tensor, nn
@@ -6,13 +7,19 @@ from transformers import PreTrainedModel
 
 from minitron_search.distillation_loss import OutputHead, next_tokens, output_loss
 from minitron_search.families import final_hidden
+from minitron_search.intermediate_loss import LEAST, intermediate_loss, recorded
 from minitron_search.loop_settings import LoopSettings
 from minitron_search.precision import autocast
 from minitron_search.teacher_source import TeacherBatch, output_head
 
 
 class Objective(nn.Module):
-    """The student's body, head and loss in one forward pass."""
+    """The student's body, head and losses in one forward pass.
+
+    With alpha `auto` L_is weighs as much as L_logits in every call (2407.14679: the two differ by orders of magnitude
+    and drift apart). A call sees one micro-batch of one process: how a batch is split then decides the weights of its
+    parts, which a fixed alpha leaves alone.
+    """
 
     def __init__(self, student: PreTrainedModel, settings: LoopSettings, teacher_head: OutputHead | None) -> None:
         super().__init__()
@@ -21,13 +28,27 @@ class Objective(nn.Module):
         self.teacher_head = teacher_head
 
     def forward(self, ids: Tensor, teacher: TeacherBatch | None) -> tuple[Tensor, Tensor]:
-        """(loss, [loss, ce, kl]) of `ids` (n, length), given what the teacher says of them."""
-        with autocast(self.settings.precision, ids.device):
-            states = final_hidden(self.student, ids)
-            loss = output_loss(
-                self.settings.loss, states.flatten(0, 1), output_head(self.student), next_tokens(ids).flatten(),
+        """(loss, [loss, ce, kl, intermediate]) of `ids` (n, length), given what the teacher says of them.
+        The intermediate loss is before alpha."""
+        targets = {} if teacher is None else teacher.states
+        assert targets or not self.settings.intermediate, "a teacher without the states that L_is compares"
+        with autocast(self.settings.precision, ids.device), recorded(self.student, targets) as states:
+            hidden = final_hidden(self.student, ids)
+            output = output_loss(
+                self.settings.loss, hidden.flatten(0, 1), output_head(self.student), next_tokens(ids).flatten(),
                 None if teacher is None else teacher.hidden.to(ids.device).flatten(0, 1), self.teacher_head,
                 temperature=self.settings.temperature,
             )  # fmt: skip
-        kl = torch.zeros_like(loss.ce) if loss.kl is None else loss.kl
-        return loss.loss, torch.stack([loss.loss.detach(), loss.ce, kl])
+        kl = torch.zeros_like(output.ce) if output.kl is None else output.kl
+        loss, intermediate = output.loss, torch.zeros_like(output.ce)
+        if targets:
+            difference = intermediate_loss(self.settings.intermediate_loss, states, targets)
+            intermediate = difference.detach()
+            alpha: float | Tensor
+            if self.settings.intermediate == "auto":
+                logits = loss.detach() - (output.ce if self.settings.loss.startswith("clm+") else 0)
+                alpha = logits / intermediate.clamp(min=LEAST)
+            else:
+                alpha = self.settings.intermediate
+            loss = loss + alpha * difference
+        return loss, torch.stack([loss.detach(), output.ce, kl, intermediate])

@@ -29,7 +29,7 @@ from minitron_search.run_directory import RunDirectory
 from minitron_search.search_space import SearchSpace
 from minitron_search.teacher import fingerprint, load_tokenizer, teacher_config, teacher_folder
 from minitron_search.trial_settings import correction_tokens
-from minitron_search.winogrande import Example, PackedOptions, check_window, load_examples, pack
+from minitron_search.winogrande import HUB, PackedOptions, check_window, load_examples, pack
 
 VERSIONS = ("torch", "transformers", "ray", "optuna", "numpy", "datasets", "lm_eval")
 # what a continued run may change
@@ -68,7 +68,7 @@ class Prepared:
         return self.other or Model(self.teacher_folder, self.teacher_config, self.teacher_fingerprint)
 
 
-def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace, list[Example]]:
+def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace]:
     """The quick checks, without weights or text. Raises ValueError with the field, the value and an alternative."""
     run = RunDirectory(config.output)
     _check_output(run, config, resume)
@@ -90,12 +90,15 @@ def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace, 
         with torch.device("meta"):
             norm_weights(AutoModelForCausalLM.from_config(other or teacher))
     check_tasks(config.evaluation.tasks)
-    return teacher, space, load_examples(config.winogrande.source, config.winogrande.limit)
+    if config.winogrande.source != HUB:
+        load_examples(config.winogrande.source, config.winogrande.limit)
+    return teacher, space
 
 
 def prepare(config: Config, resume: bool) -> Prepared:
     """All checks and all inputs. Raises ValueError as `check` does, and where text or disk space is too short."""
-    teacher, space, examples = check(config, resume)
+    teacher, space = check(config, resume)
+    examples = load_examples(config.winogrande.source, config.winogrande.limit)
     _check_disk(config, space)
     folder = teacher_folder(config.teacher.model).absolute()
     tokenizer = load_tokenizer(config.teacher.model)

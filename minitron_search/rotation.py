@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from minitron_search.architecture import Weight
-from minitron_search.families import decoder_layers, family_of, final_hidden, weights
+from minitron_search.families import decoder_layers, family_of, final_hidden, vocabulary_tables, weights
 from minitron_search.trimming import save_once, student_of
 
 TOLERANCE = 1e-3  # of the hidden states' size; float32 rounding stays below 1e-4, a wrong fold is of order 1
@@ -95,7 +95,7 @@ def rotated(teacher: PreTrainedModel, rotation: Tensor) -> PreTrainedModel:
     final = next(w.name for w in weights(config) if w.layer is None and w.dims == ("hidden",))
     gains = {name: _gain(teacher, name) for name in source if name == final or name.endswith(_gains_of(family.norms))}
     basis = rotation.double().to(teacher.device)
-    tables = [weight.name for weight in weights(config) if weight.dims == ("vocab", "hidden")]
+    tables = vocabulary_tables(weights(config))
     state = {}
     for weight in weights(config):
         tensor = source[weight.name if weight.name in source else tables[0]].detach().double()

@@ -28,7 +28,7 @@ from minitron_search.console import console, say  # noqa: E402
 from minitron_search.correction_stage import correct_teacher  # noqa: E402
 from minitron_search.depth_recommendation import best_blocks  # noqa: E402
 from minitron_search.depth_stage import measure_depth  # noqa: E402
-from minitron_search.forecast import dry_run  # noqa: E402
+from minitron_search.forecast import dry_run, intermediate_advice  # noqa: E402
 from minitron_search.loop_settings import Precision  # noqa: E402
 from minitron_search.memory import release_memory  # noqa: E402
 from minitron_search.preparation import Prepared, check, environment, prepare  # noqa: E402
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = configuration.load(options.config, overrides)
         if options.dry_run:
-            _, space, _ = check(config, options.resume)
+            _, space = check(config, options.resume)
             dry_run(config, space, console)
             return 0
         say("preparing: teacher, text, Winogrande")
@@ -128,6 +128,9 @@ def run(prepared: Prepared) -> None:
 
 def search_and_retrain(prepared: Prepared, resolved: Precision) -> None:
     config, run, space = prepared.config, prepared.run, prepared.space
+    if advice := intermediate_advice(config, space):
+        run.event("advice", message=advice)
+        say(advice)
     materials = ray.put(make_materials(prepared, resolved))
     settings = distillation_settings(config, resolved)
     resources = config.resources

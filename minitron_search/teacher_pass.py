@@ -130,7 +130,8 @@ def _materials(prepared: Prepared, resolved: Precision, folder: Path, key: str) 
         return built.path
 
     mode = teacher_cache.resolve_mode(
-        "off" if parallel_folder else config.distillation.teacher_cache,
+        # no cache holds states, or what a teacher will say once it is corrected
+        "off" if parallel_folder or config.distillation.intermediate else config.distillation.teacher_cache,
         teacher_cache.cache_path(key, f"{corpus.id} train", corpus.train, resolved),
         teacher_cache.cache_bytes(corpus.train, teaching.config.hidden_size, resolved),
     )

@@ -1,6 +1,6 @@
 """Where a distillation's teacher distribution comes from: the teacher itself, asked for every batch, or its cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,14 +12,19 @@ from transformers import PreTrainedModel
 
 from minitron_search.distillation_loss import OutputHead
 from minitron_search.families import head_scale, head_softcap
+from minitron_search.intermediate_loss import recorded
 from minitron_search.loop_settings import Precision
 from minitron_search.teacher_cache import CacheReader, teacher_hidden
 
 
 class TeacherBatch(NamedTuple):
-    """What the teacher says of n windows: its final normed hidden states (n, length, hidden)."""
+    """What the teacher says of n windows: its final normed hidden states (n, length, hidden).
+
+    states: by the number of the student's state that each is compared with (`intermediate_loss`), the same shape.
+    """
 
     hidden: Tensor
+    states: Mapping[int, Tensor] = {}
 
 
 class Teacher(NamedTuple):
@@ -41,14 +46,17 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     return OutputHead(head.weight, head.bias, head_scale(model.config), head_softcap(model.config))
 
 
-def live_teacher(model: PreTrainedModel, precision: Precision) -> Teacher:
-    """Runs `model` for every batch."""
-    counted = [0]
+def live_teacher(model: PreTrainedModel, precision: Precision, states: Mapping[int, int] | None = None) -> Teacher:
+    """Runs `model` for every batch. `states`: which it gives besides (`intermediate_loss.state_map`), in the dtype of
+    the products."""
+    counted, states = [0], states or {}
 
     def ask(indices: np.ndarray, tokens: np.ndarray) -> TeacherBatch:
         counted[0] += tokens.size
         ids = torch.from_numpy(tokens.astype(np.int64)).to(model.device)
-        return TeacherBatch(teacher_hidden(model, ids, precision))
+        with recorded(model, set(states.values())) as found:
+            hidden = teacher_hidden(model, ids, precision)
+        return TeacherBatch(hidden, states={number: found[own].to(hidden.dtype) for number, own in states.items()})
 
     return Teacher(ask, frozen_head(output_head(model), precision), lambda: counted[0])
 

@@ -61,7 +61,7 @@ class TrainingLog:
             values /= self.world_size
         rows = values.tolist()  # waits for the device
         speed = len(rows) * self.batch_tokens / max(time.monotonic() - self.clock, 1e-9)
-        for (step, _, learning_rate), (loss, ce, kl, norm) in zip(self.pending, rows, strict=True):
+        for (step, _, learning_rate), (loss, ce, kl, intermediate, norm) in zip(self.pending, rows, strict=True):
             if self.rank == 0:
                 record = {
                     "step": step, "tokens": step * self.batch_tokens, "loss": loss, "lm_loss": ce, "kl": kl,
@@ -69,6 +69,8 @@ class TrainingLog:
                 }  # fmt: skip
                 if self.settings.loss == "ce":
                     del record["kl"]
+                if self.settings.intermediate:
+                    record["intermediate"] = intermediate
                 self.log(record)
             self._check(step, loss)
             self.last = loss

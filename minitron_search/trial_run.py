@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from minitron_search.correction import correcting_teacher, float32_of, trainable
 from minitron_search.correction_settings import Correction, method_of
 from minitron_search.distillation import Milestone
 from minitron_search.distillation_loss import OutputHead
+from minitron_search.intermediate_loss import state_map
 from minitron_search.loop_settings import LoopSettings, Precision
 from minitron_search.precision import device, on_device
 from minitron_search.rankings import Rankings
@@ -26,6 +28,7 @@ from minitron_search.teacher_source import Teacher, cached_teacher, live_teacher
 from minitron_search.training_log import DivergedError
 from minitron_search.trial import Trial
 from minitron_search.trimming import load_head, load_teacher, random_student, trim
+from minitron_search.views import as_views
 from minitron_search.winogrande import PackedOptions
 
 DECISION_POLL_S = 0.05
@@ -104,7 +107,7 @@ def run_trial(
         student,
         materials.train,
         settings,
-        teacher_of(materials, settings, world_size),
+        teacher_of(materials, trial, world_size),
         on_milestone=reached,
         log=lambda record: run.log_step(trial.id, **record),
         checkpoint_folder=folder,
@@ -143,28 +146,41 @@ def initial_student(materials: Materials, trial: Trial) -> PreTrainedModel:
     rankings = None
     if trial.initialization == "random_pruned":
         rankings = Rankings.random(AutoConfig.from_pretrained(materials.teacher_folder), trial.seed)
+    elif trial.settings.total_tokens == 0 and is_float32(materials.teacher_folder):  # scored as it is
+        return as_views(materials.teacher_folder, trial.architecture)
     return trim(materials.teacher_folder, trial.architecture, rankings)
 
 
-def teacher_of(materials: Materials, settings: LoopSettings, world_size: int = 1) -> Teacher | None:
-    if settings.loss == "ce":
+def is_float32(folder: Path) -> bool:
+    """Whether a model is stored in the dtype of students, float32 whatever the dtype of the products: the norms and the
+    residual stream of a bfloat16 model round where a student's do not."""
+    return AutoConfig.from_pretrained(folder).dtype == torch.float32
+
+
+def teacher_of(materials: Materials, trial: Trial, world_size: int = 1) -> Teacher | None:
+    settings, states = trial.settings, None
+    if not settings.asks_teacher:
         return None
+    if settings.intermediate:
+        depth = len(materials.block_bi) - 1
+        states = state_map(trial.architecture.layers, depth, settings.intermediate_layers, settings.embedding)
     if materials.parallel is not None:
-        return corrected_meanwhile(materials, materials.parallel, settings, world_size)
+        return corrected_meanwhile(materials, materials.parallel, settings, states, world_size)
     if materials.train_cache is None:
-        return live_teacher(on_device(load_teacher(materials.compute_folder)), settings.precision)
+        return live_teacher(on_device(load_teacher(materials.compute_folder)), settings.precision, states)
     return cached_teacher(materials.train_cache, teacher_head(materials), settings.precision)
 
 
 def corrected_meanwhile(
-    materials: Materials, correction: Correction, settings: LoopSettings, world_size: int
-) -> Teacher:
+    materials: Materials, correction: Correction, settings: LoopSettings, states: Mapping[int, int] | None,
+    world_size: int,
+) -> Teacher:  # fmt: skip
     assert materials.parallel_folder is not None
     model = trainable(on_device(float32_of(materials.parallel_folder)), correction.method, correction.seed)
     length = materials.train.shape[1]
     batch = math.ceil(settings.batch_tokens / length)
     return correcting_teacher(
-        live_teacher(model, settings.precision),
+        live_teacher(model, settings.precision, states),
         model,
         correction.settings(settings),
         share=batch // world_size,

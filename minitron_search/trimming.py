@@ -31,6 +31,7 @@ from minitron_search.families import (
     sizes,
     split_name,
     student_config,
+    vocabulary_tables,
     weights,
     whole,
 )
@@ -79,9 +80,10 @@ def load_teacher(folder: Path) -> PreTrainedModel:
 def load_head(folder: Path) -> OutputHead:
     """The output head of such a folder, memory-mapped."""
     config, read = AutoConfig.from_pretrained(folder), reader(folder)
-    tables = [weight.name for weight in weights(config) if weight.embedding]
-    # the last is the only one when it is tied to the input embedding
-    return OutputHead(read(tables[-1]), None, head_scale(config), head_softcap(config))
+    listed = weights(config)
+    biases = [weight.name for weight in listed if weight.dims == ("vocab",)]
+    bias = read(biases[0]) if biases else None
+    return OutputHead(read(vocabulary_tables(listed)[-1]), bias, head_scale(config), head_softcap(config))
 
 
 def trim(teacher_folder: Path, architecture: Architecture, rankings: Rankings | None = None) -> PreTrainedModel:
@@ -140,7 +142,7 @@ def trimmed_weights(
                 tensor = _take(tensor, axis, index)
         state[name] = tensor
     if family.embedding_scaled and architecture.hidden_size < config.hidden_size:
-        tables = [weight.name for weight in listed if weight.embedding]
+        tables = vocabulary_tables(listed)
         _keep_scale_of_embedding(state, tables, family.final_norm, config.hidden_size / architecture.hidden_size)
     return state
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from minitron_search.distillation_loss import OutputHead
-from minitron_search.families import decoder_layers, family_of, weights
+from minitron_search.families import decoder_layers, family_of, vocabulary_tables, weights
 from minitron_search.precision import autocast
 from minitron_search.teacher_source import frozen_head, output_head
 from minitron_search.trimming import load_teacher, reader
@@ -43,7 +43,7 @@ class Walk:
         self.layers = decoder_layers(self.model)
         family = family_of(self.config)
         self.prefix = family.layers
-        tables = [weight.name for weight in weights(self.config) if weight.embedding]
+        tables = vocabulary_tables(weights(self.config))
         self.embedding_name, self.head_name = tables[0], tables[-1]  # one table where they are tied
         self.head_about = output_head(self.model)
         self.embedding: nn.Embedding = self.model.get_input_embeddings()  # type: ignore[assignment]

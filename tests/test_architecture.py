@@ -32,7 +32,8 @@ def test_parameters_are_those_of_the_materialised_model_tied_ones_once(model_typ
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert parameter_count(listed, sizes) == sum(parameter.numel() for parameter in model.parameters())
-    embeddings = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    head = model.get_output_embeddings()
+    embeddings = {model.get_input_embeddings().weight, head.weight, head.bias}
     outside = sum(parameter.numel() for parameter in model.parameters() if parameter not in embeddings)
     assert parameter_count(listed, sizes, embeddings=False) == outside
 
@@ -82,6 +83,13 @@ def test_flops_are_those_counted_in_a_forward_pass_with_half_of_attention(model_
         ("gpt_neox", 70_426_624, (50_304, 512, 2048, 6, 8, 8, 64, False)),  # pythia-70m
         ("gpt2", 124_439_808, (50_257, 768, 3072, 12, 12, 12, 64, True)),  # gpt2
         ("opt", 125_239_296, (50_272, 768, 3072, 12, 12, 12, 64, True)),  # opt-125m
+        ("gemma", 2_506_172_416, (256_000, 2048, 16_384, 18, 8, 1, 256, True)),  # gemma-2b
+        ("phi", 2_779_683_840, (51_200, 2560, 10_240, 32, 32, 32, 80, False)),  # phi-2
+        ("starcoder2", 3_030_371_328, (49_152, 3072, 12_288, 30, 24, 2, 128, True)),  # starcoder2-3b
+        ("olmo", 1_176_764_416, (50_304, 2048, 8192, 16, 16, 16, 128, True)),  # OLMo-1B-hf
+        ("olmo3", 7_298_011_136, (100_278, 4096, 11_008, 32, 32, 32, 128, False)),  # Olmo-3-1025-7B
+        ("cohere", 34_980_831_232, (256_000, 8192, 22_528, 40, 64, 64, 128, True)),  # c4ai-command-r-v01
+        ("ernie4_5", 360_748_032, (103_424, 1024, 3072, 18, 16, 2, 128, True)),  # ERNIE-4.5-0.3B
         ("stablelm", 1_644_515_328, (100_352, 2048, 5632, 24, 32, 32, 64, False)),  # stablelm-2-1_6b
     ],
 )

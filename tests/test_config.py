@@ -164,6 +164,8 @@ def test_a_section_that_is_none_is_named(key: str) -> None:
         ({"space": {"axes": {"hidden_size": {"low": 8, "high": 4, "step": 2}}}}, ["low 8 is above high 4"]),
         ({"space": {"axes": {"hidden_size": {"low": 8, "high": 9, "step": 1, "choices": [8]}}}}, ["not both"]),
         ({"space": {"axes": {"hidden_size": {"choices": []}}}}, ["space.axes.hidden_size"]),
+        ({"space": {"axes": {"intermediate_size": {"choices": [[8, 9], [8, 8]]}}}},
+         ["space.axes.intermediate_size", "a size for every layer", "valid: choices"]),
         ({"space": {"axes": {"hidden_size": {"choices": ["x"]}}}}, ["space.axes.hidden_size.choices.0: 'x'"]),
         ({"space": {"axes": {"drop_block": {"lengths": []}}}}, ["space.axes.drop_block.lengths: []"]),
         ({"space": {"anchors": [{"hidden_size": "x"}]}}, ["space.anchors.0.hidden_size: 'x'"]),

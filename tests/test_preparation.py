@@ -177,7 +177,7 @@ def test_a_family_that_is_not_supported(refused: Refused, here: Path) -> None:
     GPTJForCausalLM(gptj).save_pretrained(here / "gptj")
     tiny.tokenizer().save_pretrained(here / "gptj")
     said = refused("--teacher.model", str(here / "gptj"))
-    assert "teacher.model: family 'gptj' is not supported; supported: gemma2" in said
+    assert "teacher.model: family 'gptj' is not supported; supported: cohere" in said
 
 
 def test_a_teacher_that_is_not_there(refused: Refused, inputs: Path) -> None:

@@ -54,7 +54,7 @@ class Kept(nn.Module):
         self.channels, self.norm = channels, copy.deepcopy(norm)
         for name, parameter in self.norm.named_parameters():
             setattr(self.norm, name, nn.Parameter(parameter[channels]))
-        if isinstance(norm, nn.LayerNorm):
+        if hasattr(norm, "normalized_shape"):
             self.norm.normalized_shape = (len(channels),)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,10 +95,11 @@ def masked(teacher: PreTrainedModel, architecture: Architecture, rankings: Ranki
         only(layer.get_submodule(family.mlp_output), rankings.mlp[index, : architecture.intermediate_size])
         for name, module in list(layer.named_modules()):
             if "norm" in type(module).__name__.lower():
-                flattened = {"self_attn.q_norm": query, "self_attn.k_norm": key_value}  # OLMo 2's
-                over = flattened.get(name, hidden)
-                if name not in flattened or model.config.model_type == "olmo2":
-                    layer.set_submodule(name, Kept(module, over))
+                (over,) = family.layer_weights.get(f"{name}.weight", ("hidden",))
+                if over != "head_dim":  # OLMo 2's and 3's are over all heads
+                    layer.set_submodule(
+                        name, Kept(module, {"hidden": hidden, "query": query, "key_value": key_value}[over])
+                    )
     model.set_submodule(family.final_norm, Kept(model.get_submodule(family.final_norm), hidden))
     return model
 
@@ -150,7 +151,9 @@ def test_the_permuted_teacher_computes_the_same_function(model_type: str, ratio:
     assert torch.equal(moved, teacher.get_input_embeddings().weight[:, rankings.hidden])
     assert torch.equal(tiny.logits(load_teacher(folder), input_ids), tiny.logits(permuted, input_ids))
     head, of_model = load_head(folder), output_head(permuted)
-    assert torch.equal(head.weight, of_model.weight) and head[1:] == of_model[1:]
+    assert torch.equal(head.weight, of_model.weight) and head[2:] == of_model[2:]
+    assert (head.bias is None) == (of_model.bias is None) == (model_type != "phi")
+    assert head.bias is None or torch.equal(head.bias, of_model.bias)
 
 
 @pytest.mark.parametrize(("model_type", "ratio"), tiny.HEADED)

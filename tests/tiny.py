@@ -24,7 +24,7 @@ RATIOS = (1, 3, 4, 7)  # query heads per key-value head
 WORDS = np.array("the quick brown fox jumps over a lazy dog and runs away, far away; then 12 wolves sleep.".split())
 
 
-HALF_ROTARY = ("phi3", "stablelm", "gpt_neox")  # half of a head is rotated, in pairs
+HALF_ROTARY = ("phi", "phi3", "stablelm", "gpt_neox", "nemotron", "glm4")  # half of a head is rotated, in pairs
 # (model_type, query heads per key-value head): every family, with every ratio that it can have
 HEADED = [(name, ratio) for name, family in FAMILIES.items() for ratio in (RATIOS if family.grouped_query else (1,))]
 
@@ -40,7 +40,7 @@ def config(model_type: str = "llama", **given: Any) -> PretrainedConfig:
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 6,
+        "head_dim": 8 if model_type == "phi" else 6,  # phi rotates half of it, in pairs
         "tie_word_embeddings": True,
         "max_position_embeddings": 64,
         "bos_token_id": 0,
@@ -99,15 +99,27 @@ def _options(model_type: str, draw: np.random.Generator) -> dict[str, Any]:
     return {
         "llama": {**rms, **biases},
         "mistral": {**rms, **window},
+        "ministral": {**rms, **window},
+        "seed_oss": {**rms, **maybe("attention_bias", "attention_out_bias")},
+        "ernie4_5": {**rms, **maybe("use_bias")},
+        "olmo": {"rope_parameters": rope, "clip_qkv": float(draw.choice([0.5, 8.0])), **maybe("attention_bias")},
         "qwen2": {**rms, **window, **maybe("use_sliding_window"), "max_window_layers": 1},
         "qwen3": {**rms, **window, **maybe("use_sliding_window", "attention_bias"), "max_window_layers": 1},
         "smollm3": {**rms, **window, **maybe("use_sliding_window"), **biases, "no_rope_layer_interval": 2},
         "granite": {**rms, **biases, "embedding_multiplier": 3.0, "logits_scaling": 4.0, "residual_multiplier": 0.5,
                     "attention_multiplier": 0.3},
+        "gemma": {**rms, **maybe("attention_bias")},
         "gemma2": {**gemma, "rope_parameters": rope, "attn_logit_softcapping": 3.0},
         "gemma3_text": {**gemma, "sliding_window_pattern": 2},
         "phi3": {"rms_norm_eps": epsilon, **window, **partial},
+        "phi": {"layer_norm_eps": epsilon, **partial},
         "olmo2": {**rms, **maybe("attention_bias")},
+        "olmo3": {**rms, **window, **maybe("attention_bias")},
+        "exaone4": {**rms, **window, "sliding_window_pattern": 2},
+        "glm4": {"rms_norm_eps": epsilon, **partial, **maybe("attention_bias")},
+        "nemotron": {"norm_eps": epsilon, **partial, **maybe("attention_bias", "mlp_bias")},
+        "starcoder2": {"norm_epsilon": epsilon, "rope_parameters": rope, **window, **maybe("use_bias")},
+        "cohere": {"layer_norm_eps": epsilon, "rope_parameters": rope, **maybe("attention_bias"), "logit_scale": 0.25},
         "stablelm": {"layer_norm_eps": epsilon, **partial, **maybe("use_qkv_bias", "use_parallel_residual")},
         "gpt_neox": {"layer_norm_eps": epsilon, **partial, **maybe("use_parallel_residual", "attention_bias")},
         "gpt2": {"layer_norm_epsilon": epsilon, **maybe("scale_attn_weights")},

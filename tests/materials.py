@@ -1,0 +1,61 @@
+"""What trials read, made from a tiny teacher without Ray."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from minitron_search.architecture import Architecture
+from minitron_search.families import whole
+from minitron_search.loop_settings import LoopSettings, Precision
+from minitron_search.rankings import Rankings
+from minitron_search.run_directory import RunDirectory
+from minitron_search.teacher_cache import ensure
+from minitron_search.trial import Trial
+from minitron_search.trial_run import Materials
+from minitron_search.trimming import load_teacher, permute_teacher
+from minitron_search.winogrande import load_examples, pack
+from tests import tiny
+
+LENGTH = 16
+
+
+def materials(folder: Path, precision: Precision = "float32", stored: str = "float32", **given: Any) -> Materials:
+    """Of a random teacher in a random order, stored in dtype `stored`; its shape as `tiny.config`. Teacher caches are
+    written where the environment says."""
+    teacher = tiny.teacher_folder(folder / "teacher", **given)
+    if stored != "float32":
+        AutoModelForCausalLM.from_pretrained(teacher, dtype=stored).save_pretrained(teacher)
+    config = AutoConfig.from_pretrained(teacher)
+    rankings, depth = Rankings.random(config, 0), whole(config).num_hidden_layers
+    computing = permute_teacher(teacher, rankings, folder / precision, precision)
+    draw = np.random.default_rng(0)
+    train, validation = (draw.integers(0, config.vocab_size, (rows, LENGTH)).astype(np.int32) for rows in (20, 4))
+    questions = load_examples(str(tiny.winogrande_file(folder / "questions.jsonl")))
+    return Materials(
+        run=RunDirectory(str(folder / "run")),
+        teacher_folder=permute_teacher(teacher, rankings, folder / "stored"),
+        compute_folder=computing,
+        train=train,
+        validation=validation,
+        packed=pack(questions, tiny.tokenizer()),
+        train_cache=None,
+        validation_cache=ensure(lambda: load_teacher(computing), str(folder), "validation", validation, precision).path,
+        block_bi=torch.rand(depth + 1, depth + 1).numpy(),
+        precision=precision,
+    )
+
+
+def trial(architecture: Architecture, settings: LoopSettings, initialization: str = "pruned") -> Trial:
+    return Trial(
+        architecture=architecture,
+        arm="retrained",
+        seed=0,
+        proposal=-1,
+        initialization=initialization,
+        settings=settings,
+        score_precision="float32",
+        counts={},
+    )

@@ -1,0 +1,36 @@
+"""The papers' recipes plan what the papers published (arXiv:2408.11796, Tables 1 and 3)."""
+
+from pathlib import Path
+
+import pytest
+
+from minitron_search.config import load
+from minitron_search.preparation import check
+from minitron_search.search_space import SearchSpace
+from minitron_search.teacher import teacher_config
+
+RECIPES = Path(__file__).parents[1] / "search_spaces"
+PAPERS = {
+    "llama-3.1-minitron-4b-width": (4.5, 3.7),
+    "llama-3.1-minitron-4b-depth": (4.5, 3.5),
+    "mn-minitron-8b": (8.4, 7.3),
+}
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_a_configuration_that_is_all_in_order(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minitron_search.preparation.check_tasks", lambda tasks: None)  # indexing them takes seconds
+    _, space = check(load(str(path), ["--output", str(tmp_path / "run")]), resume=False)
+    assert len(space) > 10
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_an_anchor_has_the_papers_parameters(name: str) -> None:
+    config = load(str(RECIPES / f"{name}.yaml"), [])
+    space = SearchSpace(config.space, teacher_config(config.teacher.model))
+    (anchor,) = space.anchors
+    measures = space.measures(anchor)
+    assert (round(measures.params / 1e9, 1), round(measures.non_embedding_params / 1e9, 1)) == PAPERS[name]
+    assert anchor.id in {architecture.id for architecture in space.architectures()}
