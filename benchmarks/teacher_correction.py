@@ -174,9 +174,6 @@ def answers(plan: Plan, work: Path, arm: Kind) -> Path:
 
 def trial(plan: Plan, work: Path, arm: str, seed: int) -> None:
     """Distil one student and write its rows; in a process of its own, on one thread."""
-    file = work / "rows" / f"{arm}-{seed}.json"
-    if file.exists():
-        return
     config, kind = plan.read(), ARMS[arm]
     text, began = np.load(work / "text.npz"), time.monotonic()
     cut_from = work / "permuted" / f"{kind.pruned}-{kind.pruned}"
@@ -207,8 +204,12 @@ def trial(plan: Plan, work: Path, arm: str, seed: int) -> None:
         print(f"{arm}, seed {seed}: {milestone.tokens_seen:,} tokens, LM loss {mean:.4f}", flush=True)
 
     train(on_device(trim(cut_from, shape)), text["train"], settings, teacher, on_milestone=score)
-    replace_text(file, json.dumps(rows))
+    replace_text(row_file(work, arm, seed), json.dumps(rows))
     release_memory()
+
+
+def row_file(work: Path, arm: str, seed: int) -> Path:
+    return work / "rows" / f"{arm}-{seed}.json"
 
 
 def params_of(folder: Path) -> int:
@@ -379,15 +380,16 @@ def main(arguments: list[str] | None = None) -> None:
     work = chosen.work.absolute() / digest(asdict(plan))
     (work / "rows").mkdir(parents=True, exist_ok=True)
     arms = ["original", *(arm for arm in ARMS if arm in chosen.arms and arm != "original")]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context) as once:
-        once.submit(prepare, plan, work, chosen.at_once).result()
-    with ProcessPoolExecutor(chosen.at_once, context) as pool:
-        jobs = [pool.submit(trial, plan, work, arm, seed) for seed in chosen.seeds for arm in arms]
-        for job in jobs:
-            job.result()
+    left = [(arm, seed) for seed in chosen.seeds for arm in arms if not row_file(work, arm, seed).exists()]
+    if left:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, context) as once:  # gives its memory back before the students begin
+            once.submit(prepare, plan, work, chosen.at_once).result()
+        with ProcessPoolExecutor(chosen.at_once, context) as pool:
+            for job in [pool.submit(trial, plan, work, arm, seed) for arm, seed in left]:
+                job.result()
     rows = [row for arm in arms for seed in chosen.seeds
-            for row in json.loads((work / "rows" / f"{arm}-{seed}.json").read_text())]  # fmt: skip
+            for row in json.loads(row_file(work, arm, seed).read_text())]  # fmt: skip
     report(plan, work, rows, chosen.output)
 
 

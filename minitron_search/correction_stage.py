@@ -43,9 +43,11 @@ SCORES = ("lm_loss", "lm_loss_stderr", "lm_loss_n", "kl", "kl_stderr", "winogran
 
 def correct_teacher(prepared: Prepared, resolved: Precision) -> Prepared:
     """`prepared` with the corrected model in the place of the one that teaches, and of the one that is pruned where
-    the configuration says so. Raises RuntimeError where the correction diverges."""
+    the configuration says so; as it is where none is to be corrected before. Raises RuntimeError where the correction
+    diverges."""
     asked, config = correction(prepared.config), prepared.config
-    assert asked is not None
+    if asked is None or config.teacher.correction.parallel:
+        return prepared
     settings = correction_settings(config, asked, resolved)
     resources = config.resources
     gangs = slots(resources.workers_per_trial, resources.cpus_per_worker, resources.gpus_per_worker)

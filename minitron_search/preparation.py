@@ -105,7 +105,9 @@ def prepare(config: Config, resume: bool) -> Prepared:
     longest = getattr(teacher, "max_position_embeddings", 2048)
     packed = pack(examples, tokenizer, config.winogrande.shots, max_length=longest)
     check_window(teacher, packed)
-    trains = set(config.stages) & {"importance", "search", "retrain"}
+    # the same text whatever stages run now: the corrected teacher is of that text
+    corrected = correction_tokens(config) if set(config.stages) != {"report"} else 0
+    trains = corrected or set(config.stages) & {"importance", "search", "retrain"}
     corpus = load_corpus(
         config.corpus.train,
         config.corpus.validation,
@@ -113,7 +115,7 @@ def prepare(config: Config, resume: bool) -> Prepared:
         sequence_length=config.corpus.sequence_length,
         calibration_samples=config.corpus.calibration_samples,
         validation_samples=config.corpus.validation_samples,
-        train_tokens=max(config.search.rungs[-1], config.retraining.tokens, correction_tokens(config)) if trains else 0,
+        train_tokens=max(config.search.rungs[-1], config.retraining.tokens, corrected) if trains else 0,
         seed=importance_seed(config),
     )
     return Prepared(

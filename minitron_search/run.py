@@ -36,7 +36,6 @@ from minitron_search.search import Search, run_search  # noqa: E402
 from minitron_search.summary import summary_table  # noqa: E402
 from minitron_search.teacher_pass import make_materials, measure_importance  # noqa: E402
 from minitron_search.trial_settings import (  # noqa: E402
-    correction_tokens,
     distillation_settings,
     make_trial,
     retraining_settings,
@@ -106,8 +105,8 @@ def run(prepared: Prepared) -> None:
         with cluster.joined():
             resolved = resolved_precision(config.precision)
             run.write_environment({**environment(prepared), "precision": resolved})
-            if correction_tokens(config):
-                prepared = correct_teacher(prepared, resolved)
+            prepared = correct_teacher(prepared, resolved)
+            if prepared.corrected:
                 run.write_environment({**environment(prepared), "precision": resolved})
             if "importance" in config.stages and not run.importance.exists():
                 measure_importance(prepared, resolved)

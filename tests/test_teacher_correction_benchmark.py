@@ -57,7 +57,7 @@ def test_the_command_makes_every_arm_once_and_one_table(tmp_path: Path, monkeypa
     def never(*given: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(teacher_correction, "train", never)  # of this process: whoever trains here
+    monkeypatch.setattr(teacher_correction, "ProcessPoolExecutor", never)
     kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     main(command)
     assert document.read_text() == text
