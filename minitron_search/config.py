@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from minitron_search.loop_settings import Loss
+
 STAGES = ("importance", "depth", "search", "retrain", "report")
 SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
@@ -281,7 +283,7 @@ class Distillation(Section):
     embedding: whether it compares the embedding's output too.
     """
 
-    loss: Literal["kld", "ce", "clm+kld"] = "kld"
+    loss: Loss = "kld"
     temperature: Positive = 1.0
     intermediate: Literal["auto"] | Annotated[Real, Field(ge=0)] = 0.0  # alpha; 0: logits only (best practice 7)
     intermediate_loss: Literal["mse", "cosine"] = "mse"
@@ -311,6 +313,14 @@ class Distillation(Section):
             raise ValueError(f"distillation.initialization: random_pruned keeps channels that are not the teacher's "
                              f"leading ones, with which {asked} compares them; valid: pruned or random, or "
                              "intermediate 0")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _logits_have_no_temperature(self) -> "Distillation":
+        if self.temperature != 1 and self.loss.removeprefix("clm+") in ("mse", "cosine"):
+            raise ValueError(f"distillation.temperature: {self.temperature:g} with loss {self.loss}, which compares "
+                             "logits, not probabilities; valid: 1, or distillation.loss kld, reverse_kld, js or tv "
+                             "(also as clm+kld, ...)")  # fmt: skip
         return self
 
 

@@ -1,24 +1,29 @@
 """The output losses of distillation, and their gradients, computed in chunks over positions.
 
-    kld       tau^2 * KL(teacher || student) of the next-token distributions at temperature tau
-    ce        cross-entropy of the student against the next token (L_CLM)
-    clm+kld   their sum
+    ce                                cross-entropy of the student against the next token (L_CLM)
+    kld, reverse_kld, js, tv          a divergence of the next-token distributions at temperature tau (L_logits)
+    mse, cosine                       the same of the logits themselves, without a temperature
+    clm+kld, clm+reverse_kld, ...     L_CLM + L_logits
 
-KL is summed over the vocabulary and averaged over tokens (2408.11796, section 2.3: L_logits). The factor
-tau^2 keeps the size of the gradient as tau changes (Hinton et al. 2015, section 2). Gradients are computed
-chunk by chunk in the forward pass, where the logits already are, so full-vocabulary logits of a batch never
-exist, not even for the backward pass.
+divergences.py defines them. They are averaged over tokens, and KL is summed over the vocabulary (2408.11796, section
+2.3). To keep the size of the gradient as tau changes, kld, reverse_kld and js, which are quadratic in small differences
+of the logits, are multiplied by tau^2 (Hinton et al. 2015, section 2) and tv, which is linear in them, by tau.
+Gradients are computed chunk by chunk in the forward pass, where the logits already are, so full-vocabulary logits of a
+batch never exist, not even for the backward pass. On a GPU with `liger-kernel` installed the rows of ce and kld are
+computed by its kernels (liger_rows.py).
 
 Shapes: T tokens, V vocabulary, H hidden size (the student's and the teacher's may differ). Matrix products
 run in the precision of the surrounding autocast; softmax, sums and weight gradients in float32.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from minitron_search import liger_rows
+from minitron_search.divergences import Divergence, compare, softmax, top_k_kl
 from minitron_search.loop_settings import Loss
 
 IGNORE = -100  # the target of a position without a next token
@@ -50,10 +55,19 @@ class OutputHead(NamedTuple):
     softcap: float | None = None
 
 
+class TopK(NamedTuple):
+    """What is kept of a teacher's next-token distributions: log-probabilities, nats, at temperature 1."""
+
+    indices: Tensor  # (T, k) int64, the most probable tokens, each once
+    log_probabilities: Tensor  # (T, k) float32
+    rest: Tensor  # (T,) float32, log of the probability of all other tokens; -inf where there are none
+
+
 class OutputLoss(NamedTuple):
     """`loss` carries the gradient; the means are for the log: nats per token, float32.
 
-    `kl` is at the temperature, without tau^2, and None without a teacher; `ce` is at temperature 1.
+    `kl` is KL(teacher || student) whatever the loss, at the temperature, without tau^2, and None without a teacher;
+    `ce` is at temperature 1.
     """
 
     loss: Tensor
@@ -76,23 +90,46 @@ def output_loss(
     teacher_hidden: Tensor | None = None,
     teacher_head: OutputHead | None = None,
     *,
+    teacher_topk: TopK | None = None,
     temperature: float = 1.0,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> OutputLoss:
     """The loss of `student_hidden` (T, H), with gradients to it and to the student head's weight and bias.
 
     `targets` (T,) int64 are next tokens, or IGNORE. KL averages over all T, cross-entropy over those with a
-    target. The teacher's hidden states (T, H_teacher) and head are read by `kld` and `clm+kld` only. The loss
-    can be backpropagated once.
+    target, and `ce` reads no teacher. Every other loss reads the teacher's hidden states (T, H_teacher) and head. For
+    `kld` and `clm+kld` at temperature 1 `teacher_topk` may take the place of the hidden states: KL is then that of
+    k + 1 outcomes, the last of them any other token, and the teacher's head is not read. The loss can be backpropagated
+    once.
     """
-    if loss == "ce":
-        teacher_hidden = teacher_head = None
-    else:
+    divergence = cast(Divergence | None, None if loss == "ce" else loss.removeprefix("clm+"))
+    if divergence is None:
+        teacher_hidden = teacher_head = teacher_topk = None
+    elif teacher_topk is None:
         assert teacher_hidden is not None and teacher_head is not None
+        assert temperature == 1 or divergence not in ("mse", "cosine"), "logits have no temperature"
+    else:
+        assert teacher_hidden is None
+        teacher_head = None
+        assert divergence == "kld" and temperature == 1, "a sparse teacher is one of kld at temperature 1"
     return OutputLoss(*_ChunkedLoss.apply(
         student_hidden, student_head.weight, student_head.bias, student_head.scale, student_head.softcap,
-        targets, teacher_hidden, teacher_head, loss != "kld", temperature, chunk_tokens,
+        targets, teacher_hidden, teacher_head, teacher_topk, divergence,
+        loss == "ce" or loss.startswith("clm+"), temperature, chunk_tokens,
     ))  # fmt: skip
+
+
+@torch.no_grad()
+def top_k(hidden: Tensor, head: OutputHead, k: int, *, chunk_tokens: int = 64) -> TopK:
+    """The k most probable next tokens of every position of `hidden` (T, H), k at most V."""
+    chunks = []
+    for rows in hidden.split(chunk_tokens):
+        logits, _ = _logits(rows @ head.weight.t(), head)
+        kept, indices = logits.topk(k)
+        rest = logits.scatter_(1, indices, -torch.inf).logsumexp(1, keepdim=True)
+        total = torch.cat([kept, rest], 1).logsumexp(1, keepdim=True)
+        chunks.append(TopK(indices, kept - total, (rest - total).squeeze(1)))
+    return TopK(*map(torch.cat, zip(*chunks, strict=True)))
 
 
 @torch.no_grad()
@@ -125,12 +162,17 @@ class _ChunkedLoss(torch.autograd.Function):
         targets: Tensor,
         teacher_hidden: Tensor | None,
         teacher_head: OutputHead | None,
+        teacher_topk: TopK | None,
+        divergence: Divergence | None,
         with_ce: bool,
         temperature: float,
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         head = OutputHead(weight, bias, scale, softcap)
-        walk = _Walk(student_hidden, head, targets, teacher_hidden, teacher_head, temperature, chunk_tokens)
+        walk = _Walk(
+            student_hidden, head, targets, teacher_hidden, teacher_head, temperature, chunk_tokens,
+            teacher_topk=teacher_topk, divergence=divergence,
+        )  # fmt: skip
         tokens, targeted = len(targets), (targets != IGNORE).sum()
         # gradients are those of tokens * loss, and divided once, in backward
         ce_weight = tokens / targeted if with_ce else None
@@ -146,7 +188,11 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.gradients, ctx.tokens = (grad_hidden, grad_weight, grad_bias), tokens
         ce = walk.ce.sum() / targeted
         kl = None if walk.kl is None else walk.kl.mean()
-        loss = torch.zeros_like(ce) if kl is None else temperature**2 * kl
+        loss = torch.zeros_like(ce)
+        if divergence is not None:
+            value = kl if walk.value is None else walk.value.mean()
+            assert value is not None
+            loss = temperature**walk.tau_power * value
         if with_ce:
             loss = loss + ce
         ctx.mark_non_differentiable(*(part for part in (ce, kl) if part is not None))
@@ -158,7 +204,7 @@ class _ChunkedLoss(torch.autograd.Function):
         assert ctx.gradients is not None, "the gradients of a loss are kept for one backward pass"
         gradients = [part if part is None else part.mul_(grad_loss / ctx.tokens) for part in ctx.gradients]
         ctx.gradients = None  # autograd takes these tensors over instead of copying them
-        return *gradients, *(None,) * 8
+        return *gradients, *(None,) * 10
 
 
 class _Walk:
@@ -173,6 +219,9 @@ class _Walk:
         teacher_head: OutputHead | None,
         temperature: float,
         chunk_tokens: int,
+        *,
+        teacher_topk: TopK | None = None,
+        divergence: Divergence | None = "kld",
     ) -> None:
         self.device = student_hidden.device.type
         autocast = torch.is_autocast_enabled(self.device)
@@ -181,10 +230,15 @@ class _Walk:
         self.student_weight = student_head.weight.to(dtype)
         self.student_head, self.teacher_head = student_head, teacher_head
         self.targets, self.temperature = targets, temperature
+        self.teacher_topk, self.divergence = teacher_topk, divergence
+        self.liger = liger_rows.usable(self.device)
+        self.tau_power = 1 if divergence == "tv" else 2  # of the factor that keeps the size of the gradient
         self.chunk = min(chunk_tokens, len(targets))
         self.tile = CPU_TILE_TOKENS if self.device == "cpu" else self.chunk
         self.ce = torch.empty(len(targets), device=student_hidden.device)
-        self.kl = None if teacher_head is None else torch.empty_like(self.ce)
+        self.kl = None if teacher_head is None and teacher_topk is None else torch.empty_like(self.ce)
+        # of the divergence, where it is not that KL
+        self.value = None if divergence in (None, "kld") else torch.empty_like(self.ce)
         # one chunk's product, reused for every chunk; the student's becomes its gradient in place
         self.student_logits = self.student_hidden.new_empty(self.chunk, len(self.student_weight))
         if teacher_head is not None:
@@ -197,8 +251,8 @@ class _Walk:
     ) -> Iterator[tuple[slice, Tensor]]:
         """(rows, student's logits before bias, scale and cap) of each chunk, its losses filled in.
 
-        With `gradient` they are already the gradient, to them, of the sum over rows of tau^2 * kl (with a
-        teacher) + ce_weight * ce (where given); `grad_bias` takes its sum over rows.
+        With `gradient` they are already the gradient, to them, of the sum over rows of the divergence with its
+        power of tau (with a teacher) + ce_weight * ce (where given); `grad_bias` takes its sum over rows.
         """
         for start in range(0, len(self.targets), self.chunk):
             rows = slice(start, min(start + self.chunk, len(self.targets)))
@@ -225,29 +279,57 @@ class _Walk:
         self, tokens: slice, student: Tensor, teacher: Tensor | None, gradient: bool, ce_weight: Tensor | None
     ) -> Tensor:
         """Losses of `tokens` from their float32 logits, which are overwritten; gradient to the student's."""
+        if self.liger and gradient and self.teacher_topk is None:
+            if teacher is None:
+                return self._liger_cross_entropy(tokens, student, ce_weight)
+            if self.divergence == "kld" and ce_weight is None:
+                return self._liger_kl(tokens, student, teacher)
         targets, tau = self.targets[tokens, None], self.temperature
         valid, targets = (targets != IGNORE).float(), targets.clamp(min=0)
-        probability, lse = _softmax(student)
-        self.ce[tokens] = ((lse - student.gather(1, targets)) * valid).squeeze(1)
-        grad = probability
-        if gradient and ce_weight is not None:
-            weight = valid * ce_weight
-            grad = (probability * weight).scatter_add_(1, targets, -weight)
-        if teacher is not None:
+        weight = valid * ce_weight if gradient and ce_weight is not None else None
+        at_target = student.gather(1, targets)
+        if self.teacher_topk is not None:
             assert self.kl is not None
+            indices, log_probabilities, rest = (part[tokens] for part in self.teacher_topk)
+            lse, self.kl[tokens], grad = top_k_kl(student, indices, log_probabilities, rest, weight)
+        else:
+            probability, lse = softmax(student)
+            grad = probability if weight is None else probability * weight
+        self.ce[tokens] = ((lse - at_target) * valid).squeeze(1)
+        if weight is not None:
+            grad.scatter_add_(1, targets, -weight)
+        if teacher is not None:
+            assert self.kl is not None and self.divergence is not None
             if tau != 1:
-                probability, lse = _softmax(student.mul_(1 / tau))
+                probability, lse = softmax(student.mul_(1 / tau))
                 teacher.mul_(1 / tau)
-            teacher_probability, teacher_lse = _softmax(teacher)
-            difference = teacher.sub_(student).sub_(teacher_lse - lse)  # log p_teacher - log p_student
-            kl = difference.mul_(teacher_probability).sum(1)
-            kl_grad = probability.sub_(teacher_probability)
-            # zero but for rounding: it takes the rounding of both log-sum-exps out of a small KL
-            self.kl[tokens] = kl.add_(kl_grad.sum(1))
+            compared = compare(self.divergence, student, probability, lse, teacher)
+            self.kl[tokens] = compared.kl
+            if self.value is not None:
+                self.value[tokens] = compared.value
             if gradient:
-                kl_grad = kl_grad if tau == 1 else kl_grad.mul_(tau)
-                grad = kl_grad if ce_weight is None else grad.add_(kl_grad)
+                if tau != 1:  # it is to logits / tau
+                    compared.gradient.mul_(tau ** (self.tau_power - 1))
+                grad = compared.gradient if weight is None else grad.add_(compared.gradient)
         return grad
+
+    def _liger_cross_entropy(self, tokens: slice, student: Tensor, ce_weight: Tensor | None) -> Tensor:
+        """As `_tile` without a teacher."""
+        assert ce_weight is not None
+        self.ce[tokens] = liger_rows.cross_entropy(student, self.targets[tokens], IGNORE, gradient=True)
+        return student.mul_(ce_weight)
+
+    def _liger_kl(self, tokens: slice, student: Tensor, teacher: Tensor) -> Tensor:
+        """As `_tile` of kld."""
+        assert self.kl is not None
+        targets, tau = self.targets[tokens], self.temperature
+        # clamped: of a row without a target Liger makes zeros, even where it is asked for no gradient
+        ce = liger_rows.cross_entropy(student, targets.clamp(min=0), IGNORE, gradient=False)
+        self.ce[tokens] = ce * (targets != IGNORE)
+        self.kl[tokens] = liger_rows.forward_kl(
+            student, torch.softmax(teacher if tau == 1 else teacher.mul_(1 / tau), -1), tau
+        )
+        return student if tau == 1 else student.mul_(tau**2)
 
 
 def _logits(product: Tensor, head: OutputHead, with_slope: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -264,12 +346,6 @@ def _logits(product: Tensor, head: OutputHead, with_slope: bool = False) -> tupl
             slope = (1 - logits.square()).mul_(head.scale)
         logits.mul_(head.softcap)
     return logits, slope
-
-
-def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over the last axis and, from its largest entry, log-sum-exp (rows, 1): no second exp."""
-    probability = torch.softmax(logits, -1)
-    return probability, logits.amax(-1, keepdim=True) - probability.amax(-1, keepdim=True).log()
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Loss = Literal["kld", "ce", "clm+kld"]
+Loss = Literal[
+    "kld", "reverse_kld", "js", "tv", "mse", "cosine", "ce",
+    "clm+kld", "clm+reverse_kld", "clm+js", "clm+tv", "clm+mse", "clm+cosine",
+]  # fmt: skip
 Precision = Literal["float32", "bfloat16"]
 IntermediateLoss = Literal["mse", "cosine"]
 
