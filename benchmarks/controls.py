@@ -15,10 +15,11 @@ from minitron_search import cluster, config, retraining
 from minitron_search.architecture import Architecture
 from minitron_search.cluster import resolved_precision
 from minitron_search.console import say
+from minitron_search.correction_stage import correct_teacher
+from minitron_search.materials import make_materials
 from minitron_search.preparation import prepare
 from minitron_search.run_directory import RunDirectory
 from minitron_search.search import Search
-from minitron_search.teacher_pass import make_materials
 from minitron_search.trial_settings import distillation_settings, make_trial, retraining_settings
 
 
@@ -28,6 +29,7 @@ def main(folder: str) -> None:
     prepared = prepare(settings, resume=True)
     with cluster.joined():
         precision = resolved_precision(settings.precision)
+        prepared = correct_teacher(prepared, precision)
         materials = ray.put(make_materials(prepared, precision))
         rows = {row["arm"]: row for row in run.read_trials() if row["arm"] in ("untrained", "retrained")}
         best: Architecture = Search(run, settings, prepared.space, distillation_settings(settings, precision)).best()[0]

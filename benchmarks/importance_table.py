@@ -42,7 +42,6 @@ from minitron_search.teacher import load_tokenizer, teacher_folder
 from minitron_search.teacher_source import output_head
 from minitron_search.trimming import student_of, trimmed_weights
 
-BEGIN, END = "<!-- importance_table: begin -->", "<!-- importance_table: end -->"
 METHODS = ("activation", "random", "magnitude", "taylor", "wanda", "pca")
 NAMES = {
     "activation": "activations (default: batch L2, sequence mean)",
@@ -155,12 +154,13 @@ def table(made: list[Arm], teacher_losses: np.ndarray, teacher_params: int, desc
     return "\n".join(lines)
 
 
-def replaced(text: str, section: str) -> str:
+def replaced(text: str, section: str, name: str = "importance_table", title: str = "Importance criteria") -> str:
     """`text` with `section` between the markers, which are added at its end where they are missing."""
-    if BEGIN not in text:
-        text = f"{text.rstrip()}\n\n## Importance criteria\n\n{BEGIN}\n{END}\n"
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    return f"{before}{BEGIN}\n{section}\n{END}{after}"
+    begin, end = (f"<!-- {name}: {where} -->" for where in ("begin", "end"))
+    if begin not in text:
+        text = f"{text.rstrip()}\n\n## {title}\n\n{begin}\n{end}\n"
+    before, after = text.split(begin)[0], text.split(end)[1]
+    return f"{before}{begin}\n{section}\n{end}{after}"
 
 
 def _plus_minus(values: np.ndarray) -> str:

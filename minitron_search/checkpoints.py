@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -46,9 +47,10 @@ def _fixed(settings: LoopSettings) -> dict[str, Any]:
 
 def save(
     folder: Path, student: PreTrainedModel, optimizer: torch.optim.Optimizer, settings: LoopSettings,
-    step: int, losses: TrainingLog,
+    step: int, losses: TrainingLog, teacher: Stateful | None = None,
 ) -> None:  # fmt: skip
     """Appears whole or not at all. Called by every process of a sharded student, by one of a replicated one.
+    `teacher`: one that is trained too, whole and alike in every process.
 
     One that is there is left: it is of the same step of the same training, and in the moment between its end and
     that of its successor there would be none.
@@ -65,6 +67,8 @@ def save(
         dist.barrier()
     dcp.save(_tensors(student, optimizer), checkpoint_id=partial, no_dist=not together)
     if first:
+        if teacher is not None:
+            torch.save(teacher.state_dict(), partial / "teacher.pt")
         state = {
             "step": step,
             "first_losses": losses.first,
@@ -83,6 +87,7 @@ def load(
     optimizer: torch.optim.Optimizer,
     settings: LoopSettings,
     losses: TrainingLog,
+    teacher: Stateful | None = None,
 ) -> int:
     """Steps already taken. Called by every process. Raises ValueError where `settings` are not those of the
     checkpoint."""
@@ -99,6 +104,8 @@ def load(
             moments = {moment: torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
     dcp.load(_tensors(student, optimizer), checkpoint_id=folder, no_dist=not _is_sharded(student))
+    if teacher is not None:
+        teacher.load_state_dict(torch.load(folder / "teacher.pt", map_location=student.device, weights_only=True))
     losses.first, losses.last = state["first_losses"], state["last_loss"]
     return int(state["step"])
 

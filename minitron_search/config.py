@@ -72,8 +72,29 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Correction(Section):
+    """Light fine-tuning of the model that teaches, on the distillation's text, plain LM loss (2408.11796, section 3).
+
+    learning_rate: auto is a fifth of retraining.learning_rate. tokens: auto is retraining.tokens.
+    warmup_steps: auto is the paper's 120, and a tenth of all steps where that is fewer.
+    seed: of the order of the text and of LoRA's first weights; null for the run's own.
+    parallel: while students distil, a step for each of theirs, instead of before.
+    """
+
+    method: Literal["none", "full", "lora", "norms"] = "none"
+    tokens: AutoCount = "auto"
+    learning_rate: Literal["auto"] | Positive = "auto"
+    warmup_steps: Literal["auto"] | CountOrZero = "auto"
+    seed: CountOrZero | None = None
+    parallel: bool = False
+
+
 class Teacher(Section):
+    """prune: which weights students are cut from; auto is corrected where the pruned model is corrected before."""
+
     model: str = "smollm2-135m"
+    correction: Correction = Correction()
+    prune: Literal["auto", "original", "corrected"] = "auto"
 
 
 class CorpusConfig(Section):
@@ -282,6 +303,7 @@ class Distillation(Section):
     teacher_cache: Annotated[Literal["auto", "hidden", "topk", "off"], BeforeValidator(_off)] = "auto"
     teacher_cache_bytes: AutoCount = "auto"
     topk: Count = 64
+    teacher: str | None = None  # another model that teaches, as teacher.model names one; null for the pruned model
     initialization: Literal["pruned", "random", "random_pruned"] = "pruned"
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -395,6 +417,35 @@ class Config(Section):
                              f"{length} tokens, which {workers} workers cannot share equally; "
                              f"valid: {valid}")  # fmt: skip
         return self
+
+    @model_validator(mode="after")
+    def _correction_fits(self) -> "Config":
+        asked, prune = self.teacher.correction, self.teacher.prune
+        if asked.parallel and asked.method == "none":
+            raise ValueError("teacher.correction.parallel: True with teacher.correction.method none; "
+                             "valid: method full, lora or norms")  # fmt: skip
+        if asked.parallel and asked.tokens != "auto":
+            raise ValueError(f"teacher.correction.tokens: {asked.tokens} with teacher.correction.parallel, which lasts "
+                             "as long as a student distils; valid: auto")  # fmt: skip
+        if asked.parallel and self.distillation.teacher_cache not in ("auto", "off"):
+            raise ValueError(f"distillation.teacher_cache: {self.distillation.teacher_cache} with "
+                             "teacher.correction.parallel, whose teacher changes at every step; "
+                             "valid: auto or off")  # fmt: skip
+        if asked.parallel and self.distillation.loss == "ce" and not self.distillation.intermediate:
+            raise ValueError("teacher.correction.parallel: True with distillation.loss ce, which asks no teacher; "
+                             "valid: distillation.loss kld")  # fmt: skip
+        if prune == "corrected" and not self.prunes_corrected:
+            why = ("no correction is asked" if asked.method == "none" else
+                   "parallel corrects after pruning" if asked.parallel else
+                   "the correction is of distillation.teacher")  # fmt: skip
+            raise ValueError(f"teacher.prune: corrected, but {why}; valid: original or auto")
+        return self
+
+    @property
+    def prunes_corrected(self) -> bool:
+        """Whether students are cut from the corrected teacher, rather than only taught by it."""
+        before = self.teacher.correction.method != "none" and not self.teacher.correction.parallel
+        return before and self.distillation.teacher is None and self.teacher.prune != "original"
 
     def dump(self) -> dict[str, Any]:
         """Plain values, as written to the run directory's config.yaml."""

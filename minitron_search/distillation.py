@@ -110,16 +110,17 @@ def train(
     if world_size > 1:
         objective = parallel.sharded(objective, student) if shards else parallel.replicated(objective)
     device = student.device
-    optimizer = _optimizer(student, settings)
+    optimizer = make_optimizer(student, settings)
     start, losses = 0, TrainingLog(settings, batch * length, world_size, rank, log)
+    corrected = teacher and teacher.correction
     if resume is not None:
-        start = checkpoints.load(resume, student, optimizer, settings, losses)
+        start = checkpoints.load(resume, student, optimizer, settings, losses, corrected)
 
     def save(folder: Path) -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # a thread begins with the machine's first
         if rank == 0 or shards:
-            checkpoints.save(folder, student, optimizer, settings, step, losses)
+            checkpoints.save(folder, student, optimizer, settings, step, losses, corrected)
 
     def reach() -> bool:
         """Call back at the milestone of this step; whether to stop there."""
@@ -161,7 +162,7 @@ def train(
                     loss, means = objective(part.ids, said)
                 (loss * (len(part.indices) / share)).backward()
             total += means * (len(part.indices) / share)
-        learning_rate = _learning_rate(settings, step, steps)
+        learning_rate = learning_rate_of(settings, step, steps)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         norm = parallel.whole(nn.utils.clip_grad_norm_(student.parameters(), settings.gradient_clip))
@@ -204,7 +205,7 @@ def _no_packing() -> AbstractContextManager:
     return patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
 
 
-def _optimizer(student: PreTrainedModel, settings: LoopSettings) -> torch.optim.AdamW:
+def make_optimizer(student: PreTrainedModel, settings: LoopSettings) -> torch.optim.AdamW:
     """Norms and biases do not decay."""
     matrices = [p for p in student.parameters() if p.dim() > 1]
     vectors = [p for p in student.parameters() if p.dim() <= 1]
@@ -218,7 +219,7 @@ def _optimizer(student: PreTrainedModel, settings: LoopSettings) -> torch.optim.
     )
 
 
-def _learning_rate(settings: LoopSettings, step: int, steps: int) -> float:
+def learning_rate_of(settings: LoopSettings, step: int, steps: int) -> float:
     """Of the step after `step` steps: linear warm-up, then constant or a cosine down to the last step."""
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps

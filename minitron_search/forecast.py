@@ -10,9 +10,11 @@ from rich.console import Console
 
 from minitron_search.architecture import Architecture, forward_flops
 from minitron_search.config import Config
-from minitron_search.families import sizes_of
+from minitron_search.families import sizes, sizes_of, weights
 from minitron_search.precision import device, resolve
 from minitron_search.search_space import COORDINATES, SearchSpace
+from minitron_search.teacher import teacher_config
+from minitron_search.trial_settings import correction_tokens
 
 # Share of a large matrix product's speed that distilling SmolLM2 reaches here: 0.45 to 0.6 on two cores.
 UTILISATION = 0.5
@@ -53,11 +55,16 @@ def forecast(config: Config, space: SearchSpace) -> list[str]:
     retraining = config.retraining.tokens * config.search.promote
     largest = space.smallest_and_largest()[1]
     student, teacher = (flops_per_token(space, config, a) for a in (largest, space.teacher))
-    live = config.distillation.teacher_cache == "off" or bool(config.distillation.intermediate)
+    if config.distillation.teacher:
+        other = teacher_config(config.distillation.teacher)
+        teacher = forward_flops(weights(other), sizes(other), config.corpus.sequence_length)
+    parallel = config.teacher.correction.parallel
+    corrected = training + retraining if parallel else correction_tokens(config)
+    live = parallel or config.distillation.teacher_cache == "off" or bool(config.distillation.intermediate)
     asked = training + retraining if live else max(config.search.rungs[-1], config.retraining.tokens)
     # backward costs twice forward; a cached teacher still costs its output head for every token
     head = 2 * space.teacher.hidden_size * space.config.vocab_size
-    total = (training + retraining) * (3 * student + head) + asked * teacher
+    total = (training + retraining) * (3 * student + head) + (asked + 3 * corrected) * teacher
     speed = product_flops_per_second(resolve(config.precision)) * UTILISATION
     hours = total / speed / 3600
     where = "GPU-hours" if torch.cuda.is_available() else "hours on this machine's CPUs (0 GPU-hours)"
@@ -65,6 +72,7 @@ def forecast(config: Config, space: SearchSpace) -> list[str]:
         f"search: at most {training:,} tokens ({config.search.trials} trials, rungs {list(config.search.rungs)})",
         f"retraining: {retraining:,} tokens",
         f"teacher: {asked:,} tokens, {'asked for every batch' if live else 'asked once'}",
+        *([f"correction of the teacher: {corrected:,} tokens"] if corrected else []),
         f"FLOPs: {total:.3g}; at {speed / 1e9:,.0f} GFLOP/s that is {hours:.2f} {where}, scoring and start-up apart",
     ]
 

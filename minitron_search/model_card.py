@@ -5,8 +5,8 @@ from typing import Any
 from minitron_search.trial import Trial
 
 
-def model_card(teacher: str, trial: Trial, row: dict[str, Any]) -> str:
-    """`row` is the student's row of `trials.parquet`."""
+def model_card(teacher: str, taught_by: str, trial: Trial, row: dict[str, Any]) -> str:
+    """`row` is the student's row of `trials.parquet`; `taught_by` says which model the distillation was from."""
     architecture, settings = trial.architecture, trial.settings
     kept = ", ".join(map(str, architecture.layers))
     return f"""---
@@ -16,7 +16,7 @@ tags: [pruning, distillation, minitron]
 ---
 # {teacher}, pruned and distilled to {row["params"] / 1e6:.1f}M parameters
 
-Made with minitron_search by structured pruning of the teacher `{teacher}` and distillation from it
+Made with minitron_search by structured pruning of the teacher `{teacher}` and distillation from {taught_by}
 (the Minitron approach, arXiv:2407.14679 and arXiv:2408.11796). The teacher's licence applies.
 
 | | |

@@ -6,27 +6,32 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from minitron_search import __version__, precision
 from minitron_search import config as configuration
 from minitron_search.architecture import parameter_count
 from minitron_search.config import Axes, Budget, Config, Space, Target, cache_folder
 from minitron_search.corpus import Corpus, load_corpus
+from minitron_search.correction import norm_weights
 from minitron_search.depth import in_layers
 from minitron_search.evaluation import check_tasks
-from minitron_search.families import family_of, sizes, weights
+from minitron_search.families import family_of, sizes, weights, whole
 from minitron_search.loop_settings import Precision
 from minitron_search.rotation import rotated_config
 from minitron_search.run_directory import RunDirectory
 from minitron_search.search_space import SearchSpace
 from minitron_search.teacher import fingerprint, load_tokenizer, teacher_config, teacher_folder
 from minitron_search.teacher_cache import Request, cache_bytes, free_bytes
+from minitron_search.trial_settings import correction_tokens
 from minitron_search.winogrande import HUB, PackedOptions, check_window, load_examples, pack
 
 VERSIONS = ("torch", "transformers", "ray", "optuna", "numpy", "datasets", "lm_eval")
@@ -40,8 +45,16 @@ CHECKPOINT_BYTES = 12
 
 
 @dataclass(frozen=True)
+class Model:
+    folder: Path
+    config: PretrainedConfig
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class Prepared:
-    """A run's checked inputs."""
+    """A run's checked inputs. `teacher_*`: the model that is pruned; `other`: the one that teaches, where it is not the
+    same. `corrected`: the artifact that is in the place of one of them."""
 
     config: Config
     run: RunDirectory
@@ -52,6 +65,13 @@ class Prepared:
     space: SearchSpace
     corpus: Corpus
     packed: PackedOptions
+    other: Model | None = None
+    corrected: Path | None = None
+
+    @property
+    def teaching(self) -> Model:
+        """The model that students are distilled from."""
+        return self.other or Model(self.teacher_folder, self.teacher_config, self.teacher_fingerprint)
 
 
 def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace]:
@@ -66,10 +86,15 @@ def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace]:
     space = _space(config, teacher)
     if "depth" in config.stages:
         in_layers(config.depth.lengths, teacher.num_hidden_layers)
-    limit = getattr(teacher, "max_position_embeddings", None)
-    if limit and config.corpus.sequence_length > limit:
-        raise ValueError(f"corpus.sequence_length: {config.corpus.sequence_length} is above the teacher's {limit} "
-                         f"positions; valid: at most {limit}")  # fmt: skip
+    other = _other_config(config, teacher)
+    for taught in (teacher, other or teacher):
+        limit = getattr(taught, "max_position_embeddings", None)
+        if limit and config.corpus.sequence_length > limit:
+            raise ValueError(f"corpus.sequence_length: {config.corpus.sequence_length} is above the teacher's {limit} "
+                             f"positions; valid: at most {limit}")  # fmt: skip
+    if config.teacher.correction.method == "norms":
+        with torch.device("meta"):
+            norm_weights(AutoModelForCausalLM.from_config(other or teacher))
     check_tasks(config.evaluation.tasks)
     _check_topk(config, teacher)
     if config.distillation.compile:
@@ -89,7 +114,9 @@ def prepare(config: Config, resume: bool) -> Prepared:
     longest = getattr(teacher, "max_position_embeddings", 2048)
     packed = pack(examples, tokenizer, config.winogrande.shots, max_length=longest)
     check_window(teacher, packed)
-    trains = set(config.stages) & {"importance", "search", "retrain"}
+    # the same text whatever stages run now: the corrected teacher is of that text
+    corrected = correction_tokens(config) if set(config.stages) != {"report"} else 0
+    trains = corrected or set(config.stages) & {"importance", "search", "retrain"}
     corpus = load_corpus(
         config.corpus.train,
         config.corpus.validation,
@@ -97,7 +124,7 @@ def prepare(config: Config, resume: bool) -> Prepared:
         sequence_length=config.corpus.sequence_length,
         calibration_samples=config.corpus.calibration_samples,
         validation_samples=config.corpus.validation_samples,
-        train_tokens=max(config.search.rungs[-1], config.retraining.tokens) if trains else 0,
+        train_tokens=max(config.search.rungs[-1], config.retraining.tokens, corrected) if trains else 0,
         seed=importance_seed(config),
     )
     _check_teacher_cache(config, teacher, corpus)
@@ -111,7 +138,13 @@ def prepare(config: Config, resume: bool) -> Prepared:
         space=space,
         corpus=corpus,
         packed=packed,
+        other=_other_model(config, tokenizer),
     )
+
+
+def lines_up(one: PretrainedConfig, other: PretrainedConfig) -> bool:
+    """Whether two models have every axis alike, so that one order of elements permutes both."""
+    return one.model_type == other.model_type and whole(one) == whole(other)
 
 
 def importance_seed(config: Config) -> int:
@@ -141,10 +174,57 @@ def environment(prepared: Prepared) -> dict[str, Any]:
         },
         "seed": prepared.config.seed,
         "teacher": {"folder": str(prepared.teacher_folder), "fingerprint": prepared.teacher_fingerprint},
+        "distillation_teacher": {"folder": str(prepared.teaching.folder), "fingerprint": prepared.teaching.fingerprint},
+        "corrected_teacher": prepared.corrected and {"id": prepared.corrected.name, "folder": str(prepared.corrected)},
         "corpus": prepared.corpus.id,
         "winogrande_examples": len(prepared.packed.answers),
         "command": sys.argv,
     }
+
+
+def _other_config(config: Config, teacher: PretrainedConfig) -> PretrainedConfig | None:
+    """Of the model that teaches where it is not the one that is pruned. Raises ValueError where it cannot."""
+    name = config.distillation.teacher
+    if name is None:
+        return None
+    with _named_as("distillation.teacher"):
+        other = teacher_config(name)
+        family_of(other)
+    if other.vocab_size != teacher.vocab_size:
+        raise ValueError(f"distillation.teacher: {name!r} has a vocabulary of {other.vocab_size:,} and teacher.model "
+                         f"{config.teacher.model!r} one of {teacher.vocab_size:,}; valid: a model with the same "
+                         "tokenizer, such as the one that teacher.model was pruned from")  # fmt: skip
+    if config.distillation.intermediate and not lines_up(teacher, other):
+        raise ValueError(f"distillation.intermediate: {config.distillation.intermediate} compares states channel by "
+                         f"channel, and distillation.teacher {name!r} has another shape than teacher.model "
+                         f"{config.teacher.model!r}; valid: 0, or a teacher of the same shape")  # fmt: skip
+    return other
+
+
+def _other_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> Model | None:
+    """Raises ValueError for a model that means other words by the same token ids."""
+    name = config.distillation.teacher
+    if name is None:
+        return None
+    with _named_as("distillation.teacher"):
+        folder, own = teacher_folder(name).absolute(), load_tokenizer(name).get_vocab()
+    ours = tokenizer.get_vocab()
+    if own != ours:
+        token = min(word for word in own.keys() | ours.keys() if own.get(word) != ours.get(word))
+        raise ValueError(f"distillation.teacher: {name!r} has another vocabulary than teacher.model "
+                         f"{config.teacher.model!r}: {token!r} is its token {own.get(token)} and the other's "
+                         f"{ours.get(token)}; valid: a model with the same tokenizer, such as the one that "
+                         "teacher.model was pruned from")  # fmt: skip
+    return Model(folder, AutoConfig.from_pretrained(folder), fingerprint(folder))
+
+
+@contextmanager
+def _named_as(key: str) -> Iterator[None]:
+    """What is wrong with a model is said of the key that names it here."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("teacher.model", key)) from error
 
 
 def _space(config: Config, teacher: PretrainedConfig) -> SearchSpace:
@@ -214,12 +294,16 @@ def _check_disk(config: Config, space: SearchSpace) -> None:
     trials = config.search.trials * config.search.seeds if "search" in config.stages else 0
     retrained = 2 * config.search.promote if "retrain" in config.stages else 0  # its newest checkpoint and best/
     needed = CHECKPOINT_BYTES * largest * (trials + retrained)
+    teacher_bytes = CHECKPOINT_BYTES * space.measures(space.teacher).params
+    if config.teacher.correction.parallel:  # the teacher is in every checkpoint of a student
+        needed += teacher_bytes * (trials + retrained)
+    corrected = teacher_bytes if correction_tokens(config) else 0  # its checkpoint while it is made, then itself
     for name, folder, bytes_needed in (
         ("output", Path(config.output), needed),
         (
             "MINITRON_SEARCH_CACHE",
             cache_folder(),
-            (12 if config.importance.method == "pca" else 8) * space.measures(space.teacher).params,
+            (12 if config.importance.method == "pca" else 8) * space.measures(space.teacher).params + corrected,
         ),
     ):
         existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())

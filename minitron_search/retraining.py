@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import ray
@@ -29,14 +29,17 @@ def gang(config: Config, slots: int) -> Resources:
 
 
 def retrain(
-    config: Config, trial: Trial, materials: ray.ObjectRef, slots: int, progress: Callable[[str], None]
-) -> None:
-    """Train one promoted candidate on a whole worker group; a retraining that was cut off goes on.
+    config: Config, trial: Trial, materials: ray.ObjectRef, slots: int, progress: Callable[[str], None],
+    *, run: RunDirectory | None = None, what: str = "retrain",
+) -> None:  # fmt: skip
+    """Train one trial, a promoted candidate say, on a whole worker group; a training that was cut off goes on.
+
+    `run` is that of the materials, where it is not the configuration's. `what` it is, to whoever follows it.
 
     From a task of its own: in a driver's main thread Ray Train would take Ctrl-C for itself and exit with 0.
     """
     inline = config.resources.launcher == "inline"
-    run, total = RunDirectory(config.output), trial.settings.total_tokens
+    run, total = run or RunDirectory(config.output), trial.settings.total_tokens
     seen = len(run.events())
 
     def placed(hidden: list[ray.ObjectRef]) -> None:
@@ -53,20 +56,29 @@ def retrain(
         if steps:
             last = steps[-1]
             left = max(0, total - last["tokens"]) / last["tokens_per_second"] / 60
-            progress(f"retrain: {last['tokens']:,} of {total:,} tokens, loss {last['loss']:.3f}, "
+            progress(f"{what}: {last['tokens']:,} of {total:,} tokens, loss {last['loss']:.3f}, "
                      f"{last['tokens_per_second']:.0f} tokens/s, about {left:.0f} min left")  # fmt: skip
     ray.get(running)
     failed = [event for event in run.events()[seen:] if event["event"] == "trial_failed"]
     if failed:
-        raise RuntimeError(f"retraining: {failed[-1]['message']}; a smaller retraining.learning_rate may hold")
+        key = "teacher.correction.learning_rate" if what == "correction" else "retraining.learning_rate"
+        raise RuntimeError(f"{what}: {failed[-1]['message']}; a smaller {key} may hold")
 
 
-def export(materials: Materials, trial: Trial, teacher_name: str, teacher_folder: Path, folder: Path) -> None:
+def export(
+    materials: Materials, trial: Trial, teacher_name: str, taught_by: str, teacher_folder: Path, folder: Path
+) -> None:
     """Write the retrained student of `trial` as a stock folder, which appears whole or not at all."""
     student = trained_student(materials, trial)
+    row = next(row for row in materials.run.metrics(trial.id) if row["kind"] == "rung")
+    write_folder(student, teacher_folder, folder, {"README.md": model_card(teacher_name, taught_by, trial, row)})
+
+
+def write_folder(model: PreTrainedModel, tokenizer: Path, folder: Path, texts: Mapping[str, str]) -> None:
+    """A stock folder with the tokenizer of folder `tokenizer` and the files `texts`, by name; whole or not there."""
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    student.save_pretrained(temporary)
+    model.save_pretrained(temporary)
     for pattern in (
         "tokenizer*",
         "special_tokens_map.json",
@@ -75,10 +87,10 @@ def export(materials: Materials, trial: Trial, teacher_name: str, teacher_folder
         "*.jinja",
         "generation_config.json",
     ):
-        for file in teacher_folder.glob(pattern):
+        for file in tokenizer.glob(pattern):
             shutil.copy(file, temporary)
-    row = next(row for row in materials.run.metrics(trial.id) if row["kind"] == "rung")
-    (temporary / "README.md").write_text(model_card(teacher_name, trial, row))
+    for name, text in texts.items():
+        (temporary / name).write_text(text)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 

@@ -25,16 +25,18 @@ from minitron_search import config as configuration  # noqa: E402
 from minitron_search.architecture import Architecture  # noqa: E402
 from minitron_search.cluster import on_all_cpus, resolved_precision  # noqa: E402
 from minitron_search.console import console, say  # noqa: E402
+from minitron_search.correction_stage import correct_teacher  # noqa: E402
 from minitron_search.depth_recommendation import best_blocks  # noqa: E402
 from minitron_search.depth_stage import measure_depth  # noqa: E402
 from minitron_search.forecast import dry_run, intermediate_advice  # noqa: E402
+from minitron_search.importance_stage import measure_importance  # noqa: E402
 from minitron_search.loop_settings import Precision  # noqa: E402
+from minitron_search.materials import make_materials  # noqa: E402
 from minitron_search.memory import release_memory  # noqa: E402
 from minitron_search.preparation import Prepared, check, environment, prepare  # noqa: E402
 from minitron_search.run_directory import RunDirectory  # noqa: E402
 from minitron_search.search import Search, run_search  # noqa: E402
 from minitron_search.summary import summary_table  # noqa: E402
-from minitron_search.teacher_pass import make_materials, measure_importance  # noqa: E402
 from minitron_search.trial_settings import (  # noqa: E402
     distillation_settings,
     make_trial,
@@ -105,6 +107,9 @@ def run(prepared: Prepared) -> None:
         with cluster.joined():
             resolved = resolved_precision(config.precision)
             run.write_environment({**environment(prepared), "precision": resolved})
+            prepared = correct_teacher(prepared, resolved)
+            if prepared.corrected:
+                run.write_environment({**environment(prepared), "precision": resolved})
             if "importance" in config.stages and not run.importance.exists():
                 measure_importance(prepared, resolved)
             if "depth" in config.stages and not run.depth_recommendation.exists():
@@ -170,7 +175,8 @@ def retrain(
         except RuntimeError:  # one that diverged is a row that says so
             search.write_tables(promoted(run))
             raise
-        on_all_cpus(retraining.export, materials, trial, config.teacher.model, prepared.teacher_folder, run.best(rank))
+        names = config.teacher.model, taught_by(prepared)
+        on_all_cpus(retraining.export, materials, trial, *names, prepared.teacher_folder, run.best(rank))
     run.event("trial_finished", trial=trial.id, status="complete")
     search.write_tables(promoted(run))
     say(f"retrain: {run.best(rank)}")
@@ -178,6 +184,14 @@ def retrain(
 
 def promoted(run: RunDirectory) -> frozenset[str]:
     return frozenset(row["trial"] for row in run.read_trials() if row["status"] == "promoted")
+
+
+def taught_by(prepared: Prepared) -> str:
+    """To the reader of a model card: which model the student was distilled from."""
+    model, asked = prepared.config.distillation.teacher, prepared.config.teacher.correction
+    name = f"`{model}`" if model else "it"
+    when = " in parallel" if asked.parallel else ""
+    return name if asked.method == "none" else f"{name}, corrected{when} on the same text ({asked.method})"
 
 
 def evaluate_all(prepared: Prepared, students: int) -> None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.stateful import Stateful
 from transformers import PreTrainedModel
 
 from minitron_search.distillation_loss import OutputHead, TopK
@@ -32,13 +33,15 @@ class Teacher(NamedTuple):
     """`ask(indices, tokens)`: windows (n,), their ids (n, length) -> what it says of them.
 
     `head` is None where it says more than hidden states. `forward_tokens()`: how many tokens it has put through the
-    teacher itself. `reads`: asking is reading, which a thread may do ahead of the step.
+    teacher itself. `reads`: asking is reading, which a thread may do ahead of the step. `correction`: what a checkpoint
+    must hold of a teacher that is corrected meanwhile (`correction.Correcting`).
     """
 
     ask: Callable[[np.ndarray, np.ndarray], TeacherBatch]
     head: OutputHead | None
     forward_tokens: Callable[[], int]
     reads: bool = False
+    correction: Stateful | None = None
 
 
 def output_head(model: PreTrainedModel) -> OutputHead:

@@ -1,6 +1,8 @@
 """One trial, from trim to its last rung: written once, and placed by `launchers`."""
 
+import math
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,10 +13,12 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from minitron_search import checkpoints, distillation, parallel
+from minitron_search.correction import correcting_teacher, float32_of, trainable
+from minitron_search.correction_settings import Correction, method_of
 from minitron_search.distillation import Milestone
 from minitron_search.distillation_loss import OutputHead
 from minitron_search.intermediate_loss import state_map
-from minitron_search.loop_settings import Precision
+from minitron_search.loop_settings import LoopSettings, Precision
 from minitron_search.precision import device, on_device
 from minitron_search.rankings import Rankings
 from minitron_search.run_directory import RunDirectory
@@ -37,6 +41,8 @@ class Materials:
     `teacher_folder` holds the permuted teacher as it is stored, which students are cut from; `compute_folder` the
     same in the dtype of the products, which nobody then converts for itself. `train_cache` and `validation_cache`
     are teacher caches of the windows beside them; None for a train cache means that the teacher is asked live.
+    Where another model teaches than the one that is pruned, or the same one corrected, `compute_folder` and the caches
+    are that model's. `parallel`: how it is corrected meanwhile, from the weights in `parallel_folder`.
     """
 
     run: RunDirectory
@@ -49,6 +55,8 @@ class Materials:
     validation_cache: Path
     block_bi: np.ndarray
     precision: Precision
+    parallel: Correction | None = None
+    parallel_folder: Path | None = None
 
 
 def run_trial(
@@ -137,7 +145,10 @@ def wait_for_decision(run: RunDirectory, trial: str, rung: int) -> bool:
 
 
 def initial_student(materials: Materials, trial: Trial) -> PreTrainedModel:
-    """Figure 6's starting points: pruned by importance, pruned at random, or random weights."""
+    """Figure 6's starting points: pruned by importance, pruned at random, or random weights. A trial that corrects the
+    teacher starts with the teacher itself."""
+    if method := method_of(trial.initialization):
+        return trainable(float32_of(materials.teacher_folder), method, trial.seed)
     if trial.initialization == "random":
         config = AutoConfig.from_pretrained(materials.teacher_folder)
         return random_student(config, trial.architecture, trial.seed)
@@ -162,12 +173,32 @@ def teacher_of(materials: Materials, trial: Trial, world_size: int = 1) -> Teach
     if settings.intermediate:
         depth = len(materials.block_bi) - 1
         states = state_map(trial.architecture.layers, depth, settings.intermediate_layers, settings.embedding)
+    if materials.parallel is not None:
+        return corrected_meanwhile(materials, materials.parallel, settings, states, world_size)
     if materials.train_cache is None and settings.shards(world_size):
         sharded = parallel.sharded_teacher(load_teacher(materials.compute_folder))
         return live_teacher(sharded, settings.precision, states)
     if materials.train_cache is None:
         return live_teacher(on_device(load_teacher(materials.compute_folder)), settings.precision, states)
     return cached_teacher(materials.train_cache, teacher_head(materials), settings.precision)
+
+
+def corrected_meanwhile(
+    materials: Materials, correction: Correction, settings: LoopSettings, states: Mapping[int, int] | None,
+    world_size: int,
+) -> Teacher:  # fmt: skip
+    assert materials.parallel_folder is not None
+    model = trainable(on_device(float32_of(materials.parallel_folder)), correction.method, correction.seed)
+    length = materials.train.shape[1]
+    batch = math.ceil(settings.batch_tokens / length)
+    return correcting_teacher(
+        live_teacher(model, settings.precision, states),
+        model,
+        correction.settings(settings),
+        share=batch // world_size,
+        steps=math.ceil(settings.total_tokens / (batch * length)),
+        world_size=world_size,
+    )
 
 
 def teacher_head(materials: Materials) -> OutputHead:

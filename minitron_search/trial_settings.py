@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from minitron_search.architecture import Architecture
 from minitron_search.config import Config
+from minitron_search.correction_settings import LEARNING_RATE, Correction
 from minitron_search.loop_settings import LoopSettings, Precision
 from minitron_search.search_space import SearchSpace
 from minitron_search.trial import Trial
@@ -27,6 +28,41 @@ def retraining_settings(config: Config, precision: Precision) -> LoopSettings:
         schedule=asked.schedule,
         checkpoint_tokens=max(asked.tokens // CHECKPOINTS, config.distillation.batch_tokens),
     )
+
+
+def correction(config: Config) -> Correction | None:
+    """Of the model that teaches, before distillation or in parallel; None where none is asked."""
+    asked, peak = config.teacher.correction, config.teacher.correction.learning_rate
+    if asked.method == "none":
+        return None
+    return Correction(
+        method=asked.method,
+        learning_rate=config.retraining.learning_rate * LEARNING_RATE if peak == "auto" else peak,
+        min_learning_rate=config.retraining.min_learning_rate,
+        warmup_steps=None if asked.warmup_steps == "auto" else asked.warmup_steps,
+        seed=config.seed if asked.seed is None else asked.seed,
+    )
+
+
+def correction_settings(config: Config, asked: Correction, precision: Precision) -> LoopSettings:
+    """Of a correction before distillation: the retraining's batches and schedule, scored before and after."""
+    tokens = correction_tokens(config)
+    training = replace(
+        retraining_settings(config, precision),
+        total_tokens=tokens,
+        milestones=(0, tokens),
+        checkpoint_tokens=max(tokens // CHECKPOINTS, config.distillation.batch_tokens),
+        seed=asked.seed,
+    )
+    return asked.settings(training)
+
+
+def correction_tokens(config: Config) -> int:
+    """Of a correction before distillation; 0 where there is none."""
+    asked = config.teacher.correction
+    if asked.method == "none" or asked.parallel:
+        return 0
+    return config.retraining.tokens if asked.tokens == "auto" else asked.tokens
 
 
 def distillation_settings(config: Config, precision: Precision) -> LoopSettings:

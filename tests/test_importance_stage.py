@@ -10,12 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from minitron_search import config as configuration
-from minitron_search import teacher_pass
+from minitron_search import importance_stage, materials
 from minitron_search.architecture import parameter_count
 from minitron_search.families import sizes, weights
 from minitron_search.importance import Importance, measure
+from minitron_search.importance_stage import PART, measure_importance
+from minitron_search.materials import make_materials
 from minitron_search.preparation import Prepared, prepare
-from minitron_search.teacher_pass import PART, make_materials, measure_importance
 from minitron_search.trimming import trim
 from tests import tiny
 
@@ -30,8 +31,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def prepared(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Prepared]:
     monkeypatch.setenv("MINITRON_SEARCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(teacher_pass, "in_parts", lambda function, parts, *arguments: function(parts, *arguments))
-    monkeypatch.setattr(teacher_pass, "on_all_cpus", lambda function, *arguments: function(*arguments))
+    for stage in (importance_stage, materials):
+        monkeypatch.setattr(stage, "in_parts", lambda function, parts, *arguments: function(parts, *arguments))
+        monkeypatch.setattr(stage, "on_all_cpus", lambda function, *arguments: function(*arguments))
 
     def made(name: str = "run", **importance: Any) -> Prepared:
         given = {
@@ -69,12 +71,12 @@ def test_every_method_goes_from_the_configuration_to_a_trimmed_student(
     for name in ("hidden", "mlp", "heads", "block_bi"):
         actual, right = getattr(found, name), getattr(expected, name)
         torch.testing.assert_close(actual, right, rtol=1e-3, atol=1e-4 * float(right.abs().max()))
-    materials = make_materials(ready, "float32")
-    permuted = AutoModelForCausalLM.from_pretrained(materials.teacher_folder).eval()
+    made = make_materials(ready, "float32")
+    permuted = AutoModelForCausalLM.from_pretrained(made.teacher_folder).eval()
     tokens = tiny.tokens(model.config)
     torch.testing.assert_close(tiny.logits(permuted, tokens), tiny.logits(model, tokens), rtol=1e-3, atol=1e-3)
     for architecture in (ready.space.teacher, *ready.space.smallest_and_largest()):
-        student = trim(materials.teacher_folder, architecture)
+        student = trim(made.teacher_folder, architecture)
         assert student.num_parameters() == ready.space.measures(architecture).params
 
 
@@ -90,8 +92,8 @@ def test_importance_is_kept_by_what_it_was_made_from(
     prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[int] = []
-    measured = teacher_pass._importance
-    monkeypatch.setattr(teacher_pass, "_importance", lambda *given: passes.append(1) or measured(*given))
+    measured = importance_stage._importance
+    monkeypatch.setattr(importance_stage, "_importance", lambda *given: passes.append(1) or measured(*given))
 
     def run(name: str, **importance: Any) -> bytes:
         ready = prepared(name, **importance)
@@ -122,5 +124,5 @@ def test_rounds_compose_an_order_of_the_searched_axes(prepared: Callable[..., Pr
     assert found.order is not None and sorted(found.order.hidden.tolist()) == list(range(24))
     cache = configuration.cache_folder() / "importance"
     assert [path.suffix for path in cache.iterdir()] == [".safetensors"]  # the trims in between are gone
-    materials = make_materials(ready, "float32")
-    trim(materials.teacher_folder, ready.space.smallest_and_largest()[0])
+    made = make_materials(ready, "float32")
+    trim(made.teacher_folder, ready.space.smallest_and_largest()[0])

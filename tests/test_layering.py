@@ -13,13 +13,14 @@ PACKAGE = {
 }
 ANALYSIS = sorted((ROOT / "analysis").rglob("*.py"))
 
-RAY = {"cluster", "launchers", "worker_group", "search", "retraining", "depth_stage", "run"}  # where work is placed
+# where work is placed
+RAY = {"cluster", "launchers", "worker_group", "search", "retraining", "depth_stage", "correction_stage", "run"}
 # Each layer imports from those before it, and from itself where that makes no cycle.
 LAYERS = (
     {"config", "architecture", "run_directory", "console", "precision"},
     {"families", "search_space", "corpus", "winogrande", "rankings", "teacher"},
     {"importance", "depth", "trimming", "distillation", "teacher_cache", "scoring"},
-    {"search", "retraining", "depth_stage"},
+    {"search", "retraining", "depth_stage", "correction_stage"},
     {"run"},
 )
 
