@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from analysis import palette
 from benchmarks.importance_table import lm_loss, replaced, shape_within
-from minitron_search import checkpoints, precision, teacher_cache
+from minitron_search import checkpoints, precision
 from minitron_search.architecture import digest, parameter_count
 from minitron_search.config import Config, ImportanceConfig, parse
 from minitron_search.corpus import load_corpus
@@ -50,6 +50,7 @@ from minitron_search.precision import autocast, on_device
 from minitron_search.retraining import write_folder
 from minitron_search.run_directory import replace_text, write_table
 from minitron_search.teacher import fingerprint, load_tokenizer, teacher_folder
+from minitron_search.teacher_cache import Request, ensure, in_this_process
 from minitron_search.teacher_source import cached_teacher, live_teacher
 from minitron_search.trial_settings import correction, correction_settings, retraining_settings
 from minitron_search.trimming import load_head, load_teacher, permute_teacher, trim
@@ -163,10 +164,9 @@ def correct(plan: Plan, original: Path, text: Any, work: Path, threads: int) -> 
 def answers(plan: Plan, work: Path, arm: Kind) -> Path:
     """The cache of what the teacher of `arm` says of the training windows."""
     folder, windows = work / "permuted" / f"{arm.taught}-{arm.pruned}", np.load(work / "text.npz")["train"]
-    made = teacher_cache.ensure(
-        lambda: on_device(load_teacher(folder)), fingerprint(folder), "teacher_correction", windows, plan.precision
-    )
-    return made.path
+    dims = sizes(AutoConfig.from_pretrained(folder))
+    asked = Request(fingerprint(folder), "teacher_correction", windows, plan.precision, dims["hidden"], dims["vocab"])
+    return ensure(asked, in_this_process(asked, lambda: on_device(load_teacher(folder)))).path
 
 
 # Every arm and seed: one student

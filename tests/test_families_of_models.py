@@ -162,7 +162,8 @@ def test_intermediate_states_need_a_teacher_of_the_same_shape(command: Command) 
 
 def test_text_for_a_longer_correction_is_there(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINITRON_SEARCH_CACHE", str(command.folder / "cache"))
-    flags = ["--output", str(command.folder / "none"), *CORRECTED, "--teacher.correction.tokens", "2048"]
+    flags = ["--output", str(command.folder / "none"), *CORRECTED, "--teacher.correction.tokens", "2048",
+             "--depth.lengths", "1"]  # fmt: skip
     for stages in ("depth", "importance,search"):
         config = load(str(command.file), [*flags, "--stages", stages])
         assert prepare(config, resume=False).corpus.train.size == 2048
