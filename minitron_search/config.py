@@ -434,6 +434,9 @@ class Config(Section):
         if asked.parallel and self.distillation.loss == "ce" and not self.distillation.intermediate:
             raise ValueError("teacher.correction.parallel: True with distillation.loss ce, which asks no teacher; "
                              "valid: distillation.loss kld")  # fmt: skip
+        if asked.method == "lora" and self.resources.strategy == "fsdp2":
+            raise ValueError("teacher.correction.method: lora with resources.strategy fsdp2, whose shards are of stock "
+                             "layers; valid: full or norms, or resources.strategy ddp")  # fmt: skip
         if prune == "corrected" and not self.prunes_corrected:
             why = ("no correction is asked" if asked.method == "none" else
                    "parallel corrects after pruning" if asked.parallel else
