@@ -205,7 +205,7 @@ def test_the_id_is_of_everything_that_makes_a_corrected_teacher() -> None:
 
 @pytest.mark.parametrize(("written", "said"), [
     ({"teacher": {"correction": {"parallel": True}}}, "parallel: True with teacher.correction.method none; valid"),
-    ({"teacher": {"correction": {"method": "lora"}}, "resources": {"strategy": "fsdp2"}}, "lora with resources.strategy"),
+    ({"teacher": {"correction": {"method": "lora"}}, "resources": {"strategy": "fsdp2"}}, "lora with resources"),
     ({"teacher": {"correction": {"method": "lora", "parallel": True, "tokens": 9}}}, "tokens: 9 with .*valid: auto"),
     ({"teacher": {"correction": {"method": "full", "parallel": True}}, "distillation": {"teacher_cache": "hidden"}},
      "distillation.teacher_cache: hidden with teacher.correction.parallel.*valid: auto or off"),
