@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import yaml
 
-from analysis import depth, health, importance, loss_curves, size_and_loss, summary, trials_table
+from analysis import depth, evidence, health, importance, loss_curves, size_and_loss, summary, trials_table
 from analysis.run_data import RunData
 
 
@@ -134,6 +134,20 @@ def depth_card(run: RunData) -> Card:
     return Card(title, read, depth.depth_count(info), depth.depth_html(info), tuple(panels))
 
 
+def evidence_card(run: RunData) -> Card:
+    title = "Evidence"
+    read = (
+        "Right of the line is worse than the winner on the same windows; a bar that crosses it could be chance. Below, "
+        "how well each rung's order foretold the next."
+    )
+    if not run.evidence:
+        return Card(title, read, reason="No evidence.json: the search has not ended.")
+    table = evidence.finalists(run.evidence)
+    figure = Panel("finalists", evidence.differences_plot(table), table)
+    panels = (figure,) if len(table) and table["lm_loss_minus_best"].notna().any() else ()
+    return Card(title, read, evidence.sample(run, table), evidence.body(run.evidence), panels)
+
+
 def trials_card(run: RunData) -> Card:
     title = "Trials"
     read = "One row per trial at its last rung. Click a heading to sort; ranks hold within one rung only."
@@ -186,6 +200,7 @@ CARDS: list[Callable[[RunData], Card]] = [
     loss_curves_card,
     importance_card,
     depth_card,
+    evidence_card,
     trials_card,
     configuration_card,
     health_card,

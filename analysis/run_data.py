@@ -32,7 +32,7 @@ class RunData(NamedTuple):
     trials:   rows of `TRIALS_SCHEMA`; numbers are float64 with NaN where unknown, text is "" where unknown
     steps:    a row per logged training step: trial, tokens, loss, learning_rate, tokens_per_second
     made:     architecture.json of each trial folder
-    depth:    rows of `DEPTH_SCHEMA`;  recommendation: depth.json
+    depth:    rows of `DEPTH_SCHEMA`;  recommendation: depth.json;  evidence: evidence.json
     problems: one line per artifact that is there and cannot be read
     """
 
@@ -46,6 +46,7 @@ class RunData(NamedTuple):
     importance: Importance | None
     depth: pd.DataFrame
     recommendation: dict[str, Any]
+    evidence: dict[str, Any]
     problems: list[str]
 
 
@@ -93,6 +94,7 @@ def load_run(directory: RunDirectory) -> RunData:
         importance=read("importance.safetensors", lambda: read_importance(directory), None),
         depth=pd.DataFrame(read("depth.parquet", directory.read_depth, []), columns=DEPTH_SCHEMA.names),
         recommendation=read("depth.json", directory.read_depth_recommendation, {}),
+        evidence=read("evidence.json", directory.read_evidence, {}),
         problems=problems,
     )
 

@@ -141,7 +141,7 @@ def against_lm_eval(folder: Path, file: Path, count: int, tokenizer: Any) -> boo
                 "lm-eval", lambda model=model: run_lm_eval(model, tokenizer, part, 0, batch_size)
             )
             packed_answers = np.array([int(line["answer"]) for line in lines])
-            accuracy = depth.winogrande_metrics(ours[cut].reshape(-1, 2), packed_answers)[0].mean()
+            accuracy = winogrande.by_example(ours[cut].reshape(-1, 2), packed_answers)[0].mean()
             worst = max(worst, float(np.abs(ours[cut].reshape(-1, 2) - theirs).max()))
             wrong += abs(accuracy - results["acc,none"]) > 1e-9
     print(f"Winogrande, {len(cuts)} blocks of {layers // 2} layers, {len(lines)} examples, float32, "

@@ -31,13 +31,12 @@ from minitron_search import precision
 from minitron_search.architecture import Architecture, parameter_count
 from minitron_search.config import ImportanceConfig
 from minitron_search.corpus import load_corpus
-from minitron_search.depth import mean_and_error
-from minitron_search.depth_recommendation import paired
 from minitron_search.distillation_loss import token_losses
 from minitron_search.families import final_hidden, is_expressible, sizes, sizes_of, student_config, weights, whole
 from minitron_search.importance import Importance, measure
 from minitron_search.precision import on_device
 from minitron_search.rotation import rotated, rotated_config
+from minitron_search.statistics import mean_and_error, paired
 from minitron_search.teacher import load_tokenizer, teacher_folder
 from minitron_search.teacher_source import output_head
 from minitron_search.trimming import student_of, trimmed_weights

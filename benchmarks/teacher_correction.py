@@ -39,8 +39,6 @@ from minitron_search.architecture import digest, parameter_count
 from minitron_search.config import Config, ImportanceConfig, parse
 from minitron_search.corpus import load_corpus
 from minitron_search.correction import correcting_teacher, float32_of, merged, trainable
-from minitron_search.depth import mean_and_error
-from minitron_search.depth_recommendation import paired
 from minitron_search.distillation import Milestone, train
 from minitron_search.families import sizes, sizes_of, weights, whole
 from minitron_search.importance import measure
@@ -49,6 +47,7 @@ from minitron_search.memory import release_memory
 from minitron_search.precision import autocast, on_device
 from minitron_search.retraining import write_folder
 from minitron_search.run_directory import replace_text, write_table
+from minitron_search.statistics import mean_and_error, paired
 from minitron_search.teacher import fingerprint, load_tokenizer, teacher_folder
 from minitron_search.teacher_cache import Request, ensure, in_this_process
 from minitron_search.teacher_source import cached_teacher, live_teacher

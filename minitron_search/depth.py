@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from minitron_search import taylor
 from minitron_search.distillation_loss import token_losses
+from minitron_search.statistics import mean_and_error
 from minitron_search.walk import Inputs, Walk
 from minitron_search.winogrande import PackedOptions, model_inputs, option_log_likelihoods
 
@@ -189,19 +190,3 @@ def table_rows(values: Values, lengths: Sequence[int], depth: int, sets: Mapping
                     "stderr": stderr, "n": n, "kind": kind, "layers": ",".join(map(str, cut)),
                 })  # fmt: skip
     return rows
-
-
-def mean_and_error(values: np.ndarray) -> tuple[float, float, int]:
-    """(mean, its standard error, n); the error is nan for n = 1."""
-    n = len(values)
-    return float(values.mean()), float(values.std(ddof=1) / n**0.5) if n > 1 else float("nan"), n
-
-
-def winogrande_metrics(log_likelihoods: np.ndarray, answers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(correct, margin) of every example, (n,) each, from log-likelihoods (n, 2) and answers (n,) in {1, 2}.
-
-    correct is 1 or 0; margin, nats, is the right option's log-likelihood minus the wrong one's.
-    """
-    each, right = np.arange(len(answers)), answers.astype(np.int64) - 1
-    correct = (log_likelihoods.argmax(1) == right).astype(np.float64)  # a tie chooses option 1, as in lm-eval
-    return correct, log_likelihoods[each, right] - log_likelihoods[each, 1 - right]

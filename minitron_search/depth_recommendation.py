@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from minitron_search.depth import OF_BLOCKS, TEACHER, Cut, Values, block, mean_and_error
+from minitron_search.depth import OF_BLOCKS, TEACHER, Cut, Values, block
+from minitron_search.statistics import mean_and_error, paired
 from minitron_search.winogrande import chance_bar
 
 LOWER_IS_BETTER = {
@@ -36,8 +37,6 @@ RANKING = (
     "angular",
     "taylor",
 )  # what decides where accuracy does not: the first measured
-EXACT = 12  # up to this n every assignment of signs is tried, beyond it DRAWS random ones
-DRAWS = 10_000
 LEVEL = 0.05
 
 
@@ -59,27 +58,6 @@ def recommendation(values: Values, lengths: Sequence[int], depth: int, sets: Map
         "by_length": found,
         "words": [*_warnings(values, at_chance), *(line for of in found.values() for line in of["words"])],
     }
-
-
-def paired(better: np.ndarray, worse: np.ndarray) -> dict[str, float]:
-    """Mean of worse - better over n pairs, its standard error, and the two-sided p of "no difference".
-
-    The observed signs count as one of the draws, so that p is never 0.
-    """
-    differences = worse - better
-    mean, stderr, n = mean_and_error(differences)
-    moving = differences[differences != 0]
-    if len(moving) <= EXACT:
-        signs = 1.0 - 2.0 * (np.arange(2 ** len(moving))[:, None] >> np.arange(len(moving)) & 1)
-        p = float((np.abs(signs @ moving) >= abs(moving.sum()) * (1 - 1e-12)).mean())
-    else:
-        generator = np.random.default_rng(0)
-        extreme = 0
-        for _ in range(DRAWS // 500):  # in parts: 500 x n signs at once
-            signs = generator.integers(0, 2, (500, len(moving)), dtype=np.int8) * 2.0 - 1.0
-            extreme += int((np.abs(signs @ moving) >= abs(moving.sum()) * (1 - 1e-12)).sum())
-        p = (extreme + 1) / (DRAWS + 1)
-    return {"difference": mean, "stderr": stderr, "p": p, "n": n}
 
 
 def best_blocks(found: Mapping[str, Any], objective: str) -> dict[int, int]:

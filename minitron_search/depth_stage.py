@@ -32,7 +32,7 @@ from minitron_search.families import sizes, weights
 from minitron_search.preparation import Prepared
 from minitron_search.run_directory import RunDirectory
 from minitron_search.walk import Walk
-from minitron_search.winogrande import PackedOptions
+from minitron_search.winogrande import PackedOptions, by_example
 
 FORMULA = 1  # part of every key: raise it when the same inputs give other values
 RESTARTS = 3  # of a piece whose process died
@@ -277,7 +277,7 @@ def _read_chunk(job: Job, kind: str, rows: slice) -> Values:
 
 def _choice_metrics(job: Job) -> Values:
     both = {
-        cut: depth.winogrande_metrics(values, job.packed.answers)
+        cut: by_example(values, job.packed.answers)
         for cut, values in read(job, CHOICES)[CHOICES].items()
     }  # fmt: skip
     return {

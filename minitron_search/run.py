@@ -28,6 +28,7 @@ from minitron_search.console import console, say  # noqa: E402
 from minitron_search.correction_stage import correct_teacher  # noqa: E402
 from minitron_search.depth_recommendation import best_blocks  # noqa: E402
 from minitron_search.depth_stage import measure_depth  # noqa: E402
+from minitron_search.evidence import evidence  # noqa: E402
 from minitron_search.forecast import dry_run, intermediate_advice  # noqa: E402
 from minitron_search.importance_stage import measure_importance  # noqa: E402
 from minitron_search.loop_settings import Precision  # noqa: E402
@@ -154,6 +155,7 @@ def search_and_retrain(prepared: Prepared, resolved: Precision) -> None:
     if "retrain" in config.stages:
         for rank, architecture in enumerate(best, 1):
             retrain(prepared, search, architecture, rank, materials, slots)
+        run.write_evidence(evidence(run, config.search.objective))
         if config.evaluation.tasks:
             evaluate_all(prepared, len(best))
 

@@ -1,7 +1,7 @@
 """The artifacts of a run and their schemas; the only writer of tables.
 
     config.yaml  environment.json  importance.safetensors  trials.parquet  events.jsonl  study.db
-    depth.parquet  depth.json  depth_pieces/
+    depth.parquet  depth.json  depth_pieces/  evidence.json
     trials/<id>/ architecture.json, metrics.jsonl, decisions.jsonl, checkpoint/     best/     report.html
 
 What is true is in `trials/<id>/metrics.jsonl`: a line per logged step and a line per finished rung, written
@@ -96,6 +96,7 @@ class RunDirectory:
         self.events_log = self.root / "events.jsonl"
         self.evaluation = self.root / "evaluation.json"
         self.study = self.root / "study.db"
+        self.evidence = self.root / "evidence.json"
         self.report = self.root / "report.html"
         self.scratch = self.root / ".ray"  # what Ray writes of its own; gone when the run ends
 
@@ -145,6 +146,24 @@ class RunDirectory:
     def log_rung(self, trial: str, row: Mapping[str, Any]) -> None:
         """Append one finished rung: a row of `TRIALS_SCHEMA`, whose status is still the search's to set."""
         append_line(self.trial(trial) / "metrics.jsonl", {"kind": "rung", **row})
+
+    def log_scores(self, trial: str, rung: int, **scores: list[float]) -> None:
+        """Append what a rung's means were taken over: a value for every window, or example. Written before the rung."""
+        append_line(self.trial(trial) / "metrics.jsonl", {"kind": "scores", "rung": rung, **scores}, durable=False)
+
+    def scores(self) -> dict[tuple[str, int], dict[str, list[float]]]:
+        """By trial and rung, what `log_scores` was given."""
+        return {
+            (log.parent.name, line["rung"]): line
+            for log in sorted((self.root / "trials").glob("*/metrics.jsonl"))
+            for line in read_lines(log) if line["kind"] == "scores"
+        }  # fmt: skip
+
+    def write_evidence(self, found: Mapping[str, Any]) -> None:
+        replace_text(self.evidence, json.dumps(found, indent=1))
+
+    def read_evidence(self) -> dict[str, Any]:
+        return json.loads(self.evidence.read_text()) if self.evidence.exists() else {}
 
     def decide(self, trial: str, rung: int, decision: str) -> None:
         """Record whether a trial may train past a rung: `continue` or `stop`."""

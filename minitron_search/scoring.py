@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +35,16 @@ class Score:
     winogrande_n: int
 
 
+class Scored(NamedTuple):
+    """`by_window` (n,): LM loss of every validation window; `correct` (m,), 0 or 1, and `margin` (m,), nats, of every
+    Winogrande example. What two models are compared by, pair by pair."""
+
+    score: Score
+    by_window: np.ndarray
+    correct: np.ndarray
+    margin: np.ndarray
+
+
 def score(
     model: PreTrainedModel,
     windows: np.ndarray,
@@ -41,7 +52,7 @@ def score(
     teacher_head: OutputHead,
     packed: PackedOptions,
     precision: str,
-) -> Score:
+) -> Scored:
     """Score `model` on validation `windows` (n, length) and on the packed Winogrande options.
 
     `teacher_hidden` (n, length, teacher's hidden_size): the teacher's final hidden states of the same windows.
@@ -49,7 +60,7 @@ def score(
     """
     ce, kl = window_losses(model, windows, teacher_hidden, teacher_head, precision)
     choices = winogrande.evaluate(model, packed, precision)
-    return Score(
+    scores = Score(
         lm_loss=float(ce.mean()),
         lm_loss_stderr=standard_error(ce),
         lm_loss_n=len(windows),
@@ -61,6 +72,7 @@ def score(
         winogrande_margin_stderr=choices.margin_stderr,
         winogrande_n=choices.n,
     )
+    return Scored(scores, ce, *winogrande.by_example(choices.log_likelihoods, packed.answers))
 
 
 def window_losses(

@@ -19,6 +19,7 @@ from ray.tune.search import Searcher
 
 from minitron_search.architecture import Architecture
 from minitron_search.config import Config
+from minitron_search.evidence import SIGN, evidence
 from minitron_search.forecast import search_tokens
 from minitron_search.launchers import tune_function
 from minitron_search.loop_settings import LoopSettings
@@ -31,7 +32,6 @@ from minitron_search.worker_group import free_group_of, free_groups
 
 TRIAL_RESTARTS = 1  # of a trial whose process died
 TRIAL_MEMORY = 300 * 2**20  # a Tune trial that only waits for its workers asks for memory, not for a CPU
-SIGN = {"lm_loss": 1.0, "kl": 1.0, "winogrande_margin": -1.0}  # the objective is always minimised
 
 
 class Search:
@@ -207,6 +207,7 @@ def run_search(
     for architecture in best:
         run.event("promoted", architecture=architecture.id)
     search.write_tables(promoted)
+    run.write_evidence(evidence(run, config.search.objective))
     write_study(search.space, search.observed(), config.name, run.study)
     return best
 

@@ -22,7 +22,7 @@ from minitron_search.loop_settings import LoopSettings, Precision
 from minitron_search.precision import device, on_device
 from minitron_search.rankings import Rankings
 from minitron_search.run_directory import RunDirectory
-from minitron_search.scoring import score, throughput
+from minitron_search.scoring import Scored, score, throughput
 from minitron_search.teacher_cache import CacheReader
 from minitron_search.teacher_source import Teacher, cached_teacher, live_teacher
 from minitron_search.training_log import DivergedError
@@ -94,17 +94,22 @@ def run_trial(
                     saving = writer.submit(milestone.save, folder / f"step-{milestone.step:08d}")
                 if rank == 0:
                     assert milestone.student is not None
-                    scores = score_student(materials, milestone.student, trial)
+                    scored = score_student(materials, milestone.student, trial)
+                    columns = columns_of(materials, milestone.student, trial, scored)
                 if milestone.step > 0:
                     saving.result()
             if rank == 0:
                 row = {
                     **trial.columns(),
-                    **scores,
+                    **columns,
                     "rung": rung,
                     "tokens": milestone.tokens_seen,
                     "seconds": time.monotonic() - began,
                 }
+                run.log_scores(
+                    trial.id, rung, lm_loss=scored.by_window.tolist(), winogrande_correct=scored.correct.tolist(),
+                    winogrande_margin=scored.margin.tolist(),
+                )  # fmt: skip
                 run.log_rung(trial.id, row)
                 checkpoints.keep_newest(folder)
         last = rung == len(settings.milestones) - 1
@@ -206,13 +211,11 @@ def teacher_head(materials: Materials) -> OutputHead:
     return head._replace(weight=head.weight.to(device()))
 
 
-def score_student(materials: Materials, student: PreTrainedModel, trial: Trial) -> dict[str, Any]:
-    """The columns of `Score`, `bi` (the teacher's block importance of the block this architecture drops) and
-    `tokens_per_second` of a forward pass in the run's own precision, whatever the score's."""
+def score_student(materials: Materials, student: PreTrainedModel, trial: Trial) -> Scored:
     student.eval()
     reader = CacheReader(materials.validation_cache)
     everything = np.arange(len(materials.validation))
-    scored = score(
+    return score(
         student,
         materials.validation,
         reader.hidden(everything, materials.validation),
@@ -220,9 +223,14 @@ def score_student(materials: Materials, student: PreTrainedModel, trial: Trial) 
         materials.packed,
         trial.score_precision,
     )
+
+
+def columns_of(materials: Materials, student: PreTrainedModel, trial: Trial, scored: Scored) -> dict[str, Any]:
+    """The columns of `Score`, `bi` (the teacher's block importance of the block this architecture drops) and
+    `tokens_per_second` of a forward pass in the run's own precision, whatever the score's."""
     start, length = trial.architecture.dropped_block(len(materials.block_bi) - 1)
     return {
-        **asdict(scored),
+        **asdict(scored.score),
         "bi": float(materials.block_bi[start, start + length]),
         "tokens_per_second": throughput(student, materials.validation, materials.precision),
     }

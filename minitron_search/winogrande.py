@@ -368,12 +368,20 @@ class WinograndeScore:
     log_likelihoods: np.ndarray  # (n, 2) float64
 
 
+def by_example(log_likelihoods: np.ndarray, answers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(correct, margin) of every example, (n,) each, from log-likelihoods (n, 2) and answers (n,) in {1, 2}.
+
+    correct is 1 or 0; margin, nats, is the right option's log-likelihood minus the wrong one's.
+    """
+    each, right = np.arange(len(answers)), answers.astype(np.int64) - 1
+    correct = (log_likelihoods.argmax(1) == right).astype(np.float64)  # a tie chooses option 1, as in lm-eval
+    return correct, log_likelihoods[each, right] - log_likelihoods[each, 1 - right]
+
+
 def score_from_log_likelihoods(log_likelihoods: np.ndarray, answers: np.ndarray) -> WinograndeScore:
-    """`log_likelihoods` (n, 2) in nats, `answers` (n,) in {1, 2}. A tie chooses option 1, as in lm-eval."""
+    """Arguments as `by_example`."""
     n = len(answers)
-    right = answers.astype(np.int64) - 1
-    correct = (log_likelihoods.argmax(axis=1) == right).astype(np.float64)
-    margins = log_likelihoods[np.arange(n), right] - log_likelihoods[np.arange(n), 1 - right]
+    correct, margins = by_example(log_likelihoods, answers)
 
     def stderr(values: np.ndarray) -> float:
         return float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")

@@ -65,7 +65,7 @@ def test_winogrande_is_that_of_a_stock_model_without_the_layers(folder: Path, tm
     for cut in cuts:
         expected = winogrande.evaluate(student_without(folder, cut), packed)
         np.testing.assert_allclose(found[cut].reshape(-1, 2), expected.log_likelihoods, atol=1e-4)
-        correct, margin = depth.winogrande_metrics(found[cut].reshape(-1, 2), packed.answers)
+        correct, margin = winogrande.by_example(found[cut].reshape(-1, 2), packed.answers)
         assert correct.mean() == expected.accuracy
         np.testing.assert_allclose(margin.mean(), expected.margin, atol=1e-4)
 

@@ -7,8 +7,9 @@ import pytest
 
 from minitron_search.config import parse
 from minitron_search.depth import TEACHER, Values, block
-from minitron_search.depth_recommendation import best_blocks, paired, recommendation
+from minitron_search.depth_recommendation import best_blocks, recommendation
 from minitron_search.search_space import SearchSpace
+from minitron_search.statistics import paired
 from tests import tiny
 
 

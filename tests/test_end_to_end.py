@@ -1,5 +1,6 @@
 """The command on a tiny teacher: what it leaves, that it repeats itself, and that nothing kills it for good."""
 
+import html
 import json
 import signal
 from pathlib import Path
@@ -42,6 +43,10 @@ def test_a_run_leaves_every_artifact(unbroken: Path) -> None:
         assert (unbroken / name).exists(), name
     arms = {row["arm"] for row in rows(unbroken)}
     assert arms == {"teacher", "search", "untrained", "retrained"}
+    evidence = json.loads((unbroken / "evidence.json").read_text())
+    finalists = {row["architecture"] for row in rows(unbroken) if row["arm"] == "search" and row["rung"] == 2}
+    assert {about["architecture"] for about in evidence["finalists"]} == finalists
+    assert evidence["words"][-1] in html.unescape((unbroken / "report.html").read_text())
 
 
 def test_the_best_student_reloads_inside_the_budget(unbroken: Path) -> None:

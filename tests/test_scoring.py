@@ -80,7 +80,7 @@ def test_how_windows_are_batched_changes_nothing(monkeypatch: pytest.MonkeyPatch
 def test_a_score_holds_means_errors_and_how_many(packed: PackedOptions) -> None:
     student, teacher, texts = tiny.model(config(1), 1), tiny.model(config(2), 2), windows()
     hidden, head = hidden_of(teacher, texts), output_head(teacher)
-    scored = score(student, texts, hidden, head, packed, "float32")
+    scored, by_window, correct, margin = score(student, texts, hidden, head, packed, "float32")
     ce, kl = window_losses(student, texts, hidden, head, "float32")
     assert (scored.lm_loss, scored.kl) == (ce.mean(), kl.mean())
     assert (scored.lm_loss_stderr, scored.kl_stderr) == (standard_error(ce), standard_error(kl))
@@ -88,13 +88,14 @@ def test_a_score_holds_means_errors_and_how_many(packed: PackedOptions) -> None:
     choices = winogrande.evaluate(student, packed)
     assert (scored.winogrande_acc, scored.winogrande_margin) == (choices.accuracy, choices.margin)
     assert scored.winogrande_n == 6
+    assert np.array_equal(by_window, ce) and (correct.mean(), margin.mean()) == (choices.accuracy, choices.margin)
     assert {field.name for field in fields(Score)} <= set(TRIALS_SCHEMA.names)
 
 
 def test_half_precision_is_near(packed: PackedOptions) -> None:
     student, teacher, texts = tiny.model(config(1), 1), tiny.model(config(2), 2), windows()
     full, half = (
-        score(student, texts, hidden_of(teacher, texts), output_head(teacher), packed, precision)
+        score(student, texts, hidden_of(teacher, texts), output_head(teacher), packed, precision).score
         for precision in ("float32", "bfloat16")
     )
     assert half.lm_loss == pytest.approx(full.lm_loss, rel=0.02) and half.kl == pytest.approx(full.kl, rel=0.05)
