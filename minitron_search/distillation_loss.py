@@ -120,19 +120,6 @@ def output_loss(
 
 
 @torch.no_grad()
-def top_k(hidden: Tensor, head: OutputHead, k: int, *, chunk_tokens: int = 64) -> TopK:
-    """The k most probable next tokens of every position of `hidden` (T, H), k at most V."""
-    chunks = []
-    for rows in hidden.split(chunk_tokens):
-        logits, _ = _logits(rows @ head.weight.t(), head)
-        kept, indices = logits.topk(k)
-        rest = logits.scatter_(1, indices, -torch.inf).logsumexp(1, keepdim=True)
-        total = torch.cat([kept, rest], 1).logsumexp(1, keepdim=True)
-        chunks.append(TopK(indices, kept - total, (rest - total).squeeze(1)))
-    return TopK(*map(torch.cat, zip(*chunks, strict=True)))
-
-
-@torch.no_grad()
 def token_losses(
     student_hidden: Tensor,
     student_head: OutputHead,

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from minitron_search.distillation_loss import IGNORE, OutputHead, TopK, output_loss, token_losses, top_k
+from minitron_search.distillation_loss import IGNORE, OutputHead, TopK, output_loss, token_losses
 from minitron_search.loop_settings import Loss
+from tests.sparse import top_k
 
 LOSSES: tuple[Loss, ...] = get_args(Loss)
 OF_LOGITS: tuple[Loss, ...] = ("mse", "cosine", "clm+mse", "clm+cosine")
@@ -210,7 +211,7 @@ def test_a_sparse_teacher_nears_the_whole_one_from_below(case: Case, chunk: int)
 def test_what_is_kept_of_a_teacher_are_its_most_probable_tokens(case: Case, kept: int) -> None:
     vocab = len(case.weight)
     k = min(kept, vocab) if kept > 0 else vocab + kept
-    sparse = top_k(case.teacher, case.teacher_head, k, chunk_tokens=16)
+    sparse = top_k(case.teacher, case.teacher_head, k)
     reference = outcomes(case.teacher_logits(), sparse.indices)
     kept_mass = F.softmax(case.teacher_logits(), -1).topk(k).values.sum(1)
     assert sparse.indices.shape == sparse.log_probabilities.shape == (len(case.teacher), k)
@@ -354,10 +355,11 @@ def test_no_tensor_of_all_logits_is_made() -> None:
             return out
 
     case = Case(4, tokens, vocab, hidden, hidden, 1.0, None)
+    sparse = top_k(case.teacher, case.teacher_head, 64)
     with Largest() as largest:
         for loss in LOSSES:
             case.chunked(loss, 1.0 if loss in OF_LOGITS else 2.0, 32)
-        case.chunked(BOTH, 1.0, 32, sparse=top_k(case.teacher, case.teacher_head, 64, chunk_tokens=32))
+        case.chunked(BOTH, 1.0, 32, sparse=sparse)
     assert largest.elements >= 32 * vocab  # it does see them
     assert largest.elements <= max(32 * vocab, vocab * hidden) < tokens * vocab // 4
 

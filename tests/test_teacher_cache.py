@@ -13,7 +13,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from minitron_search import teacher_cache
-from minitron_search.distillation_loss import top_k
 from minitron_search.families import final_hidden
 from minitron_search.teacher_cache import (
     MAX_BYTES,
@@ -28,6 +27,7 @@ from minitron_search.teacher_cache import (
     resolve_mode,
 )
 from minitron_search.teacher_source import output_head
+from tests.sparse import top_k
 
 WINDOWS = np.random.default_rng(0).integers(0, 50, (70, 32)).astype(np.int32)
 HIDDEN = Request("teacher", "data", WINDOWS, "float32", hidden_size=16, vocab_size=50)
