@@ -10,6 +10,7 @@ import torch
 from minitron_search.architecture import Architecture
 from minitron_search.families import family_of, split_name, whole
 from minitron_search.loop_settings import LoopSettings
+from minitron_search.run_directory import RunDirectory
 from minitron_search.trial_run import initial_student, run_trial
 from minitron_search.trial_settings import untrained
 from minitron_search.trimming import trim
@@ -131,6 +132,10 @@ def test_a_trial_that_does_not_train_is_scored_on_views_of_a_float32_teacher(
         assert not held(untrained(SETTINGS), other)
 
 
+def rungs(run: RunDirectory, trial: str) -> list[dict[str, Any]]:
+    return [line for line in run.metrics(trial) if line["kind"] == "rung"]
+
+
 def test_a_trial_scored_on_views_has_the_scores_of_the_trimmed_student(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,11 +145,11 @@ def test_a_trial_scored_on_views_has_the_scores_of_the_trimmed_student(
     file = made.teacher_folder / "model.safetensors"
     before = file.read_bytes()
     run_trial(made, asked, decided=False)
-    (on_views,) = made.run.metrics(asked.id)
+    (on_views,) = rungs(made.run, asked.id)
     monkeypatch.setattr("minitron_search.trial_run.is_float32", lambda folder: False)
     trimmed = replace(asked, arm="untrained")
     run_trial(made, trimmed, decided=False)
-    (of_trim,) = made.run.metrics(trimmed.id)
+    (of_trim,) = rungs(made.run, trimmed.id)
     for key in ("lm_loss", "kl", "winogrande_margin"):
         assert on_views[key] == pytest.approx(of_trim[key], rel=1e-5)
     assert file.read_bytes() == before

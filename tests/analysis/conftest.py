@@ -99,6 +99,7 @@ def write_depth(run: RunDirectory, metrics: tuple[str, ...], words: tuple[str, .
                 rows.append(depth_row("one_by_one", list(range(0, 2 * length, 2)), metric, 3.4))
     run.write_depth(rows)
     run.write_depth_recommendation({"words": list(words), "at_chance": True})
+    run.write_evidence(EVIDENCE)
 
 
 def write_run(root: Path, trials: int = 12, name: str = "smollm2-135m", hostile: str = "") -> RunDirectory:
@@ -214,6 +215,16 @@ def make_run() -> Callable[..., RunDirectory]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """A finished run, shared: a test writes nothing into it but its report."""
     return write_run(tmp_path_factory.mktemp("runs") / "finished")
+
+
+EVIDENCE = {
+    "objective": "lm_loss", "at_chance": True, "rungs": [], "words": ["Of 1 other, 1 differs."],
+    "finalists": [
+        {"architecture": "a", "trials": ["x"], "lm_loss": 3.0, "seeds": 1, "error_over_seeds": None},
+        {"architecture": "b", "trials": ["y"], "lm_loss": 3.1, "seeds": 1, "error_over_seeds": None,
+         "lm_loss_against_best": {"difference": 0.1, "stderr": 0.01, "p": 0.001, "n": 32}},
+    ],
+}  # fmt: skip
 
 
 @pytest.fixture
