@@ -20,7 +20,7 @@ from minitron_search.preparation import Prepared, lines_up, train_request
 from minitron_search.rankings import Rankings
 from minitron_search.rotation import rotate_teacher
 from minitron_search.run_directory import RunDirectory
-from minitron_search.scoring import standard_error
+from minitron_search.statistics import standard_error
 from minitron_search.teacher_cache import Built, Lost, Request
 from minitron_search.trial_run import Materials
 from minitron_search.trial_settings import correction

@@ -12,6 +12,7 @@ from minitron_search import winogrande
 from minitron_search.distillation_loss import OutputHead, next_tokens, token_losses
 from minitron_search.families import final_hidden
 from minitron_search.precision import autocast
+from minitron_search.statistics import standard_error
 from minitron_search.teacher_source import output_head
 from minitron_search.winogrande import PackedOptions
 
@@ -112,7 +113,3 @@ def throughput(model: PreTrainedModel, windows: np.ndarray, precision: str, rows
             model(row[None], use_cache=False)
         wait()
     return ids.numel() / (time.perf_counter() - began)
-
-
-def standard_error(values: np.ndarray) -> float:
-    return float(values.std(ddof=1) / len(values) ** 0.5)

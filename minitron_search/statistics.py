@@ -9,10 +9,15 @@ EXACT = 12  # up to this n every assignment of signs is tried, beyond it DRAWS r
 DRAWS = 10_000
 
 
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean of n > 1 values."""
+    return float(values.std(ddof=1) / len(values) ** 0.5)
+
+
 def mean_and_error(values: np.ndarray) -> tuple[float, float, int]:
     """(mean, its standard error, n); the error is nan for n = 1."""
     n = len(values)
-    return float(values.mean()), float(values.std(ddof=1) / n**0.5) if n > 1 else float("nan"), n
+    return float(values.mean()), standard_error(values) if n > 1 else float("nan"), n
 
 
 def paired(better: np.ndarray, worse: np.ndarray) -> dict[str, float]:

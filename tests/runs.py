@@ -12,6 +12,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
+from tests import tiny
+
 ROOT = Path(__file__).parents[1]
 TIMES = {"seconds", "tokens_per_second"}  # the columns that two equal runs may differ in
 
@@ -38,6 +40,18 @@ def tiny_configuration(teacher: Path, text: Path) -> dict[str, Any]:
         "distillation": {"batch_tokens": 64},
         "retraining": {"tokens": 512, "warmup_steps": 2},
     }  # fmt: skip
+
+
+def tiny_inputs(folder: Path) -> dict[str, Any]:
+    """`tiny_configuration` of a 6-layer teacher and a text that are written into `folder`."""
+    config = tiny.config(
+        vocab_size=258, hidden_size=48, intermediate_size=128, num_hidden_layers=6, num_attention_heads=6,
+        num_key_value_heads=3, head_dim=8, max_position_embeddings=512,
+    )  # fmt: skip
+    tiny.model(config).save_pretrained(folder / "teacher")
+    tiny.tokenizer().save_pretrained(folder / "teacher")
+    (folder / "text.txt").write_text(tiny.prose(20_000))
+    return tiny_configuration(folder / "teacher", folder / "text.txt")
 
 
 class Command:

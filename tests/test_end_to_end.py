@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests import tiny
-from tests.runs import Command, events, kill_train_process, rows, tiny_configuration
+from tests.runs import Command, events, kill_train_process, rows, tiny_inputs
 
 ONE = ("--search.concurrency", "1")
 INLINE = ("--resources.launcher", "inline")
@@ -18,15 +17,7 @@ INLINE = ("--resources.launcher", "inline")
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
     folder = tmp_path_factory.mktemp("runs")
-    config = tiny.config(
-        vocab_size=258, hidden_size=48, intermediate_size=128, num_hidden_layers=6, num_attention_heads=6,
-        num_key_value_heads=3, head_dim=8, max_position_embeddings=512,
-    )  # fmt: skip
-    tiny.model(config).save_pretrained(folder / "teacher")
-    tiny.tokenizer().save_pretrained(folder / "teacher")
-    text = folder / "text.txt"
-    text.write_text(tiny.prose(20_000))
-    return Command(folder, tiny_configuration(folder / "teacher", text))
+    return Command(folder, tiny_inputs(folder))
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
-from tests import tiny
-from tests.runs import Command, kill_train_process, rows, tiny_configuration
+from tests.runs import Command, kill_train_process, rows, tiny_inputs
 
 pytestmark = pytest.mark.slow
 RETRAIN = ("--resume", "--stages", "retrain", "--resources.launcher", "train")
@@ -23,14 +22,7 @@ STEPS, BETWEEN = 160, 20  # of the retraining, and between its checkpoints
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
     folder = tmp_path_factory.mktemp("killed")
-    config = tiny.config(
-        vocab_size=258, hidden_size=48, intermediate_size=128, num_hidden_layers=6, num_attention_heads=6,
-        num_key_value_heads=3, head_dim=8, max_position_embeddings=512,
-    )  # fmt: skip
-    tiny.model(config).save_pretrained(folder / "teacher")
-    tiny.tokenizer().save_pretrained(folder / "teacher")
-    (folder / "text.txt").write_text(tiny.prose(20_000))
-    configuration = tiny_configuration(folder / "teacher", folder / "text.txt")
+    configuration = tiny_inputs(folder)
     configuration["search"] = {"trials": 1, "rungs": [128]}
     configuration["retraining"] = {"tokens": STEPS * 64, "warmup_steps": 2}
     return Command(folder, configuration)

@@ -11,7 +11,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from minitron_search import scoring, winogrande
 from minitron_search.families import final_hidden
 from minitron_search.run_directory import TRIALS_SCHEMA
-from minitron_search.scoring import Score, score, standard_error, window_losses
+from minitron_search.scoring import Score, score, window_losses
+from minitron_search.statistics import standard_error
 from minitron_search.teacher_source import output_head
 from minitron_search.winogrande import PackedOptions
 from tests import tiny
