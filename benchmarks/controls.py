@@ -3,7 +3,7 @@
     python -m benchmarks.controls RUN_DIR
 
 Trains the random initialisation exactly as the run trained its student (same tokens, data, schedule), as one more
-trial of that run (arm `random_init_retrained`, Figure 6 of arXiv:2408.11796), and prints the three validation LM losses.
+trial of that run (arm `random_init_retrained`, Figure 6 of arXiv:2408.11796), and prints the three validation losses.
 """
 
 import sys
