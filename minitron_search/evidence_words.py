@@ -32,6 +32,11 @@ def words(found: Found) -> Iterable[str]:
             yield from _of_controls(of)
 
 
+def too_few(n: int, tests: int = 1) -> bool:
+    """Whether `tests` paired tests of n values cannot reach the level, all differences having one sign."""
+    return 2 * tests / 2**n >= LEVEL
+
+
 def _of_finalists(finalists: Sequence[Found], objective: str) -> Iterable[str]:
     name, _, units = NAMES[objective]
     key = f"{objective}_against_best"
@@ -43,7 +48,7 @@ def _of_finalists(finalists: Sequence[Found], objective: str) -> Iterable[str]:
                f"{finalists[0]['architecture']} in {name} on the same {units} (paired, p < {LEVEL} after Holm's "
                f"correction); {len(tied)} do not{names}.")  # fmt: skip
         n = tested[0][1]["n"]
-        if 2 * len(tested) / 2**n >= LEVEL:
+        if too_few(n, len(tested)):
             yield f"{n} {units} are too few to tell {len(tested) + 1} architectures apart, however they differ."
     elif len(finalists) == 1:
         yield f"One architecture reached the last rung: {finalists[0]['architecture']} was compared with none there."
@@ -104,7 +109,9 @@ def _of_controls(of: Found) -> Iterable[str]:
         apart = f"{test['low']:.3f} to {test['high']:.3f}"
         if where == "above":
             apart = f"{-test['high']:.3f} to {-test['low']:.3f}"
-        told = "" if test["p"] < LEVEL else f", not told apart: p {test['p']:.2g}"
+        told = ""
+        if test["p"] >= LEVEL:
+            told = f", not told apart: p {test['p']:.2g}" if not too_few(test["n"]) else f", n = {test['n']}: too few"
         parts.append(f"{abs(test['difference']):.3f} {where} {CONTROLS[control['arm']]} (95% {apart}{told})")
         if control["precision"] != candidate["precision"]:
             mixed.append(f"{CONTROLS[control['arm']]} in {control['precision']}")

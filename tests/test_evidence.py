@@ -256,6 +256,10 @@ def test_too_few_windows_are_said_to_be(tmp_path: Path) -> None:
         log(run, "search", name, [np.full(4, loss)])
     run.write_trials({})
     assert "4 windows are too few to tell 2 architectures apart" in "\n".join(evidence(run, "lm_loss")["words"])
+    log(run, "untrained", "a", [np.full(4, 1.5)])
+    run.write_trials({"search-a-0": "promoted"})
+    said = evidence(run, "lm_loss")["words"][-1]
+    assert "0.500 below its untrained trim (95% 0.500 to 0.500, n = 4: too few)" in said
 
 
 def test_a_search_of_one_and_one_that_has_not_begun_say_so(tmp_path: Path) -> None:
