@@ -52,6 +52,11 @@ class Architecture:
     def from_dict(cls, values: Mapping[str, Any]) -> "Architecture":
         return cls(**{**values, "layers": tuple(values["layers"])})
 
+    @classmethod
+    def of_trial(cls, about: Mapping[str, Any]) -> "Architecture":
+        """From what a trial's architecture.json holds."""
+        return cls.from_dict({name: about[name] for name in cls.__dataclass_fields__})
+
     def dropped_block(self, teacher_layers: int) -> tuple[int, int]:
         """(start, length) of the contiguous block of teacher layers that is missing; (0, 0) for none."""
         missing = sorted(set(range(teacher_layers)) - set(self.layers))

@@ -261,21 +261,36 @@ class Space(Section):
 
 
 class Search(Section):
+    """scheduler: who may train past a rung; asha, or hyperband, whose brackets stop some later than others.
+    tokens: what all proposals may train on together; auto is what successive halving of `trials` takes, which bounds
+        only how long stopped trials are continued.
+    promote: how many are retrained; not_worse is every one that no paired test tells from the best at the last rung.
+    finalist_seeds: seeds, in all, of the best at the last rung (reduction_factor of them for each that is promoted).
+    controls: whether the winner's shape is also trained pruned at random and from random weights, to the last rung.
+    """
+
     trials: Count = 6
     sampler: Literal["tpe", "random"] = "tpe"
     objective: Literal["lm_loss", "kl", "winogrande_margin"] = "lm_loss"
     rungs: Annotated[tuple[Count, ...], BeforeValidator(_listed), Field(min_length=1)] = (4_000, 12_000)
     reduction_factor: Annotated[int, BeforeValidator(_number), Field(ge=2)] = 3
+    scheduler: Literal["asha", "hyperband"] = "asha"
+    tokens: AutoCount = "auto"
     concurrency: AutoCount = "auto"
-    promote: Count = 1
+    promote: Literal["not_worse"] | Count = 1
     seeds: Count = 1
+    finalist_seeds: Count = 1
+    controls: bool = True
 
     @model_validator(mode="after")
     def _ordered(self) -> "Search":
         if list(self.rungs) != sorted(set(self.rungs)):
             raise ValueError(f"search.rungs: {list(self.rungs)} do not rise; valid: [8K, 32K]")
-        if self.promote > self.trials:
+        if self.promote != "not_worse" and self.promote > self.trials:
             raise ValueError(f"search.promote: {self.promote} of {self.trials} trials; valid: at most {self.trials}")
+        if self.tokens != "auto" and self.tokens < self.rungs[-1]:
+            raise ValueError(f"search.tokens: {self.tokens} for all trials, of which one alone takes {self.rungs[-1]} "
+                             f"to the last rung; valid: at least {self.rungs[-1]}, or auto")  # fmt: skip
         return self
 
 
@@ -568,7 +583,7 @@ def _messages(error: ValidationError) -> Iterator[str]:
     known = [name for name, _ in keys()]
     problems = error.errors()
     for problem in problems:
-        if problem["type"] == "literal_error" and problem["ctx"]["expected"] == "'auto'":
+        if problem["type"] == "literal_error" and problem["ctx"]["expected"] in ("'auto'", "'not_worse'"):
             continue  # the other half of `auto or a count` says what was wrong
         # the location also names the union's member (`Axis`, `constrained-int`); a user's keys are what is kept
         parts: list[str] = []

@@ -46,7 +46,9 @@ def retrain(
         if inline:
             run_to_end(ray.get(hidden[0]), trial, decided=False)
         else:
-            WorkerGroup(hidden[0], run, gang(config, slots), trial.id).run(trial, decided=False, last=True)
+            group = WorkerGroup(hidden[0], run, gang(config, slots), trial.id)
+            group.run(trial, decided=False)
+            group.close()
 
     cpus, gpus = (config.resources.cpus_per_worker, config.resources.gpus_per_worker) if inline else (0, 0)
     running = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(placed).remote([materials])

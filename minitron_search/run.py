@@ -37,7 +37,8 @@ from minitron_search.materials import make_materials  # noqa: E402
 from minitron_search.memory import release_memory  # noqa: E402
 from minitron_search.preparation import Prepared, check, environment, prepare  # noqa: E402
 from minitron_search.run_directory import RunDirectory  # noqa: E402
-from minitron_search.search import Search, run_search  # noqa: E402
+from minitron_search.search import run_search  # noqa: E402
+from minitron_search.search_state import Search  # noqa: E402
 from minitron_search.summary import summary_table  # noqa: E402
 from minitron_search.trial_settings import (  # noqa: E402
     distillation_settings,
