@@ -46,14 +46,15 @@ def evidence(run: RunDirectory, objective: str) -> dict[str, Any]:
 
 
 def finalists(rows: Sequence[Row], scores: Scores, objective: str) -> list[dict[str, Any]]:
-    """The architectures of `rows`, a row per trial, of one rung, best first, as `evidence` gives them.
+    """The architectures of `rows`, a row per trial, of one rung, best first, as `evidence` gives them; those that were
+    promoted are before the others, whose fewer seeds may flatter them.
 
     `<metric>_against_best` is `pairing.against`, a difference the other's minus the best's, with `p_holm`, corrected
     for as many others. The best was chosen by the same windows, so that its lead is a little flattered; what the
     correction does hold to is in `not_worse`.
     """
     by = by_architecture(rows)
-    order = sorted(by, key=lambda name: _mean(by[name], objective))
+    order = sorted(by, key=lambda name: (by[name][0].get("status") != "promoted", _mean(by[name], objective)))
     found = []
     for name in order:
         values = np.array([row[objective] for row in by[name]])
@@ -105,18 +106,25 @@ def seed_spread(rows: Sequence[Row], objective: str) -> dict[str, float] | None:
 def _rungs(
     search: Sequence[Row], retrained: Sequence[Row], scores: Scores, objective: str
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The order of each rung against that of the next, over the architectures that reached both (`n`, of `before_n`).
+    """The order of each rung against that of the next, over the architectures that reached both (`n`, of `before_n`)
+    and the seeds that all of them ran with: a finalist's further seeds were not there to be ranked by.
 
     `regret` is tested on the same windows: `regret_p` is the p of "the early choice is as good as the best there".
     """
+    everyone = by_architecture(search).values()
+    shared = set.intersection(*({row["seed"] for row in rows} for rows in everyone)) if everyone else set()
+    ranked = [row for row in search if row["seed"] in shared or not shared]
     levels = [
-        (f"rung {rung}", by_architecture(row for row in search if row["rung"] == rung))
+        (f"rung {rung}", by_architecture(row for row in ranked if row["rung"] == rung))
         for rung in sorted({row["rung"] for row in search})
     ]  # fmt: skip
-    if retrained:
-        levels.append(("retrained", by_architecture(retrained)))
+    steps = list(zip(levels, levels[1:], strict=False))
+    if retrained and search:  # whom to retrain was decided by every seed
+        name, last = levels[-1][0], max(row["rung"] for row in search)
+        chosen_by = by_architecture(row for row in search if row["rung"] == last)
+        steps.append(((name, chosen_by), ("retrained", by_architecture(retrained))))
     found = []
-    for (before, rows), (after, others) in zip(levels, levels[1:], strict=False):
+    for (before, rows), (after, others) in steps:
         both = sorted(rows.keys() & others.keys())
         if len(both) > 1:
             one, other = ([_mean(of[name], objective) for name in both] for of in (rows, others))

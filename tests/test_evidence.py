@@ -180,6 +180,25 @@ def test_unequal_seeds_are_compared_on_those_that_both_have(run: RunDirectory) -
     assert not_worse(rows, run.scores(), "lm_loss")[0] == "c" and len(not_worse(rows, run.scores(), "lm_loss")) == 3
 
 
+def test_rungs_are_ranked_by_the_seeds_that_all_ran_with_and_the_winner_is_one_that_was_promoted(
+    run: RunDirectory,
+) -> None:
+    """a's further seeds are worse: by their mean c, of one lucky seed, would be before it, and its rungs would flip."""
+    (before,) = evidence(run, "lm_loss")["rungs"]
+    for seed in (1, 2):
+        log(run, "search", "a", [np.full(WINDOWS, 1.0), np.full(WINDOWS, 9.0)], seed=seed)
+    run.write_trials({f"search-a-{seed}": "promoted" for seed in range(3)})
+    found = evidence(run, "lm_loss")
+    assert [about["architecture"] for about in found["finalists"]] == ["a", "b", "c"]
+    (after,) = found["rungs"]
+    assert after == before
+    log(run, "retrained", "a", [np.full(WINDOWS, 1.0)])
+    log(run, "retrained", "c", [np.full(WINDOWS, 2.0)])
+    run.write_trials({f"search-a-{seed}": "promoted" for seed in range(3)})
+    last = evidence(run, "lm_loss")["rungs"][-1]
+    assert last["after"] == "retrained" and last["flips"] == [["c", "a"]]  # the last rung's mean over all seeds
+
+
 def finals(losses: np.ndarray) -> tuple[list[dict[str, Any]], dict[tuple[str, int], dict[str, list[float]]]]:
     """Rows and scores of a last rung: `losses` (architectures, windows)."""
     rows = [{"architecture": str(a), "trial": f"t{a}", "seed": 0, "rung": 1, "lm_loss": of.mean()}
