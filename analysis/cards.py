@@ -137,15 +137,20 @@ def depth_card(run: RunData) -> Card:
 def evidence_card(run: RunData) -> Card:
     title = "Evidence"
     read = (
-        "Right of the line is worse than the winner on the same windows; a bar that crosses it could be chance. Below, "
-        "how well each rung's order foretold the next."
+        "Right of the line is worse than the winner on the same windows (better, of a margin); an interval that "
+        "crosses it could be chance. The controls say what pruning by importance is worth: same shape, same tokens."
     )
     if not run.evidence:
         return Card(title, read, reason="No evidence.json: the search has not ended.")
-    table = evidence.finalists(run.evidence)
-    figure = Panel("finalists", evidence.differences_plot(table), table)
-    panels = (figure,) if len(table) and table["lm_loss_minus_best"].notna().any() else ()
-    return Card(title, read, evidence.sample(run, table), evidence.body(run.evidence), panels)
+    found, objective = run.evidence, run.evidence["objective"]
+    table, beside, rungs = evidence.finalists(found), evidence.controls(found), evidence.rungs(found)
+    panels = []
+    if len(table) and table[f"{objective}_minus_best"].notna().any():
+        panels.append(Panel("finalists", evidence.differences_plot(table, objective), table, "Finalists"))
+    if len(beside) and beside["lm_loss_minus_candidate"].notna().any():
+        panels.append(Panel("controls", evidence.controls_plot(beside), beside, "Controls"))
+    data = (("rungs", rungs),) if len(rungs) else ()
+    return Card(title, read, evidence.sample(run, table), evidence.body(found), tuple(panels), data)
 
 
 def trials_card(run: RunData) -> Card:

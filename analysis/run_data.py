@@ -12,7 +12,7 @@ from safetensors import safe_open
 from minitron_search.run_directory import DEPTH_SCHEMA, TRIALS_SCHEMA, RunDirectory
 
 # The arms that are not candidates; every other arm is the search's or an ablation's.
-CONTROLS = ("teacher", "untrained", "retrained")
+CONTROLS = ("teacher", "untrained", "retrained", "random_pruned", "random_init")
 STEP_COLUMNS = ("trial", "tokens", "loss", "learning_rate", "tokens_per_second")
 
 

@@ -23,6 +23,7 @@ import tyro  # noqa: E402
 from minitron_search import cluster, evaluation, retraining  # noqa: E402
 from minitron_search import config as configuration  # noqa: E402
 from minitron_search.architecture import Architecture  # noqa: E402
+from minitron_search.chance import refuse_at_chance  # noqa: E402
 from minitron_search.cluster import on_all_cpus, resolved_precision  # noqa: E402
 from minitron_search.console import console, say  # noqa: E402
 from minitron_search.correction_stage import correct_teacher  # noqa: E402
@@ -141,6 +142,7 @@ def search_and_retrain(prepared: Prepared, resolved: Precision) -> None:
     teacher = make_trial(space, space.teacher, "teacher", config, untrained(settings))
     begin(run, [teacher])
     on_all_cpus(retraining.score_now, materials, teacher)
+    refuse_at_chance(run, teacher.id, [config.search.objective])
 
     drop_block = config.space.axes.drop_block
     if drop_block and drop_block.seeds == "sweep":

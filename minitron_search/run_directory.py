@@ -148,7 +148,8 @@ class RunDirectory:
         append_line(self.trial(trial) / "metrics.jsonl", {"kind": "rung", **row})
 
     def log_scores(self, trial: str, rung: int, **scores: list[float]) -> None:
-        """Append what a rung's means were taken over: a value for every window, or example. Written before the rung."""
+        """Append what a rung's means were taken over: a value for every window, or example;
+        `winogrande_twin` numbers the examples, twins alike. Written before the rung."""
         append_line(self.trial(trial) / "metrics.jsonl", {"kind": "scores", "rung": rung, **scores}, durable=False)
 
     def scores(self) -> dict[tuple[str, int], dict[str, list[float]]]:

@@ -217,12 +217,28 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     return write_run(tmp_path_factory.mktemp("runs") / "finished")
 
 
+TEST = {"difference": 0.1, "stderr": 0.01, "p": 0.001, "n": 32, "low": 0.08, "high": 0.12, "seeds": 1}
 EVIDENCE = {
-    "objective": "lm_loss", "at_chance": True, "rungs": [], "words": ["Of 1 other, 1 differs."],
+    "objective": "lm_loss", "seeds": None, "words": ["Of 1 other, 1 differs."],
+    "at_chance": {"winogrande_acc": {"at_chance": True}, "winogrande_margin": {"at_chance": False}},
+    "rungs": [
+        {"before": "rung 0", "after": "rung 1", "before_n": 9, "n": 2, "best_kept": False, "regret": 0.1,
+         "regret_p": 0.5, "chosen": "b", "best": "a", "flips": [["b", "a"]], "kendall": None, "kendall_p": None,
+         "kendall_interval": None, "top": [{"k": 1, "shared": 0, "by_chance": 0.5, "p": 1.0}]},
+    ],
     "finalists": [
-        {"architecture": "a", "trials": ["x"], "lm_loss": 3.0, "seeds": 1, "error_over_seeds": None},
-        {"architecture": "b", "trials": ["y"], "lm_loss": 3.1, "seeds": 1, "error_over_seeds": None,
-         "lm_loss_against_best": {"difference": 0.1, "stderr": 0.01, "p": 0.001, "n": 32}},
+        {"architecture": "a", "trials": ["x"], "lm_loss": 3.0, "stderr": 0.04, "seeds": 1, "error_over_seeds": None},
+        {"architecture": "b", "trials": ["y"], "lm_loss": 3.1, "stderr": 0.04, "seeds": 1, "error_over_seeds": None,
+         "lm_loss_against_best": {**TEST, "p_holm": 0.001}},
+    ],
+    "controls": [
+        {"architecture": "a",
+         "candidate": {"trials": ["x"], "tokens": 32768, "lm_loss": 3.0, "winogrande_margin": 0.1,
+                       "precision": "float32"},
+         "controls": [
+             {"arm": arm, "trials": [arm], "tokens": 32768, "lm_loss": 3.1, "winogrande_margin": 0.1,
+              "precision": "float32", "against_candidate": {"lm_loss": TEST}}
+             for arm in ("random_pruned", "random_init", "untrained", "teacher")]},
     ],
 }  # fmt: skip
 
