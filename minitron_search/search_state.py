@@ -10,7 +10,7 @@ from typing import Any
 
 from minitron_search.architecture import Architecture
 from minitron_search.config import Config
-from minitron_search.evidence import SIGN
+from minitron_search.evidence import SIGN, not_worse
 from minitron_search.forecast import search_tokens
 from minitron_search.loop_settings import LoopSettings
 from minitron_search.proposals import Observation, propose
@@ -237,14 +237,24 @@ class Search:
 
         Raises ValueError when no trial reached the last rung.
         """
-        complete = [o for o in self.observed() if o.state == "complete" and len(o.values) > self.last_rung]
+        asked = self.config.search
+        further = asked.finalist_seeds > asked.seeds  # then a lucky single seed is no match for a mean of several
+        found = self._finalists() if further else list(self.by_proposal().values())
+        sound = [[t for t in trials if self.status(t.id) != "failed"] for trials in found]
+        complete = [trials for trials in sound if trials and all(self.last_rung in self.rows[t.id] for t in trials)]
         if not complete:
             raise ValueError("search: no trial reached the last rung, so there is nothing to promote; "
                              "trials.parquet says why each one failed")  # fmt: skip
-        complete.sort(key=lambda observation: observation.values[self.last_rung])
-        return [observation.architecture for observation in complete[: self.config.search.promote]]
+        complete.sort(key=lambda trials: self.mean_objective(trials, self.last_rung))
+        architectures = [trials[0].architecture for trials in complete]
+        if asked.promote != "not_worse":
+            return architectures[: asked.promote]
+        rows = [self.rows[t.id][self.last_rung] for trials in complete for t in trials]
+        tied = not_worse(rows, self.run.scores(), asked.objective)
+        return [architecture for architecture in architectures if architecture.id in tied]
 
     def write_tables(self, promoted: frozenset[str] = frozenset()) -> None:
         self.read_failures()
-        statuses = {trial: "promoted" if trial in promoted else self.status(trial) for trial in self.everything()}
-        self.run.write_trials(statuses, self.failures)
+        statuses = {trial: self.status(trial) for trial in self.everything()}
+        done = {trial: "promoted" for trial in promoted if statuses[trial] == "complete"}
+        self.run.write_trials({**statuses, **done}, self.failures)

@@ -157,6 +157,20 @@ def test_finalists_run_with_more_seeds_and_the_best_is_of_their_mean(tmp_path: P
     assert search.best()[0].id == min(several, key=lambda name: means[name])
 
 
+def test_all_that_no_test_tells_from_the_best_are_promoted(tmp_path: Path) -> None:
+    search = search_in(tmp_path, asked(trials=6, tokens=6 * 512, promote="not_worse", controls=False))
+    Driver(search).to_the_end()
+    complete = sorted(search.trials.values(), key=lambda trial: loss(trial, 2))
+    assert all(search.status(trial.id) == "complete" for trial in complete)
+    draws = random.Random(0)
+    for place, trial in enumerate(complete):  # the best two differ by less than any window does, the others by more
+        shift = 0.0 if place < 2 else 1.0 + place
+        windows = [loss(trial, 2) + shift + draws.gauss(0, 0.3) for _ in range(30)]
+        search.run.log_scores(trial.id, 2, lm_loss=windows)
+    found = {architecture.id for architecture in search.best()}
+    assert found == {trial.architecture.id for trial in complete[:2]}
+
+
 def test_controls_have_the_winners_shape_and_tokens(tmp_path: Path) -> None:
     search = search_in(tmp_path, asked(promote=2))
     Driver(search).to_the_end()
