@@ -143,7 +143,7 @@ def search_and_retrain(prepared: Prepared, resolved: Precision) -> None:
 
     drop_block = config.space.axes.drop_block
     if drop_block and drop_block.seeds == "sweep":
-        space.anchors += space.largest_without(best_blocks(run.read_depth_recommendation(), config.search.objective))
+        space.anchors += space.largest_without(best_blocks(run.read_depth_recommendation(), config.search.ranks_by))
     search = Search(run, config, space, settings)
     if "search" in config.stages:
         asked = config.search.concurrency
@@ -155,7 +155,7 @@ def search_and_retrain(prepared: Prepared, resolved: Precision) -> None:
     if "retrain" in config.stages:
         for rank, architecture in enumerate(best, 1):
             retrain(prepared, search, architecture, rank, materials, slots)
-        run.write_evidence(evidence(run, config.search.objective))
+        run.write_evidence(evidence(run, config.search.ranks_by))
         if config.evaluation.tasks:
             evaluate_all(prepared, len(best))
 

@@ -23,9 +23,10 @@ from minitron_search.evidence import SIGN, evidence
 from minitron_search.forecast import search_tokens
 from minitron_search.launchers import tune_function
 from minitron_search.loop_settings import LoopSettings
-from minitron_search.proposals import Observation, propose, write_study
+from minitron_search.proposals import Observation, propose
 from minitron_search.run_directory import FINISHED, TRIALS_SCHEMA, RunDirectory
 from minitron_search.search_space import SearchSpace
+from minitron_search.study import LiveStudy
 from minitron_search.trial import Trial
 from minitron_search.trial_settings import counts
 from minitron_search.worker_group import free_group_of, free_groups
@@ -112,7 +113,7 @@ class Search:
         return sum(values) / len(values)
 
     def objective(self, row: dict[str, Any]) -> float:
-        name = self.config.search.objective
+        name = self.config.search.ranks_by
         return SIGN[name] * row[name]
 
     def next_trial(self) -> Trial | None:
@@ -207,8 +208,8 @@ def run_search(
     for architecture in best:
         run.event("promoted", architecture=architecture.id)
     search.write_tables(promoted)
-    run.write_evidence(evidence(run, config.search.objective))
-    write_study(search.space, search.observed(), config.name, run.study)
+    run.write_evidence(evidence(run, config.search.ranks_by))
+    LiveStudy(run.study, config.name, search.space, config.search.objectives).write(search.observed())
     return best
 
 
