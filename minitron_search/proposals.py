@@ -6,7 +6,7 @@ between proposals (`_View`) only saves making it again.
 """
 
 import warnings
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -152,15 +152,15 @@ def distributions_of(space: SearchSpace) -> dict[str, BaseDistribution]:
     return found
 
 
-def _next_of_grid(space: SearchSpace, observed: Sequence[Observation], taken: Container[str]) -> Architecture | None:
+def _next_of_grid(space: SearchSpace, observed: Sequence[Observation], taken: Collection[str]) -> Architecture | None:
     """The list of architectures from coarse to fine, so that a search that ends early has seen all of it evenly: the
     lexical order would end among the smallest hidden sizes. No seed plays a part."""
     view = _view(space, space.anchors)
     tried = {view.point(observation.architecture) for observation in observed}
-    # what is before this place has been proposed: anchors alone were proposed besides the grid
-    order = _coarse_to_fine(len(space))[max(0, len(observed) - len(space.anchors)) :]
-    for row in order:
-        point = tuple(space.points[row].tolist())
+    order = _coarse_to_fine(len(space))
+    begin = max(0, len(observed) - len(space.anchors))  # what is before this place was proposed in its turn
+    for place in range(len(order)):
+        point = tuple(space.points[order[(begin + place) % len(order)]].tolist())
         if point not in tried:
             return space.nearest(dict(zip(COORDINATES, point, strict=True)), taken)
     return None

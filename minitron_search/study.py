@@ -11,6 +11,7 @@ from pathlib import Path
 
 import optuna
 from optuna.storages import RDBStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.pool import StaticPool
 
@@ -38,6 +39,7 @@ class LiveStudy:
     def __init__(self, path: Path, name: str, space: SearchSpace, objectives: Sequence[str]):
         self.path, self.name, self.space, self.objectives = path, name, space, tuple(objectives)
         self._rest_until = 0.0
+        self._told: list[Observation] = []
         self._begin()
 
     def refresh(self, observed: Sequence[Observation]) -> bool:
@@ -85,11 +87,14 @@ class LiveStudy:
         """An empty study in memory."""
         one_database = {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}}
         self._storage = RDBStorage("sqlite:///:memory:", engine_kwargs=one_database)
-        directions = ["maximize" if SIGN.get(objective, 1) < 0 else "minimize" for objective in self.objectives]
+        directions = [
+            StudyDirection.MAXIMIZE if SIGN.get(objective, 1) < 0 else StudyDirection.MINIMIZE
+            for objective in self.objectives
+        ]
         self._study = optuna.create_study(storage=self._storage, study_name=self.name, directions=directions)
         self._study.set_metric_names(list(self.objectives))
         self._distributions = distributions_of(self.space)
-        self._told: list[Observation] = []
+        self._told = []
 
     def _update(self, number: int, now: FrozenTrial) -> None:
         study_id = self._storage.get_study_id_from_name(self.name)
