@@ -209,7 +209,8 @@ def run_search(
         run.event("promoted", architecture=architecture.id)
     search.write_tables(promoted)
     run.write_evidence(evidence(run, config.search.ranks_by))
-    LiveStudy(run.study, config.name, search.space, config.search.objectives).write(search.observed())
+    study = LiveStudy(run.study, config.name, search.space, config.search.objectives)
+    study.refresh(search.observed(), at_once=True)
     return best
 
 

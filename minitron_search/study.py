@@ -42,11 +42,11 @@ class LiveStudy:
         self._told: list[Observation] = []
         self._begin()
 
-    def refresh(self, observed: Sequence[Observation]) -> bool:
-        """Write it, unless the last time cost too much to do it again now or a reader does not let go of the file;
-        returns whether it was written. Takes at most `SHARE` of the time between calls."""
+    def refresh(self, observed: Sequence[Observation], at_once: bool = False) -> bool:
+        """Write it, unless the last time cost too much to do it again now (`at_once`: even then) or a reader does not
+        let go of the file; returns whether it was written. Takes at most `SHARE` of the time of a search."""
         began = time.monotonic()
-        if began < self._rest_until:
+        if began < self._rest_until and not at_once:
             return False
         try:
             self.write(observed)

@@ -205,6 +205,7 @@ def test_refreshes_take_their_share_of_the_time_and_no_more(tmp_path: Path, monk
         now[0] += 0.5
         kept.refresh([])
     assert 2.0 * len(written) <= module.SHARE * 1000 + 2.0 and len(written) > 5
+    assert kept.refresh([], at_once=True) and not kept.refresh([])  # a search that ends does not wait
 
 
 def test_what_was_cut_off_before_its_first_write_is_written_over(tmp_path: Path) -> None:
