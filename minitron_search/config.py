@@ -18,6 +18,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from minitron_search.loop_settings import Loss
 
 STAGES = ("importance", "depth", "search", "retrain", "report")
+# what a search can minimise (the margin: maximise): what is measured, and what is known from an architecture's shape
+MEASURED = ("lm_loss", "kl", "winogrande_margin")
+OF_SHAPE = ("params", "non_embedding_params", "memory_bytes")
 SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
@@ -45,6 +48,12 @@ def _listed(value: Any) -> Any:
     if isinstance(value, str):
         return [part.strip() for part in value.split(",")]
     return [value] if isinstance(value, int | float) else value
+
+
+def _one_or_several(value: Any) -> Any:
+    """`a,b` is the list [a, b], and a list of one is its name."""
+    listed = _listed(value) if value and not isinstance(value, Mapping) else value
+    return listed[0] if isinstance(listed, list | tuple) and len(listed) == 1 else listed
 
 
 def _same_in_every_layer(value: Any) -> Any:
@@ -261,7 +270,8 @@ class Space(Section):
 
 
 class Search(Section):
-    """scheduler: who may train past a rung; asha, or hyperband, whose brackets stop some later than others.
+    """objective: a name or several; rungs rank by the first, the others are for the sampler and the Pareto front.
+    scheduler: who may train past a rung; asha, or hyperband, whose brackets stop some later than others.
     tokens: what all proposals may train on together; auto is what successive halving of `trials` takes, which bounds
         only how long stopped trials are continued.
     promote: how many are retrained; not_worse is every one that no paired test tells from the best at the last rung.
@@ -270,8 +280,8 @@ class Search(Section):
     """
 
     trials: Count = 6
-    sampler: Literal["tpe", "random"] = "tpe"
-    objective: Literal["lm_loss", "kl", "winogrande_margin"] = "lm_loss"
+    sampler: Literal["tpe", "random", "grid", "nsga2", "nsga3", "gp"] = "tpe"
+    objective: Annotated[str | tuple[str, ...], BeforeValidator(_one_or_several)] = "lm_loss"
     rungs: Annotated[tuple[Count, ...], BeforeValidator(_listed), Field(min_length=1)] = (4_000, 12_000)
     reduction_factor: Annotated[int, BeforeValidator(_number), Field(ge=2)] = 3
     scheduler: Literal["asha", "hyperband"] = "asha"
@@ -281,6 +291,32 @@ class Search(Section):
     seeds: Count = 1
     finalist_seeds: Count = 1
     controls: bool = True
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return (self.objective,) if isinstance(self.objective, str) else self.objective
+
+    @property
+    def ranks_by(self) -> str:
+        """The objective that rungs rank by."""
+        return self.objectives[0]
+
+    @model_validator(mode="after")
+    def _objectives_are_known(self) -> "Search":
+        asked = self.objectives
+        listed, every = ",".join(asked), (*MEASURED, *OF_SHAPE)
+        if unknown := [name for name in asked if name not in every]:
+            raise ValueError(f"search.objective: {unknown[0]!r} is no objective; valid: {', '.join(every)}")
+        if len(set(asked)) < len(asked):
+            raise ValueError(f"search.objective: {listed} names one twice; valid: {','.join(dict.fromkeys(asked))}")
+        if not asked or asked[0] not in MEASURED:
+            valid = ",".join(dict.fromkeys(("lm_loss", *asked)))
+            raise ValueError(f"search.objective: {listed or 'empty'}: rungs rank by the first, one of "
+                             f"{', '.join(MEASURED)}; valid: {valid}")  # fmt: skip
+        if self.sampler in ("nsga2", "nsga3") and len(asked) == 1:
+            raise ValueError(f"search.sampler: {self.sampler} with the one objective {listed}, whose Pareto front is "
+                             f"one architecture; valid: tpe, or search.objective {listed},params")  # fmt: skip
+        return self
 
     @model_validator(mode="after")
     def _ordered(self) -> "Search":

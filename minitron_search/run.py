@@ -142,11 +142,11 @@ def search_and_retrain(prepared: Prepared, resolved: Precision) -> None:
     teacher = make_trial(space, space.teacher, "teacher", config, untrained(settings))
     begin(run, [teacher])
     on_all_cpus(retraining.score_now, materials, teacher)
-    refuse_at_chance(run, teacher.id, [config.search.objective])
+    refuse_at_chance(run, teacher.id, config.search.objectives)
 
     drop_block = config.space.axes.drop_block
     if drop_block and drop_block.seeds == "sweep":
-        space.anchors += space.largest_without(best_blocks(run.read_depth_recommendation(), config.search.objective))
+        space.anchors += space.largest_without(best_blocks(run.read_depth_recommendation(), config.search.ranks_by))
     search = Search(run, config, space, settings)
     if "search" in config.stages:
         asked = config.search.concurrency
@@ -158,7 +158,7 @@ def search_and_retrain(prepared: Prepared, resolved: Precision) -> None:
     if "retrain" in config.stages:
         for rank, architecture in enumerate(best, 1):
             retrain(prepared, search, architecture, rank, materials, slots)
-        run.write_evidence(evidence(run, config.search.objective))
+        run.write_evidence(evidence(run, config.search.ranks_by))
         if config.evaluation.tasks:
             evaluate_all(prepared, len(best))
 

@@ -14,10 +14,10 @@ from minitron_search.architecture import Architecture
 from minitron_search.evidence import evidence
 from minitron_search.forecast import search_tokens
 from minitron_search.launchers import tune_function
-from minitron_search.proposals import write_study
 from minitron_search.ruling import ruling
 from minitron_search.run_directory import FINISHED
 from minitron_search.search_state import Search
+from minitron_search.study import LiveStudy
 from minitron_search.trial import Trial
 from minitron_search.worker_group import close_groups, free_group_of, free_groups
 
@@ -33,6 +33,7 @@ def run_search(
     Raises KeyboardInterrupt after Ctrl-C, with every finished row kept.
     """
     config, run = search.config, search.run
+    study = LiveStudy(run.study, config.name, search.space, config.search.objectives)
     first = search.next_trial()
     if first is not None:
         resources: dict[str, float] = {"memory": TRIAL_MEMORY}
@@ -58,7 +59,7 @@ def run_search(
                 name="search",
                 storage_path=str(run.scratch.absolute()),
                 failure_config=tune.FailureConfig(max_failures=TRIAL_RESTARTS),
-                callbacks=[Bookkeeping(search, progress)],
+                callbacks=[Bookkeeping(search, study, progress)],
                 verbose=0,
             ),
         ).fit()
@@ -71,8 +72,8 @@ def run_search(
     for architecture in best:
         run.event("promoted", architecture=architecture.id)
     search.write_tables(promoted)
-    run.write_evidence(evidence(run, config.search.objective))
-    write_study(search.space, search.observed(), config.name, run.study)
+    run.write_evidence(evidence(run, config.search.ranks_by))
+    study.refresh(search.observed(), at_once=True)
     return best
 
 
@@ -106,8 +107,8 @@ class Proposals(Searcher):
 class Bookkeeping(tune.Callback):
     """Tables, events and a line of progress for everything that happens to a trial."""
 
-    def __init__(self, search: Search, progress: Callable[[str], None]):
-        self.search, self.progress = search, progress
+    def __init__(self, search: Search, study: LiveStudy, progress: Callable[[str], None]):
+        self.search, self.study, self.progress = search, study, progress
         self.began = time.monotonic()
         self.tokens = 0
 
@@ -122,6 +123,7 @@ class Bookkeeping(tune.Callback):
         ours: Trial = trial.config["trial"]
         row = self.search.record(result)
         self.search.write_tables()
+        self.study.refresh(self.search.observed())
         self.search.run.event("rung_finished", trial=ours.id, rung=row["rung"], tokens=row["tokens"])
         ruling = self.search.run.decisions(ours.id).get(row["rung"], {}).get("decision", "complete")
         self.progress(

@@ -5,6 +5,7 @@ trials that are continued while there are tokens left; more seeds of the finalis
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from minitron_search.config import Config
 from minitron_search.evidence import SIGN, not_worse
 from minitron_search.forecast import search_tokens
 from minitron_search.loop_settings import LoopSettings
-from minitron_search.proposals import Observation, propose
+from minitron_search.proposals import Observation, promotable, propose
 from minitron_search.run_directory import TRIALS_SCHEMA, RunDirectory
 from minitron_search.search_space import SearchSpace
 from minitron_search.trial import Trial
@@ -93,8 +94,7 @@ class Search:
         return self.rows[row["trial"]].setdefault(row["rung"], row)
 
     def objective(self, row: dict[str, Any]) -> float:
-        name = self.config.search.objective
-        return SIGN[name] * row[name]
+        return minimised(row, self.config.search.ranks_by)
 
     def by_proposal(self) -> dict[int, list[Trial]]:
         """The trials of every proposed architecture, a trial a seed."""
@@ -111,8 +111,16 @@ class Search:
             state = next((s for s in ("running", "stopped", "complete") if s in states), "failed")
             shared = min((len(self.rows[t.id]) for t in trials if self.status(t.id) != "failed"), default=0)
             values = tuple(self.mean_objective(trials, rung) for rung in range(shared))
-            found.append(Observation(trials[0].architecture, values, state))
+            others = tuple(self._further(trials, rung) for rung in range(shared))
+            seeds = tuple(trial.seed for trial in trials)
+            found.append(Observation(trials[0].architecture, values, state, others, seeds))
         return found
+
+    def _further(self, trials: list[Trial], rung: int) -> tuple[float, ...]:
+        """Objectives besides the one that rungs rank by."""
+        rows = [self.rows[t.id][rung] for t in trials if rung in self.rows[t.id]]
+        names = self.config.search.objectives[1:]
+        return tuple(sum(minimised(row, name) for row in rows) / len(rows) for name in names)
 
     def mean_objective(self, trials: list[Trial], rung: int) -> float:
         values = [self.objective(self.rows[t.id][rung]) for t in trials if rung in self.rows[t.id]]
@@ -233,7 +241,8 @@ class Search:
     # What it ends with
 
     def best(self) -> list[Architecture]:
-        """The architectures to promote, best first: by the objective's mean over seeds at the last rung.
+        """The architectures to promote, best first, by the mean over seeds at the last rung: those on the Pareto front
+        of several objectives before the others, by the objective that rungs rank by.
 
         Raises ValueError when no trial reached the last rung.
         """
@@ -245,12 +254,15 @@ class Search:
         if not complete:
             raise ValueError("search: no trial reached the last rung, so there is nothing to promote; "
                              "trials.parquet says why each one failed")  # fmt: skip
-        complete.sort(key=lambda trials: self.mean_objective(trials, self.last_rung))
-        architectures = [trials[0].architecture for trials in complete]
+        reached = [
+            Observation(trials[0].architecture, (self.mean_objective(trials, self.last_rung),), "complete",
+                        (self._further(trials, self.last_rung),)) for trials in complete
+        ]  # fmt: skip
+        architectures = [observation.architecture for observation in promotable(reached, 0)]
         if asked.promote != "not_worse":
             return architectures[: asked.promote]
         rows = [self.rows[t.id][self.last_rung] for trials in complete for t in trials]
-        tied = not_worse(rows, self.run.scores(), asked.objective)
+        tied = not_worse(rows, self.run.scores(), asked.ranks_by)
         return [architecture for architecture in architectures if architecture.id in tied]
 
     def write_tables(self, promoted: frozenset[str] = frozenset()) -> None:
@@ -258,3 +270,7 @@ class Search:
         statuses = {trial: self.status(trial) for trial in self.everything()}
         done = {trial: "promoted" for trial in promoted if statuses[trial] == "complete"}
         self.run.write_trials({**statuses, **done}, self.failures)
+
+
+def minimised(row: Mapping[str, Any], objective: str) -> float:
+    return SIGN.get(objective, 1.0) * row[objective]

@@ -14,8 +14,17 @@ PACKAGE = {
 ANALYSIS = sorted((ROOT / "analysis").rglob("*.py"))
 
 # where work is placed
-RAY = {"cluster", "launchers", "worker_group", "search", "ruling", "retraining", "depth_stage",
-       "correction_stage", "run"}
+RAY = {
+    "cluster",
+    "launchers",
+    "worker_group",
+    "search",
+    "ruling",
+    "retraining",
+    "depth_stage",
+    "correction_stage",
+    "run",
+}
 # Each layer imports from those before it, and from itself where that makes no cycle.
 LAYERS = (
     {"config", "architecture", "run_directory", "console", "precision"},
