@@ -69,8 +69,9 @@ def _frozen(space: SearchSpace, observation: Observation) -> FrozenTrial:
     distributions = space.distributions()
     coordinates = space.coordinates(observation.architecture)
     inside = {
-        name: coordinates[name] for name, allowed in distributions.items() if allowed._contains(coordinates[name])
-    }  # an anchor may lie outside the axes
+        name: coordinates[name] for name, allowed in distributions.items()
+        if name in coordinates and allowed._contains(coordinates[name])
+    }  # fmt: skip  # an anchor may lie outside the axes
     state = {
         "running": TrialState.RUNNING,
         "stopped": TrialState.PRUNED,

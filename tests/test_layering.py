@@ -18,9 +18,9 @@ RAY = {"cluster", "launchers", "worker_group", "search", "retraining", "depth_st
 # Each layer imports from those before it, and from itself where that makes no cycle.
 LAYERS = (
     {"config", "architecture", "run_directory", "console", "precision"},
-    {"families", "search_space", "corpus", "winogrande", "rankings", "teacher"},
+    {"families", "search_space", "corpus", "winogrande", "rankings", "teacher", "latency"},
     {"importance", "depth", "trimming", "distillation", "teacher_cache", "scoring"},
-    {"search", "retraining", "depth_stage", "correction_stage"},
+    {"search", "retraining", "depth_stage", "correction_stage", "latency_stage"},
     {"run"},
 )
 

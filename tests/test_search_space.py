@@ -313,7 +313,8 @@ def test_coordinates_and_architectures_are_each_others() -> None:
     tested = space()
     for architecture, point in zip(tested.architectures(), tested.points.tolist(), strict=True):
         coordinates = tested.coordinates(architecture)
-        assert tuple(coordinates[name] for name in COORDINATES) == tuple(point)
+        assert tuple(coordinates.get(name, 0) for name in COORDINATES) == tuple(point)
+        assert ("drop_block_start" in coordinates) == (architecture.num_hidden_layers < 5)
         assert tested.nearest(coordinates, ()) == architecture
 
 
@@ -323,7 +324,21 @@ def test_distributions_hold_every_point_and_only_what_varies() -> None:
     assert set(distributions) == set(COORDINATES) - {"intermediate_size", "num_key_value_heads"}
     for architecture in tested.architectures():
         coordinates = tested.coordinates(architecture)
-        assert all(allowed._contains(coordinates[name]) for name, allowed in distributions.items())
+        assert all(distributions[name]._contains(value) for name, value in coordinates.items() if name in distributions)
+        assert distributions.keys() - coordinates.keys() == (
+            {"drop_block_start"} if len(architecture.layers) == 5 else set()
+        )
+
+
+def test_where_a_block_starts_is_asked_of_those_that_drop_one() -> None:
+    tested = space({"drop_block": {"lengths": [0, 1, 3]}})
+    assert tested.nearest({"drop_block_length": 0, "drop_block_start": 4}, ()) == whole(TEACHER)
+    for length, start in ((1, 3), (1, 0), (3, 2)):
+        found = tested.nearest({"drop_block_length": length, "drop_block_start": start}, ())
+        assert found is not None and found.dropped_block(5) == (start, length)
+    assert set(space({"drop_block": {"lengths": [0, 4]}}).distributions()) == {"drop_block_length", "drop_block_start"}
+    assert set(space({"drop_block": {"lengths": [3]}}).distributions()) == {"drop_block_start"}
+    assert set(space({"hidden_size": {"choices": [20, 24]}}).distributions()) == {"hidden_size"}
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -332,14 +347,17 @@ def test_the_nearest_is_the_nearest_that_is_free(seed: int) -> None:
     everything = list(tested.architectures())
     taken = {a.id for a in everything if draw.random() < 0.7}
     for _ in range(20):
-        asked = {name: int(draw.integers(0, 25)) for name in COORDINATES}
+        asked = {name: int(draw.integers(0, 25)) for name in COORDINATES[:4]}
+        asked |= {name: int(draw.integers(0, 5)) for name in COORDINATES[4:]}
         found = tested.nearest(asked, taken)
         assert found is not None and found.id not in taken
         span = np.ptp(tested.points, axis=0).clip(1)
 
         def distance(a: Architecture, asked: dict[str, int] = asked, span: np.ndarray = span) -> float:
             there = tested.coordinates(a)
-            return sum(((there[n] - asked[n]) / s) ** 2 for n, s in zip(COORDINATES, span, strict=True))
+            if not asked["drop_block_length"]:
+                there.pop("drop_block_start", None)
+            return sum(((there[n] - asked[n]) / s) ** 2 for n, s in zip(COORDINATES, span, strict=True) if n in there)
 
         assert distance(found) == pytest.approx(min(distance(a) for a in everything if a.id not in taken))
 
