@@ -160,15 +160,25 @@ def measure(
                 ends[size] += [total - sum(by_layer) for total, by_layer in _passes(model, asked)]
             for architecture, times in zip(wholes, whole, strict=True):
                 times += [total for total, _ in _passes(build(config, architecture, precision, device), asked)]
-    middle = {widths: median(times) for widths, times in layer.items()}
-    mlp, heads = {}, {}
-    for (size, intermediate_size, *pair), milliseconds in middle.items():
-        if tuple(pair) == widest[size][2:]:
-            mlp[size, intermediate_size] = milliseconds
-        if intermediate_size == widest[size][1]:
-            heads[size, pair[0], pair[1]] = milliseconds - middle[widest[size]]
-    table = LatencyTable(asked, {size: median(times) for size, times in ends.items()}, mlp, heads)
+    table = table_of(
+        asked,
+        {size: median(times) for size, times in ends.items()},
+        {widths: median(times) for widths, times in layer.items()},
+    )
     return table, [median(times) for times in whole]
+
+
+def table_of(asked: Pass, ends: Mapping[int, float], layer: Mapping[Widths, float]) -> LatencyTable:
+    """From milliseconds of one layer of every model of `models_of`, in its order."""
+    mlp, heads, widest = {}, {}, dict[int, Widths]()
+    for widths, milliseconds in layer.items():
+        size, intermediate_size, query, groups = widths
+        first = widest.setdefault(size, widths)
+        if widths[2:] == first[2:]:
+            mlp[size, intermediate_size] = milliseconds
+        if intermediate_size == first[1]:
+            heads[size, query, groups] = milliseconds - layer[first]
+    return LatencyTable(asked, ends, mlp, heads)
 
 
 def build(

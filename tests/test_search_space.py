@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from minitron_search.architecture import Architecture
 from minitron_search.config import Space, parse
 from minitron_search.families import is_expressible, sizes, student_config, whole
+from minitron_search.proposals import Observation, propose
 from minitron_search.search_space import COORDINATES, SearchSpace
 from tests import tiny
 
@@ -378,6 +379,42 @@ def test_random_draws_are_their_generators_and_reach_everything() -> None:
     draws = [[tested.random(np.random.default_rng(seed), ()) for seed in range(400)] for _ in range(2)]
     assert draws[0] == draws[1]
     assert len({a.id for a in draws[0] if a}) > 0.9 * min(len(tested), 400)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_every_proposal_is_legal_in_budget_and_new_and_anchors_come_first(seed: int) -> None:
+    """In random spaces of every family, until nothing is left."""
+    draw = np.random.default_rng(seed)
+    teacher = tiny.random_config(seed, model_type=str(draw.choice(sorted(tiny.FAMILIES))), num_hidden_layers=4)
+    shape = whole(teacher)
+    axes = {
+        "hidden_size": {"low": max(1, shape.hidden_size // 3), "high": shape.hidden_size, "divisor": 2},
+        "intermediate_size": {"low": 2, "high": shape.intermediate_size, "divisor": 3},
+        "num_key_value_heads": {"low": 1, "high": shape.num_key_value_heads, "step": 1},
+        "drop_block": {"lengths": [0, 1, 2]},
+    }
+    params, _, cache = measured(teacher, shape)
+    memory = {"target": 1.5 * params + 8 * cache, "tolerance": 0.3, "batch_size": 2, "context_length": 4}
+    budget = {**around(int(0.75 * params), 0.25), "memory_bytes": memory}
+    anchors = [{"drop_block": [1, 2]}, {}]
+    asked = of(axes, budget, anchors)
+    legal = {a.id for a in brute_force(teacher, asked)}
+    tested = SearchSpace(asked, teacher)
+    assert len(legal) > 5
+    observed: list[Observation] = []
+    while (proposed := propose(tested, observed, sampler="random", seed=seed)) is not None:
+        observed.append(Observation(proposed, (), "running"))
+    found = [observation.architecture for observation in observed]
+    assert tuple(found[:2]) == tested.anchors == (tested.anchors[0], shape)
+    ids = [architecture.id for architecture in found]
+    assert len(set(ids)) == len(ids)
+    assert set(ids) == legal | {anchor.id for anchor in tested.anchors}
+
+
+def test_a_small_space_is_said_to_be_tried_whole() -> None:
+    tested = space()
+    assert f"all {len(tested):,} are tried" in tested.described(len(tested))
+    assert "small" not in tested.described(len(tested) - 1)
 
 
 # Anchors
