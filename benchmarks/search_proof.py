@@ -25,7 +25,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -175,21 +174,17 @@ class Bench:
         found = json.loads(file.read_text()) if file.exists() else {}
         missing = [architecture for architecture in listed if architecture.id not in found]
         if missing:
-            rows = self._trained([self._trial(Job("untrained", seed, a, 0)) for a in missing], seed)
+            rows = self._trained([self._trial(Job("untrained", seed, a, 0)) for a in missing])
             found |= {row["architecture"]: row["lm_loss"] for row in rows}
             replace_text(file, json.dumps(found))
         return found
 
-    def retrain(self, jobs: Iterable[Job]) -> list[dict[str, Any]]:
+    def retrain(self, jobs: list[Job]) -> list[dict[str, Any]]:
         """Rows of all jobs, one training for those that are the same; each on one CPU, as many at once as there are."""
-        rows = []
-        for seed in sorted({job.seed for job in jobs}):
-            of_seed = [job for job in jobs if job.seed == seed]
-            trials = {trial.id: trial for trial in map(self._trial, of_seed)}
-            by_id = {row["trial"]: row for row in self._trained(list(trials.values()), seed)}
-            rows += [{**by_id[self._trial(job).id], "method": job.method, "shape": str(job.architecture)}
-                     for job in of_seed]  # fmt: skip
-        return rows
+        trials = [self._trial(job) for job in jobs]
+        rows = {(row["trial"], row["seed"]): row for row in self._trained(trials)}
+        return [{**rows[trial.id, job.seed], "method": job.method, "shape": str(job.architecture)}
+                for job, trial in zip(jobs, trials, strict=True)]  # fmt: skip
 
     def _trial(self, job: Job) -> Trial:
         prepared = self.prepare(job.seed)
@@ -202,27 +197,29 @@ class Bench:
                            settings if job.tokens else untrained(settings))  # fmt: skip
         return replace(trial, score_precision=precision)
 
-    def _trained(self, trials: list[Trial], seed: int) -> list[dict[str, Any]]:
-        run = self.prepare(seed).run
-        logged = {row["trial"] for row in run.rungs()}
-        left = [trial for trial in trials if trial.id not in logged]
-        if left:
-            materials = ray.put(self.materials(seed))
-            task = ray.remote(num_cpus=1, max_retries=2)(train_and_drop)
-            running = {}
-            for trial in left:
-                run.start_trial(trial.id, trial.describe())
-                running[task.remote([materials], trial)] = trial
-            began = time.monotonic()
-            while running:
-                (done,), _ = ray.wait(list(running))
-                ray.get(done)
-                trial = running.pop(done)
-                say(f"{trial.arm} seed {seed}: {trial.architecture}: done, {len(running)} of {len(left)} left, "
-                    f"{(time.monotonic() - began) / 60:.1f} min")  # fmt: skip
-        scores = run.scores()
-        wanted = {trial.id for trial in trials}
-        return [{**row, "losses": scores[row["trial"], 0]["lm_loss"]} for row in run.rungs() if row["trial"] in wanted]
+    def _trained(self, trials: list[Trial]) -> list[dict[str, Any]]:
+        runs = {trial.seed: self.prepare(trial.seed).run for trial in trials}
+        logged = {row["trial"] for run in runs.values() for row in run.rungs()}
+        left = {trial.id: trial for trial in trials if trial.id not in logged}
+        materials = {seed: ray.put(self.materials(seed)) for seed in sorted({trial.seed for trial in left.values()})}
+        task = ray.remote(num_cpus=1, max_retries=2)(train_and_drop)
+        running = {}
+        for trial in left.values():
+            runs[trial.seed].start_trial(trial.id, trial.describe())
+            running[task.remote([materials[trial.seed]], trial)] = trial
+        began = time.monotonic()
+        while running:
+            (done,), _ = ray.wait(list(running))
+            ray.get(done)
+            trial = running.pop(done)
+            say(f"{trial.arm} seed {trial.seed}: {trial.architecture}: done, {len(running)} of {len(left)} left, "
+                f"{(time.monotonic() - began) / 60:.1f} min")  # fmt: skip
+        wanted, found = {trial.id for trial in trials}, []
+        for run in runs.values():
+            scores = run.scores()
+            found += [{**row, "losses": scores[row["trial"], 0]["lm_loss"]} for row in run.rungs()
+                      if row["trial"] in wanted]  # fmt: skip
+        return found
 
     def materials(self, seed: int) -> Any:
         prepared = self.prepare(seed)

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,9 +41,9 @@ class Architecture:
     def num_hidden_layers(self) -> int:
         return len(self.layers)
 
-    @property
+    @cached_property
     def id(self) -> str:
-        """Content id: equal shapes have equal ids on every machine."""
+        """Content id: equal shapes have equal ids on every machine. Kept: a search asks for all of them every time."""
         return digest(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:

@@ -183,10 +183,22 @@ class MemoryTarget(Target):
     context_length: Count = 2048
 
 
+class SpeedTarget(Target):
+    """Of one forward pass of body and head over batch_size x context_length tokens (prefill), as a one-layer model of
+    every width takes it where trials run."""
+
+    batch_size: Count = 1
+    context_length: Count = 2048
+
+
 class Budget(Section):
+    """Several are ANDed. latency_ms: wall milliseconds of a pass; tokens_per_second: its tokens by its time."""
+
     params: Target | None = None
     non_embedding_params: Target | None = None
     memory_bytes: MemoryTarget | None = None
+    latency_ms: SpeedTarget | None = None
+    tokens_per_second: SpeedTarget | None = None
 
     @model_validator(mode="after")
     def _something_is_asked(self) -> "Budget":
@@ -196,31 +208,41 @@ class Budget(Section):
 
 
 class Axis(Section):
-    """Either `low`, `high` and `step`, or `choices`."""
+    """`low`, `high` and either `step` (low, low + step, ... up to high) or `divisor` (its multiples from low to high);
+    or `choices`."""
 
     low: Count | None = None
     high: Count | None = None
     step: Count | None = None
+    divisor: Count | None = None
     choices: Annotated[
         tuple[Count, ...], BeforeValidator(_listed), BeforeValidator(_same_in_every_layer)
     ] | None = None  # fmt: skip
 
     @model_validator(mode="after")
     def _range_or_choices(self) -> "Axis":
-        ranged = (self.low, self.high, self.step)
+        ranged = (self.low, self.high, self.step, self.divisor)
         if self.choices is not None:
             if any(part is not None for part in ranged) or not self.choices:
                 raise ValueError("give `choices: [6, 9]` or `low`, `high` and `step`, not both and not neither")
-        elif self.low is None or self.high is None or self.step is None:
-            raise ValueError("give `low`, `high` and `step`, as in {low: 384, high: 576, step: 64}")
+        elif self.low is None or self.high is None or (self.step is None) == (self.divisor is None):
+            raise ValueError("give `low`, `high` and one of `step` and `divisor`, as in "
+                             "{low: 384, high: 576, step: 64} or {low: 400, high: 576, divisor: 64}")  # fmt: skip
         elif self.low > self.high:
             raise ValueError(f"low {self.low} is above high {self.high}; valid: low at most {self.high}")
+        elif self.divisor is not None and not self.values():
+            raise ValueError(f"no multiple of divisor {self.divisor} lies from low {self.low} to high {self.high}; "
+                             f"valid: high at least {math.ceil(self.low / self.divisor) * self.divisor}")  # fmt: skip
         return self
 
     def values(self) -> tuple[int, ...]:
         if self.choices is not None:
             return tuple(sorted(set(self.choices)))
-        assert self.low and self.high and self.step
+        assert self.low and self.high
+        if self.divisor:
+            first = math.ceil(self.low / self.divisor) * self.divisor
+            return tuple(range(first, self.high + 1, self.divisor))
+        assert self.step
         return tuple(range(self.low, self.high + 1, self.step))
 
 

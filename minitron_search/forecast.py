@@ -26,7 +26,7 @@ SHALLOW = 2 / 3
 def dry_run(config: Config, space: SearchSpace, console: Console) -> None:
     console.print(yaml.safe_dump(config.dump(), sort_keys=False).rstrip(), markup=False)
     smallest, largest = space.smallest_and_largest()
-    console.print(f"\nspace: {space.grid_size:,} architectures on the grid, {len(space):,} legal and in budget")
+    console.print(f"\nspace: {space.described(config.search.trials)}")
     anchors = [("anchor", anchor) for anchor in space.anchors]
     for name, architecture in (("teacher", space.teacher), ("smallest", smallest), ("largest", largest), *anchors):
         counted = space.measures(architecture)

@@ -32,6 +32,7 @@ from minitron_search.depth_stage import measure_depth  # noqa: E402
 from minitron_search.evidence import evidence  # noqa: E402
 from minitron_search.forecast import dry_run, intermediate_advice  # noqa: E402
 from minitron_search.importance_stage import measure_importance  # noqa: E402
+from minitron_search.latency_stage import held_here, hold_to_speed  # noqa: E402
 from minitron_search.loop_settings import Precision  # noqa: E402
 from minitron_search.materials import make_materials  # noqa: E402
 from minitron_search.memory import release_memory  # noqa: E402
@@ -77,6 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = configuration.load(options.config, overrides)
         if options.dry_run:
             _, space = check(config, options.resume)
+            space = held_here(config, space) if space.unmeasured else space
             dry_run(config, space, console)
             return 0
         say("preparing: teacher, text, Winogrande")
@@ -110,6 +112,7 @@ def run(prepared: Prepared) -> None:
         with cluster.joined():
             resolved = resolved_precision(config.precision)
             run.write_environment({**environment(prepared), "precision": resolved})
+            prepared = hold_to_speed(prepared, resolved)
             prepared = correct_teacher(prepared, resolved)
             if prepared.corrected:
                 run.write_environment({**environment(prepared), "precision": resolved})
@@ -152,6 +155,8 @@ def search_and_retrain(prepared: Prepared, resolved: Precision) -> None:
         asked = config.search.concurrency
         concurrency = slots if asked == "auto" else min(asked, slots)
         say(f"search: {config.search.trials} of {len(space):,} legal architectures, {concurrency} trials at once")
+        if config.search.trials >= len(space):
+            say(f"search: the space is small: all {len(space):,} of its architectures are tried")
         best = run_search(search, materials, concurrency, say)
     else:
         best = search.best()

@@ -1,7 +1,7 @@
 """The artifacts of a run and their schemas; the only writer of tables.
 
     config.yaml  environment.json  importance.safetensors  trials.parquet  events.jsonl  study.db
-    depth.parquet  depth.json  depth_pieces/  evidence.json
+    depth.parquet  depth.json  depth_pieces/  evidence.json  latency.json
     trials/<id>/ architecture.json, metrics.jsonl, decisions.jsonl, checkpoint/     best/     report.html
 
 What is true is in `trials/<id>/metrics.jsonl`: a line per logged step and a line per finished rung, written
@@ -97,6 +97,7 @@ class RunDirectory:
         self.evaluation = self.root / "evaluation.json"
         self.study = self.root / "study.db"
         self.evidence = self.root / "evidence.json"
+        self.latency = self.root / "latency.json"
         self.report = self.root / "report.html"
         self.scratch = self.root / ".ray"  # what Ray writes of its own; gone when the run ends
 
@@ -165,6 +166,13 @@ class RunDirectory:
 
     def read_evidence(self) -> dict[str, Any]:
         return json.loads(self.evidence.read_text()) if self.evidence.exists() else {}
+
+    def write_latency(self, found: Mapping[str, Any]) -> None:
+        """What `latency_stage.measure_tables` found: the space of a run is what these tables leave of it."""
+        replace_text(self.latency, json.dumps(found, indent=1))
+
+    def read_latency(self) -> dict[str, Any]:
+        return json.loads(self.latency.read_text()) if self.latency.exists() else {}
 
     def decide(self, trial: str, rung: int, decision: str) -> None:
         """Record whether a trial may train past a rung: `continue` or `stop`."""

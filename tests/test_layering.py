@@ -28,9 +28,9 @@ RAY = {
 # Each layer imports from those before it, and from itself where that makes no cycle.
 LAYERS = (
     {"config", "architecture", "run_directory", "console", "precision"},
-    {"families", "search_space", "corpus", "winogrande", "rankings", "teacher"},
+    {"families", "search_space", "corpus", "winogrande", "rankings", "teacher", "latency"},
     {"importance", "depth", "trimming", "distillation", "teacher_cache", "scoring"},
-    {"search", "ruling", "search_state", "retraining", "depth_stage", "correction_stage"},
+    {"search", "ruling", "search_state", "retraining", "depth_stage", "correction_stage", "latency_stage"},
     {"run"},
 )
 
