@@ -358,13 +358,29 @@ class Evaluation(Section):
 
 
 class Resources(Section):
-    """`strategy` is how the workers of one trial hold its student: `ddp` whole each, `fsdp2` a share each."""
+    """`strategy` is how the workers of one trial hold its student: `ddp` whole each, `fsdp2` a share each.
+
+    What a run is forecast by: mfu, the share of flops_per_second (of one worker's device: an H100's bfloat16 is 989T)
+    that it is to reach; null for both measures this machine. price_per_hour: of one GPU, where gpus_per_worker is not
+    0, else of one machine; in whatever money.
+    """
 
     launcher: Literal["train", "inline"] = "train"
     workers_per_trial: Count = 1
     cpus_per_worker: Count = 1
     gpus_per_worker: Annotated[Real, Field(ge=0)] = 0.0
     strategy: Literal["ddp", "fsdp2"] = "ddp"
+    mfu: Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)] | None = None
+    flops_per_second: Positive | None = None
+    price_per_hour: Annotated[Real, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _mfu_is_of_a_peak(self) -> "Resources":
+        if (self.mfu is None) != (self.flops_per_second is None):
+            given, other = ("flops_per_second", "mfu") if self.mfu is None else ("mfu", "flops_per_second")
+            raise ValueError(f"resources.{given}: {getattr(self, given):g} without resources.{other}; valid: both, as "
+                             "in mfu 0.4 and flops_per_second 989T, or neither")  # fmt: skip
+        return self
 
     @model_validator(mode="after")
     def _inline_is_one_worker(self) -> "Resources":

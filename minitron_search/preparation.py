@@ -39,6 +39,7 @@ VERSIONS = ("torch", "transformers", "ray", "optuna", "numpy", "datasets", "lm_e
 PLACEMENT = (
     "stages", "search.concurrency", "depth.workers", "depth.weights", "output", "resources.launcher",
     "resources.workers_per_trial", "resources.strategy", "distillation.gradient_checkpointing", "distillation.compile",
+    "resources.mfu", "resources.flops_per_second", "resources.price_per_hour",
 )  # fmt: skip
 # float32 master, two moments: what one checkpoint holds for every parameter
 CHECKPOINT_BYTES = 12

@@ -20,7 +20,6 @@ from ray.tune.search import Searcher
 from minitron_search.architecture import Architecture
 from minitron_search.config import Config
 from minitron_search.evidence import SIGN, evidence
-from minitron_search.forecast import search_tokens
 from minitron_search.launchers import tune_function
 from minitron_search.loop_settings import LoopSettings
 from minitron_search.proposals import Observation, propose, write_study
@@ -29,6 +28,7 @@ from minitron_search.search_space import SearchSpace
 from minitron_search.trial import Trial
 from minitron_search.trial_settings import counts
 from minitron_search.worker_group import free_group_of, free_groups
+from minitron_search.workload import search_tokens
 
 TRIAL_RESTARTS = 1  # of a trial whose process died
 TRIAL_MEMORY = 300 * 2**20  # a Tune trial that only waits for its workers asks for memory, not for a CPU
