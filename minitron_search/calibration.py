@@ -38,7 +38,7 @@ SMALL_VOCABULARY = 256
 CPU_TOKENS = 256  # of a timed step: a layer is as fast a token on 256 as on more (depth.py)
 CPU_BYTES = 2 * 2**30  # of memory that measuring may take; a quarter of a GPU's, where that is more
 SECONDS = 6.0  # what measuring may take, by the product's speed: a larger model is not measured
-REPEAT_SECONDS = 0.25  # a work that is shorter is repeated, and the fastest counts
+REPEAT_SECONDS = 0.05  # a work that is shorter is repeated, and the fastest counts
 AT_ONCE = 8  # workers that measure beside each other; more would wait for Python, not for each other
 OPTIMIZER_BYTES = 16  # a float32 parameter, its gradient and two moments
 
@@ -121,7 +121,7 @@ def product_flops_per_second(precision: str, where: torch.device, threads: int, 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     left = torch.randn(size, size, device=where, dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32)
-    seconds = fastest(lambda: left @ left, where, repeat_seconds=0.1)
+    seconds = fastest(lambda: left @ left, where)
     torch.set_num_threads(before)
     return 2 * size**3 / seconds
 
@@ -231,7 +231,7 @@ def _times(
     return {name: fastest(works[name], where) for name in sorted(passes, key=list(works).index)}
 
 
-def fastest(work: Callable[[], Any], where: torch.device, repeat_seconds: float = REPEAT_SECONDS) -> float:
+def fastest(work: Callable[[], Any], where: torch.device) -> float:
     """Seconds of `work`, the first time apart; what else a machine does can only make it slower."""
 
     def timed() -> float:
@@ -244,7 +244,7 @@ def fastest(work: Callable[[], Any], where: torch.device, repeat_seconds: float 
     clock = time.perf_counter if where.type == "cuda" else time.thread_time
     timed()
     seconds = [timed()]
-    while sum(seconds) < repeat_seconds:
+    while sum(seconds) < REPEAT_SECONDS:
         seconds.append(timed())
     return min(seconds)
 

@@ -14,7 +14,8 @@ PACKAGE = {
 ANALYSIS = sorted((ROOT / "analysis").rglob("*.py"))
 
 # where work is placed
-RAY = {"cluster", "launchers", "worker_group", "search", "retraining", "depth_stage", "correction_stage", "run"}
+RAY = {"cluster", "launchers", "worker_group", "search", "retraining", "depth_stage", "correction_stage",
+       "forecast_stage", "run"}  # fmt: skip
 # Each layer imports from those before it, and from itself where that makes no cycle.
 LAYERS = (
     {"config", "architecture", "run_directory", "console", "precision"},
