@@ -2,11 +2,12 @@
 
 A step costs `fixed + layers * layer`. `layer` is from students of one and three layers with a small vocabulary, whose
 step is little else; `fixed` (embedding, both output heads, loss) is what one layer with the whole vocabulary takes
-beyond that. Every worker of this machine measures at once: what they share, they wait for in the run too. On a CPU the
-clock is that of the thread: what else this machine happens to do now is no part of what it can do.
+beyond that. Every worker of this machine measures at once: what they share, they wait for in the run too. The clock of
+a worker of one thread is that thread's: what else this machine happens to do now is no part of what it can do.
 """
 
 import copy
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -68,16 +69,18 @@ def stated(config: Config) -> Speed | None:
 
 
 def measure(config: Config, costs: Costs, teacher_hidden: int, precision: Precision, at_once: int) -> Speed:
-    """Of one of `at_once` workers of this machine that work beside each other.
+    """Of one of `at_once` workers of this machine that work beside each other; 0 where a trial does not fit it.
 
-    Where that would take too much memory or time, or the workers' GPUs are not here, half the speed of a square matrix
-    product. `teacher_hidden`: hidden_size of the model that teaches.
+    Where that would take too much memory or time, half the speed of a square matrix product; where a trial does not
+    fit, that on all CPUs of this machine. `teacher_hidden`: hidden_size of the model that teaches.
     """
     where = torch.device("cuda" if config.resources.gpus_per_worker and torch.cuda.is_available() else "cpu")
-    product, product32 = (
-        product_flops_per_second(kind, where, config.resources.cpus_per_worker) for kind in (precision, "float32")
-    )
+    threads = config.resources.cpus_per_worker if at_once else os.cpu_count() or 1
+    product, product32 = (product_flops_per_second(kind, where, threads) for kind in (precision, "float32"))
     reason = why_not(config, costs, teacher_hidden, product, where)
+    if at_once == 0:
+        reason = ("a trial does not fit this machine, which all of it is taken for; resources.mfu and "
+                  "resources.flops_per_second say the speed of another")  # fmt: skip
     if not reason:
         try:
             return _measured(config, costs, teacher_hidden, precision, at_once if where.type == "cpu" else 1, where)
@@ -94,8 +97,6 @@ def measure(config: Config, costs: Costs, teacher_hidden: int, precision: Precis
 
 def why_not(config: Config, costs: Costs, teacher_hidden: int, product: float, where: torch.device) -> str:
     """Why no step is timed here; "" where one can be."""
-    if config.resources.gpus_per_worker and where.type == "cpu":
-        return "the run asks for GPUs and there are none here"
     typical, space = costs.space.typical(), costs.space
     vocabulary = costs.space.config.vocab_size
     one, deep = (_shallow(typical, layers) for layers in (1, DEEP))
@@ -222,7 +223,7 @@ def _times(
             hidden = final_hidden(student, ids).flatten(0, 1)
             token_losses(hidden, own, next_tokens(ids).flatten(), said.to(hidden.dtype).flatten(0, 1), head)
 
-    works = {
+    works: dict[str, Callable[[], None]] = {
         "training": train,
         "optimizer": update,
         "scoring": partial(score, settings.precision),
@@ -241,7 +242,9 @@ def fastest(work: Callable[[], Any], where: torch.device) -> float:
             torch.cuda.synchronize(where)
         return clock() - began
 
-    clock = time.perf_counter if where.type == "cuda" else time.thread_time
+    # a thread's own clock does not see what it waits for in others
+    alone = where.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.thread_time if alone else time.perf_counter
     timed()
     seconds = [timed()]
     while sum(seconds) < REPEAT_SECONDS:

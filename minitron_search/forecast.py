@@ -45,8 +45,8 @@ def this_machine() -> Machine:
 
 
 class Forecast(NamedTuple):
-    """Of one stage. seconds: of wall time. gpus: how many it holds meanwhile. gpu_seconds: None where GPUs are asked
-    for and time is of a machine without any. price_per_hour, cost: money at the price given; None where none is, or
+    """Of one stage. seconds: of wall time. gpus: how many it holds meanwhile. gpu_seconds: None where time is of a
+    machine that has not those GPUs. price_per_hour, cost: money at the price given; None where none is, or
     where it is of GPU-hours that are not known."""
 
     tokens: int
@@ -71,7 +71,7 @@ def dry_run(config: Config, space: SearchSpace, console: Console) -> None:
     precision, machine = resolve(config.precision), this_machine()
     teaching = teaching_config(config, space)
     costs = Costs(config, space, teaching, precision, option_tokens(config.winogrande))
-    at_once = slots(config, machine) * config.resources.workers_per_trial
+    at_once = fitting(config, machine) * config.resources.workers_per_trial
     speed = stated(config) or measure(config, costs, teaching.hidden_size, precision, at_once)
     found = forecast(costs, speed, machine)
     console.print(table(found))
@@ -102,32 +102,35 @@ def forecast(costs: Costs, speed: Speed, machine: Machine) -> dict[str, Forecast
     return {name: _stage(name, work, costs, speed, machine) for name, work in workload(costs).items()}
 
 
-def slots(config: Config, machine: Machine) -> int:
-    """How many trials fit `machine` at once; one that is too large for it will have a larger one."""
+def fitting(config: Config, machine: Machine) -> int:
+    """How many trials fit `machine` at once."""
     asked = config.resources
-    fitting = machine.cpus // (asked.workers_per_trial * asked.cpus_per_worker)
+    fit = machine.cpus // (asked.workers_per_trial * asked.cpus_per_worker)
     if asked.gpus_per_worker:
-        fitting = min(fitting, machine.gpus // (asked.workers_per_trial * asked.gpus_per_worker))
-    return max(1, int(fitting))
+        fit = min(fit, machine.gpus // (asked.workers_per_trial * asked.gpus_per_worker))
+    return int(fit)
 
 
 def trials_at_once(config: Config, machine: Machine) -> int:
-    """Of the search. On a machine that is too small for one, as many as `search.concurrency` says, else one."""
-    asked, fitting = config.search.concurrency, slots(config, machine)
-    elsewhere = config.resources.gpus_per_worker > machine.gpus
-    most = fitting if asked == "auto" else asked if elsewhere else min(asked, fitting)
+    """Of the search. Where not even one fits `machine`, another is meant: as many as `search.concurrency` says, or
+    one."""
+    asked, fit = config.search.concurrency, fitting(config, machine)
+    most = max(1, fit) if asked == "auto" else min(asked, fit or asked)
     return min(most, config.search.trials * config.search.seeds)
 
 
 def _stage(name: str, work: Work, costs: Costs, speed: Speed, machine: Machine) -> Forecast:
     config, asked = costs.config, costs.config.resources
     at_once = trials_at_once(config, machine) if name == "search" else 1
-    if name == "search":
+    fit = fitting(config, machine)
+    if not fit and not speed.stated:  # all of this machine is one worker
+        workers = at_once = 1
+    elif name == "search":
         workers = at_once * asked.workers_per_trial
     elif name in ("retrain", "correction"):
-        workers = 1 if asked.launcher == "inline" else gang_workers(config, slots(config, machine))
+        workers = 1 if asked.launcher == "inline" else gang_workers(config, max(1, fit))
     else:
-        workers = slots(config, machine) * asked.workers_per_trial
+        workers = max(1, fit) * asked.workers_per_trial
     gpus = workers * asked.gpus_per_worker
     if speed.stated:
         seconds = work.flops / (workers * speed.training)
@@ -137,7 +140,7 @@ def _stage(name: str, work: Work, costs: Costs, speed: Speed, machine: Machine) 
         if work.steps:
             seconds += START_UP_S[asked.launcher] + work.steps / at_once * _exchange(costs, workers // at_once)
     gpu_seconds: float | None = seconds * gpus
-    if gpus and not speed.stated and machine.gpus < asked.gpus_per_worker:
+    if gpus and not fit and not speed.stated:
         gpu_seconds = None
     price = asked.price_per_hour
     priced = gpus if asked.gpus_per_worker else machine.nodes

@@ -5,7 +5,7 @@ import ray
 from minitron_search.calibration import measure, stated
 from minitron_search.cluster import on_all_cpus
 from minitron_search.console import say
-from minitron_search.forecast import Machine, forecast, slots
+from minitron_search.forecast import Machine, fitting, forecast
 from minitron_search.loop_settings import Precision
 from minitron_search.preparation import Prepared
 from minitron_search.workload import Costs, workload
@@ -25,8 +25,8 @@ def write_forecast(prepared: Prepared, resolved: Precision) -> None:
     have = ray.cluster_resources()
     alive = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     machine = Machine(have.get("CPU", 1), have.get("GPU", 0), len(alive))
-    of_one = Machine(max(node["Resources"]["CPU"] for node in alive), machine.gpus)
-    at_once = slots(config, of_one) * asked.workers_per_trial
+    of_one = int(max(node["Resources"]["CPU"] for node in alive)) // asked.cpus_per_worker
+    at_once = min(of_one, fitting(config, machine) * asked.workers_per_trial)
     speed = stated(config)
     if speed is None:
         hidden_size = prepared.teaching.config.hidden_size

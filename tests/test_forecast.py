@@ -1,13 +1,16 @@
 """What a run is forecast to cost: counted as the formulas say, and in time by what was measured or stated."""
 
 import io
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
-from minitron_search import calibration, workload
+from minitron_search import calibration, forecast_stage, workload
 from minitron_search import config as configuration
 from minitron_search.calibration import Speed, measure, stated
 from minitron_search.config import Config
@@ -19,7 +22,9 @@ from minitron_search.forecast import (
     Machine,
     comparison,
     dry_run,
+    fitting,
     forecast,
+    this_machine,
     total,
     trials_at_once,
 )
@@ -261,7 +266,15 @@ def test_a_gpu_that_is_not_here_is_not_measured() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     config = config_of(resources={"gpus_per_worker": 1})
-    assert "asks for GPUs and there are none here" in measure(config, costs_of(config), 24, "float32", 1).basis
+    assert fitting(config, this_machine()) == 0
+    assert "a trial does not fit this machine" in measure(config, costs_of(config), 24, "float32", 0).basis
+
+
+def test_a_trial_that_does_not_fit_is_timed_on_all_of_this_machine() -> None:
+    large = costs_of(config_of(resources={"workers_per_trial": 8, "cpus_per_worker": 4}))
+    found, work = forecast(large, PLAIN, CPUS), workload.workload(large)
+    assert found["teacher"].seconds == pytest.approx(work["teacher"].forward / 4e6 + work["teacher"].alone / 1e6)
+    assert found["retrain"].seconds > work["retrain"].training / 2e6
 
 
 def test_dry_run_says_every_stage_the_sum_and_the_basis(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +319,33 @@ def test_spent_is_counted_of_each_trials_own_architecture() -> None:
     assert foretold["search"].flops < flops < 1.6 * foretold["search"].flops
 
 
-def test_the_end_of_a_run_compares_what_ran(tmp_path: Any) -> None:
+def test_a_run_that_goes_on_keeps_its_forecast_and_adds_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+    node = {"Alive": True, "Resources": {"CPU": 4.0}}
+    monkeypatch.setattr(forecast_stage.ray, "cluster_resources", lambda: {"CPU": 8.0})
+    monkeypatch.setattr(forecast_stage.ray, "nodes", lambda: [node, node, {"Alive": False}])
+    monkeypatch.setattr(forecast_stage, "on_all_cpus", lambda work, *arguments: measured.append(arguments) or PLAIN)
+    config = config_of(resources={"price_per_hour": 1})
+    prepared: Any = SimpleNamespace(
+        config=config, run=RunDirectory(tmp_path), space=SearchSpace(config.space, tiny.config()),
+        teaching=SimpleNamespace(config=tiny.config()), packed=SimpleNamespace(row_lengths=np.array([3, 4])),
+    )  # fmt: skip
+    forecast_stage.write_forecast(prepared, "float32")
+    first = prepared.run.read_forecast()
+    assert list(first) == ["teacher", "search", "retrain"] and measured[0][-1] == 4, "workers of one machine"
+    assert first["search"]["price_per_hour"] == 2, "two machines"
+    prepared.config = config_of(resources={"price_per_hour": 9})
+    forecast_stage.write_forecast(prepared, "float32")
+    assert prepared.run.read_forecast() == first and len(measured) == 1
+    prepared.config = config_of(resources={"price_per_hour": 9}, stages=["importance", "search", "retrain"])
+    forecast_stage.write_forecast(prepared, "float32")
+    now = prepared.run.read_forecast()
+    assert list(now)[0] == "importance" and {name: now[name] for name in first} == first
+
+
+def test_the_end_of_a_run_compares_what_ran(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     assert comparison(run) is None
     about = Forecast(1, 1.0, 120.0, 0, 0.0, None, None, "given")._asdict()

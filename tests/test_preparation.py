@@ -270,7 +270,26 @@ def test_continuing_nothing(refused: Refused, here: Path) -> None:
 def test_continuing_may_change_where_the_work_is_placed(good: list[str], here: Path) -> None:
     existing_run(good)
     before = tree(here / "run")
-    assert main([*good, "--resume", "--dry-run", "--search.concurrency", "7", "--stages", "importance,search"]) == 0
+    assert (
+        main(
+            [
+                *good,
+                "--resume",
+                "--dry-run",
+                "--search.concurrency",
+                "7",
+                "--stages",
+                "importance,search",
+                "--resources.mfu",
+                "0.4",
+                "--resources.flops_per_second",
+                "989T",
+                "--resources.price_per_hour",
+                "2",
+            ]
+        )
+        == 0
+    )
     assert tree(here / "run") == before
 
 
