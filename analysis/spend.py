@@ -77,7 +77,7 @@ def spend_plot(info: SpendInfo) -> go.Figure:
     """Hours of each stage, forecast above spent."""
     unit, per_hour = ("hours", 1) if info.rows[["forecast_hours", "spent_hours"]].max().max() >= 2 else ("minutes", 60)
     figure = palette.new_figure(150 + 48 * len(info.rows), barmode="group", bargap=0.35)
-    for kind, colour in (("spent", palette.BLUE), ("forecast", palette.MUTED)):  # the last is drawn above
+    for kind, colour in (("forecast", palette.MUTED), ("spent", palette.BLUE)):
         hours = info.rows[f"{kind}_hours"]
         figure.add_bar(
             x=hours * per_hour,
@@ -90,12 +90,12 @@ def spend_plot(info: SpendInfo) -> go.Figure:
         )
     figure.update_xaxes(title_text=f"{unit} of wall time", rangemode="tozero")
     figure.update_yaxes(autorange="reversed")
-    figure.update_layout(legend_traceorder="reversed")
     return figure
 
 
 def spend_html(info: SpendInfo) -> str:
-    shown = [name for name in QUANTITIES if info.rows[[f"forecast_{name}", f"spent_{name}"]].notna().any(axis=None)]
+    known = {name: info.rows[[f"forecast_{name}", f"spent_{name}"]] for name in QUANTITIES}
+    shown = [name for name in QUANTITIES if (known[name] > 0).any(axis=None)]  # no GPU-hours on CPUs
     heads = "".join(
         f'<th scope="col" class="number">{HEADINGS[name]} {kind}</th>'
         for name in shown
@@ -108,11 +108,12 @@ def spend_html(info: SpendInfo) -> str:
             for name in shown for kind in ("forecast", "spent")
         )  # fmt: skip
         ratio = f.MISSING if f.missing(each["ratio"]) else f"{each['ratio']:.2f}"
-        body += f'<tr><th scope="row">{html.escape(str(each["stage"]))}</th>{cells}<td class="number">{ratio}</td></tr>'
+        body += f'<tr><th scope="row">{html.escape(str(each["stage"]))}</th><td class="number">{ratio}</td>{cells}</tr>'
     return (
         f"<p>{html.escape(in_words(info))}</p>"
-        f'<div class="scroll"><table class="plain"><thead><tr><th scope="col">stage</th>{heads}'
-        f'<th scope="col" class="number">time, spent / forecast</th></tr></thead><tbody>{body}</tbody></table></div>'
+        f'<div class="scroll"><table class="plain"><thead><tr><th scope="col">stage</th>'
+        f'<th scope="col" class="number">time, spent / forecast</th>{heads}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 

@@ -42,7 +42,7 @@ def test_the_words_say_how_much_and_what_is_left(begun: RunDirectory) -> None:
     card = spend_card(load_run(begun))
     assert "Of 60 min forecast, 90 min were spent, 1.50 times as much; retrain still to run." in card.body
     assert card.sample == "Forecast: stated." and [panel.name for panel in card.panels] == ["spend"]
-    (spent, foretold) = card.panels[0].figure.data
+    (foretold, spent) = card.panels[0].figure.data
     assert (spent.name, foretold.name) == ("spent", "forecast")
     assert list(foretold.x) == [60, 60] and spent.x[0] == 90
 
