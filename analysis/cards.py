@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import yaml
 
-from analysis import depth, evidence, health, importance, loss_curves, size_and_loss, summary, trials_table
+from analysis import depth, evidence, health, importance, loss_curves, size_and_loss, spend, summary, trials_table
 from analysis.run_data import RunData
 
 
@@ -168,6 +168,22 @@ def trials_card(run: RunData) -> Card:
     )
 
 
+def spend_card(run: RunData) -> Card:
+    title = "Spend against forecast"
+    read = (
+        "A ratio above 1 took longer than forecast: more trials trained on than one in the reduction factor, the "
+        "machine was shared, or the run was cut off. Well below 1, what a stage needed was in the cache. FLOPs spent "
+        "are of the architectures that were trained."
+    )
+    if not run.forecast:
+        return Card(title, read, reason="No forecast.json: the run is older than forecasts, or has not begun.")
+    info = spend.spend_info(run)
+    if info.rows["spent_hours"].isna().all():
+        return Card(title, read, reason="Nothing has been spent yet: no stage has started.")
+    panel = Panel("spend", spend.spend_plot(info), info.rows)
+    return Card(title, read, spend.spend_count(info), spend.spend_html(info), (panel,))
+
+
 def configuration_card(run: RunData) -> Card:
     title = "Configuration and environment"
     read = "What is needed to run this again: the resolved configuration, the versions and the machine."
@@ -207,6 +223,7 @@ CARDS: list[Callable[[RunData], Card]] = [
     depth_card,
     evidence_card,
     trials_card,
+    spend_card,
     configuration_card,
     health_card,
 ]

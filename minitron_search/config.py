@@ -346,9 +346,6 @@ class Search(Section):
             raise ValueError(f"search.rungs: {list(self.rungs)} do not rise; valid: [8K, 32K]")
         if self.promote != "not_worse" and self.promote > self.trials:
             raise ValueError(f"search.promote: {self.promote} of {self.trials} trials; valid: at most {self.trials}")
-        if self.tokens != "auto" and self.tokens < self.rungs[-1]:
-            raise ValueError(f"search.tokens: {self.tokens} for all trials, of which one alone takes {self.rungs[-1]} "
-                             f"to the last rung; valid: at least {self.rungs[-1]}, or auto")  # fmt: skip
         return self
 
 
@@ -431,13 +428,29 @@ class Evaluation(Section):
 
 
 class Resources(Section):
-    """`strategy` is how the workers of one trial hold its student: `ddp` whole each, `fsdp2` a share each."""
+    """`strategy` is how the workers of one trial hold its student: `ddp` whole each, `fsdp2` a share each.
+
+    What a run is forecast by: mfu, the share of flops_per_second (of one worker's device: an H100's bfloat16 is 989T)
+    that it is to reach; null for both measures this machine. price_per_hour: of one GPU, where gpus_per_worker is not
+    0, else of one machine; in whatever money.
+    """
 
     launcher: Literal["train", "inline"] = "train"
     workers_per_trial: Count = 1
     cpus_per_worker: Count = 1
     gpus_per_worker: Annotated[Real, Field(ge=0)] = 0.0
     strategy: Literal["ddp", "fsdp2"] = "ddp"
+    mfu: Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)] | None = None
+    flops_per_second: Positive | None = None
+    price_per_hour: Annotated[Real, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _mfu_is_of_a_peak(self) -> "Resources":
+        if (self.mfu is None) != (self.flops_per_second is None):
+            given, other = ("flops_per_second", "mfu") if self.mfu is None else ("mfu", "flops_per_second")
+            raise ValueError(f"resources.{given}: {getattr(self, given):g} without resources.{other}; valid: both, as "
+                             "in mfu 0.4 and flops_per_second 989T, or neither")  # fmt: skip
+        return self
 
     @model_validator(mode="after")
     def _inline_is_one_worker(self) -> "Resources":
@@ -489,6 +502,16 @@ class Config(Section):
             raise ValueError(f"distillation.batch_tokens: {self.distillation.batch_tokens} is {windows} windows of "
                              f"{length} tokens, which {workers} workers cannot share equally; "
                              f"valid: {valid}")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _a_trial_reaches_the_last_rung(self) -> "Config":
+        length, asked = self.corpus.sequence_length, self.search.tokens
+        batch = math.ceil(self.distillation.batch_tokens / length) * length
+        least = math.ceil(self.search.rungs[-1] / batch) * batch
+        if asked != "auto" and asked < least:
+            raise ValueError(f"search.tokens: {asked} for all trials, of which one alone takes {least} to the last rung "
+                             f"in whole batches; valid: at least {least}, or auto")  # fmt: skip
         return self
 
     @model_validator(mode="after")

@@ -39,6 +39,7 @@ VERSIONS = ("torch", "transformers", "ray", "optuna", "numpy", "datasets", "lm_e
 PLACEMENT = (
     "stages", "search.concurrency", "depth.workers", "depth.weights", "output", "resources.launcher",
     "resources.workers_per_trial", "resources.strategy", "distillation.gradient_checkpointing", "distillation.compile",
+    "resources.mfu", "resources.flops_per_second", "resources.price_per_hour",
 )  # fmt: skip
 # float32 master, two moments: what one checkpoint holds for every parameter
 CHECKPOINT_BYTES = 12
@@ -292,7 +293,9 @@ def _check_compiler() -> None:
 def _check_disk(config: Config, space: SearchSpace) -> None:
     largest = max(space.measures(architecture).params for architecture in space.smallest_and_largest())
     trials = config.search.trials * config.search.seeds if "search" in config.stages else 0
-    retrained = 2 * config.search.promote if "retrain" in config.stages else 0  # its newest checkpoint and best/
+    retrained = (
+        2 * (1 if config.search.promote == "not_worse" else config.search.promote) if "retrain" in config.stages else 0
+    )  # its newest checkpoint and best/
     needed = CHECKPOINT_BYTES * largest * (trials + retrained)
     teacher_bytes = CHECKPOINT_BYTES * space.measures(space.teacher).params
     if config.teacher.correction.parallel:  # the teacher is in every checkpoint of a student

@@ -12,7 +12,6 @@ from ray.tune.search import Searcher
 
 from minitron_search.architecture import Architecture
 from minitron_search.evidence import evidence
-from minitron_search.forecast import search_tokens
 from minitron_search.launchers import tune_function
 from minitron_search.ruling import ruling
 from minitron_search.run_directory import FINISHED
@@ -20,6 +19,7 @@ from minitron_search.search_state import Search
 from minitron_search.study import LiveStudy
 from minitron_search.trial import Trial
 from minitron_search.worker_group import close_groups, free_group_of, free_groups
+from minitron_search.workload import search_phases
 
 TRIAL_RESTARTS = 1  # of a trial whose process died
 TRIAL_MEMORY = 300 * 2**20  # a Tune trial that only waits for its workers asks for memory, not for a CPU
@@ -158,7 +158,8 @@ class Bookkeeping(tune.Callback):
         before = self.search.rows[row["trial"]].get(row["rung"] - 1, {"tokens": 0})
         self.tokens += row["tokens"] - before["tokens"]
         speed = self.tokens / (time.monotonic() - self.began)
-        left = max(0, search_tokens(self.search.config) - sum(
+        phases = search_phases(self.search.config, self.search.config.search.trials)
+        left = max(0, sum(phase.trials * phase.tokens for phase in phases) - sum(
             max((row["tokens"] for row in rows.values()), default=0) for rows in self.search.rows.values()
         ))  # fmt: skip
         return f"{speed:.0f} tokens/s in all, about {left / speed / 60:.0f} min left"

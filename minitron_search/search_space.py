@@ -124,6 +124,11 @@ class SearchSpace:
             self.architecture(self.shapes[index]) for index in (params.argmin(), params.argmax())
         )
 
+    def typical(self) -> Architecture:
+        """The legal architecture in the middle by parameters: what one of the space costs, near enough."""
+        params = np.asarray(self._measures(self.points[:, :5]).params)
+        return self._architecture(self.points[params.argsort(kind="stable")[len(params) // 2]].tolist())
+
     def distributions(self) -> dict[str, BaseDistribution]:
         """Optuna's view of the space: a whole-number range per coordinate that varies. Key-value heads that the number
         of heads decides are none; a block's start is one only of architectures that drop a block (`coordinates`)."""

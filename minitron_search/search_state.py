@@ -12,16 +12,13 @@ from typing import Any
 from minitron_search.architecture import Architecture
 from minitron_search.config import Config
 from minitron_search.evidence import SIGN, not_worse
-from minitron_search.forecast import search_tokens
 from minitron_search.loop_settings import LoopSettings
 from minitron_search.proposals import Observation, promotable, propose
 from minitron_search.run_directory import TRIALS_SCHEMA, RunDirectory
 from minitron_search.search_space import SearchSpace
 from minitron_search.trial import Trial
-from minitron_search.trial_settings import counts
-
-# Arm -> initialization: the winner's shape without importance, or without the teacher's weights (2408.11796, Figure 6)
-CONTROLS = {"random_pruned": "random_pruned", "random_init": "random"}
+from minitron_search.trial_settings import CONTROLS, counts
+from minitron_search.workload import search_tokens, whole_batches
 
 
 class Search:
@@ -34,6 +31,7 @@ class Search:
         self.rows: dict[str, dict[int, dict[str, Any]]] = {}  # rung -> row, by trial id
         self.failures: dict[str, str] = {}
         self.alive: set[str] = set()  # handed out, and not heard the end of
+        self.rung_tokens = [whole_batches(config, tokens) for tokens in settings.milestones]
         self._read()
         self.waiting = [trial for trial in self.everything().values() if self.status(trial.id) == "running"]
 
@@ -132,7 +130,7 @@ class Search:
 
     def _tokens_of(self, trial: str) -> int:
         reached = len(self.rows[trial]) + (self.status(trial) == "running")
-        return self.settings.milestones[min(reached, self.last_rung + 1) - 1] if reached else 0
+        return self.rung_tokens[min(reached, self.last_rung + 1) - 1] if reached else 0
 
     def affords(self, more: int = 0) -> bool:
         """Whether `search.tokens` allows what is committed and `more` tokens."""
@@ -163,7 +161,7 @@ class Search:
             if done < seeds:  # the same architecture with its next seed
                 return self.make(last.architecture, last.proposal, self.config.seed + done)
         proposed = len({trial.proposal for trial in self.trials.values()})
-        if proposed >= self.config.search.trials or not self.affords(self.settings.milestones[0]):
+        if proposed >= self.config.search.trials or not self.affords(self.rung_tokens[0]):
             return None
         architecture = propose(
             self.space, self.observed(), sampler=self.config.search.sampler, seed=self.config.seed
@@ -178,7 +176,7 @@ class Search:
         left = allowed - self.committed_tokens()
         found: list[Trial] = []
         for rung, trials in self._stopped():
-            cost = (self.settings.milestones[rung + 1] - self.settings.milestones[rung]) * len(trials)
+            cost = (self.rung_tokens[rung + 1] - self.rung_tokens[rung]) * len(trials)
             if cost <= left:
                 left -= cost
                 found += trials

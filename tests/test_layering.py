@@ -15,16 +15,9 @@ ANALYSIS = sorted((ROOT / "analysis").rglob("*.py"))
 
 # where work is placed
 RAY = {
-    "cluster",
-    "launchers",
-    "worker_group",
-    "search",
-    "ruling",
-    "retraining",
-    "depth_stage",
-    "correction_stage",
-    "run",
-}
+    "cluster", "correction_stage", "depth_stage", "forecast_stage", "launchers", "retraining", "ruling", "run",
+    "search", "worker_group",
+}  # fmt: skip
 # Each layer imports from those before it, and from itself where that makes no cycle.
 LAYERS = (
     {"config", "architecture", "run_directory", "console", "precision"},

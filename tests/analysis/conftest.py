@@ -128,6 +128,9 @@ def write_run(root: Path, trials: int = 12, name: str = "smollm2-135m", hostile:
     run.write_environment(
         {"python": "3.11.4", "versions": {"torch": "2.13.0", "ray": "2.60.0" + hostile}, "cpu": {"count": 2}}
     )
+    run.event("run_started", stages=["importance", "search", "retrain"])
+    foretold = {**FORECAST, "basis": "measured" + hostile}
+    run.write_forecast({stage: foretold for stage in ("importance", "search", "retrain")})
     run.event("stage_started", stage="importance")
     write_importance(run)
     run.event("stage_finished", stage="importance")
@@ -155,6 +158,8 @@ def write_run(root: Path, trials: int = 12, name: str = "smollm2-135m", hostile:
         "drop_block_start": 0,
         "drop_block_length": 0,
     }
+    run.event("stage_started", stage="evaluation" + hostile)
+    run.event("stage_started", stage="search")
     teacher = start("teacher", "teacher", full, -1)
     row = scored(3.214, TEACHER_PARAMS, rng, 0) | {"kl": 0.0, "winogrande_acc": 0.52}
     run.log_rung("teacher", {**teacher, **row, "rung": 0})
@@ -194,6 +199,8 @@ def write_run(root: Path, trials: int = 12, name: str = "smollm2-135m", hostile:
     final, trial, made, params = kept[0]
     statuses[trial] = "promoted"
     run.event("promoted", trial=trial)
+    run.event("stage_finished", stage="search", tokens=1, flops=1e12)
+    run.event("stage_started", stage="retrain")
     for arm, loss, tokens in (("untrained", 7.9, 0), ("retrained", final - 0.35, 262144)):
         other = start(f"{trial}-{arm}", arm, {axis: made[axis] for axis in full}, made["proposal"])
         other["architecture"] = made["architecture"]
@@ -204,6 +211,13 @@ def write_run(root: Path, trials: int = 12, name: str = "smollm2-135m", hostile:
     run.write_trials(statuses, messages)
     run.event("stage_finished", stage="retrain")
     return run
+
+
+# of one stage; money at the price of a machine, on CPUs
+FORECAST = {
+    "tokens": 1000, "flops": 1e12, "seconds": 60.0, "gpus": 0.0, "gpu_seconds": 0.0, "price_per_hour": 3.0,
+    "cost": 0.05,
+}  # fmt: skip
 
 
 @pytest.fixture
