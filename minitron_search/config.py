@@ -510,8 +510,8 @@ class Config(Section):
         batch = math.ceil(self.distillation.batch_tokens / length) * length
         least = math.ceil(self.search.rungs[-1] / batch) * batch
         if asked != "auto" and asked < least:
-            raise ValueError(f"search.tokens: {asked} for all trials, of which one alone takes {least} to the last rung "
-                             f"in whole batches; valid: at least {least}, or auto")  # fmt: skip
+            raise ValueError(f"search.tokens: {asked} for all trials, of which one alone takes {least}, in whole "
+                             f"batches, to the last rung; valid: at least {least}, or auto")  # fmt: skip
         return self
 
     @model_validator(mode="after")

@@ -127,7 +127,7 @@ class SearchSpace:
     def typical(self) -> Architecture:
         """The legal architecture in the middle by parameters: what one of the space costs, near enough."""
         params = np.asarray(self._measures(self.points[:, :5]).params)
-        return self._architecture(self.points[params.argsort(kind="stable")[len(params) // 2]].tolist())
+        return self.architecture(self.points[params.argsort(kind="stable")[len(params) // 2]].tolist())
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """Optuna's view of the space: a whole-number range per coordinate that varies. Key-value heads that the number
@@ -172,8 +172,13 @@ class SearchSpace:
         return None
 
     def random(self, generator: np.random.Generator, taken: Collection[str]) -> Architecture | None:
-        """A legal architecture drawn uniformly among those whose id is not in `taken`; None when all are."""
-        for row in generator.integers(len(self.points), size=DRAWS).tolist():
+        """A legal architecture whose id is not in `taken`, drawn uniformly among shapes, then among the starts of its
+        block; None when all are taken.
+
+        Drawn among points, few would keep every layer: no block is at one place, a block of two at some thirty.
+        """
+        shapes = generator.integers(len(self.shapes), size=DRAWS)
+        for row in (self._first[shapes] + generator.integers(self._starts[shapes])).tolist():
             if self._id(row) not in taken:
                 return self.architecture(self.points[row].tolist())
         free = [row for row in range(len(self.points)) if self._id(row) not in taken]
@@ -314,7 +319,9 @@ class SearchSpace:
             raise ValueError("no architecture on the axes' grid meets the budget; " + "; ".join(ranges)
                              + "; valid: a target in that range, a wider tolerance, or other axes")  # fmt: skip
         self.shapes = shapes[inside]
-        self.points = _with_starts(self.shapes, self.teacher.num_hidden_layers)
+        self._starts = _start_counts(self.shapes, self.teacher.num_hidden_layers)
+        self._first = np.cumsum(self._starts) - self._starts  # row of each shape's first point
+        self.points = _with_starts(self.shapes, self._starts)
         # nearness counts steps along each axis, so that a step of hidden_size weighs as one of heads
         self._span = np.maximum(self.points.max(0) - self.points.min(0), 1)
         self._columns = np.ascontiguousarray(self.points.T)
@@ -330,8 +337,12 @@ def _grid(widths: list[tuple[int, ...]], intermediate_sizes: tuple[int, ...], le
     return shapes[np.lexsort(shapes.T[::-1])]
 
 
-def _with_starts(shapes: np.ndarray, depth: int) -> np.ndarray:
+def _start_counts(shapes: np.ndarray, depth: int) -> np.ndarray:
+    """(shapes,) int64: at how many layers the block may start; 1 where none is dropped."""
+    return np.where(shapes[:, 4] > 0, depth - shapes[:, 4] + 1, 1)
+
+
+def _with_starts(shapes: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """(points, 6) int64: every shape with every place where its block may start, 0 where it drops none."""
-    counts = np.where(shapes[:, 4] > 0, depth - shapes[:, 4] + 1, 1)
     starts = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.column_stack([np.repeat(shapes, counts, axis=0), starts]).astype(np.int64)

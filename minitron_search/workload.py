@@ -126,11 +126,11 @@ def search_phases(config: Config, trials: int) -> list[Phase]:
     """All that the search trains, given how many architectures it proposes. A phase of the search is a line here."""
     asked, last = config.search, whole_batches(config, config.search.rungs[-1])
     finalists = min(asked.reduction_factor * retrained(config), trials)
-    return [
-        *proposal_phases(config, trials),
+    further = (
         Phase(finalists * max(0, asked.finalist_seeds - asked.seeds), last, len(asked.rungs)),
         Phase(len(CONTROLS) * retrained(config) if asked.controls else 0, last, len(asked.rungs)),
-    ]
+    )
+    return [*proposal_phases(config, trials), *(phase for phase in further if phase.trials)]
 
 
 def proposal_phases(config: Config, trials: int) -> list[Phase]:

@@ -53,7 +53,7 @@ def config_of(**given: Any) -> Config:
         "precision": "float32",
         "space": {"budget": {"params": {"target": BODY + HEAD, "tolerance": 0.1}}, "axes": {}},
         "corpus": {"sequence_length": 16, "validation_samples": 5},
-        "search": {"trials": 1, "rungs": [128, 256], "reduction_factor": 2},
+        "search": {"trials": 1, "rungs": [128, 256], "reduction_factor": 2, "controls": False},
         "distillation": {"batch_tokens": 128},
         "retraining": {"tokens": 1000},
     }
@@ -135,6 +135,20 @@ def test_rungs_pass_one_trial_in_the_reduction_factor_and_a_small_space_has_no_m
     assert search_tokens(config) == 12 * 128 + 4 * 256
     assert workload.workload(costs_of(config))["search"].tokens == 2 * 128 + 1 * 256, "one architecture, two seeds"
     assert [whole_batches(config, tokens) for tokens in (1, 128, 129)] == [128, 128, 256]
+
+
+def test_finalists_seeds_controls_hyperband_and_a_cap_are_forecast() -> None:
+    asked = {"trials": 6, "rungs": [100, 300], "reduction_factor": 3}
+    further = config_of(search={**asked, "finalist_seeds": 3, "controls": True, "promote": 2})
+    first, second, seeds, controls = map(tuple, search_phases(further, 6))
+    assert (seeds, controls) == ((6 * 2, 384, 2), (4, 384, 2))
+    assert search_tokens(further) == 6 * 128 + 2 * 256, "what comes on top of proposals continues no stopped trial"
+    plain, hyperband = (search_tokens(config_of(search={**asked, "scheduler": name})) for name in ("asha", "hyperband"))
+    assert plain == hyperband, "one bracket, where there are two rungs"
+    three = {**asked, "rungs": [100, 300, 600]}
+    plain, hyperband = (search_tokens(config_of(search={**three, "scheduler": name})) for name in ("asha", "hyperband"))
+    assert plain < hyperband < 6 * 640
+    assert 500 <= search_tokens(config_of(search={**asked, "tokens": 500})) < plain
 
 
 def test_time_is_work_over_speed_and_start_up() -> None:
