@@ -328,7 +328,9 @@ class SearchSpace:
         self._ids: dict[int, str] = {}
 
 
-def _grid(widths: list[tuple[int, ...]], intermediate_sizes: tuple[int, ...], lengths: tuple[int, ...]) -> np.ndarray:
+def _grid(
+    widths: Sequence[tuple[int, int, int]], intermediate_sizes: tuple[int, ...], lengths: tuple[int, ...]
+) -> np.ndarray:
     """(shapes, 5) int64 in lexical order. widths: (hidden_size, num_attention_heads, num_key_value_heads) each."""
     axes = np.array(widths), np.array(intermediate_sizes), np.array(lengths)
     which = np.meshgrid(*(np.arange(len(axis)) for axis in axes), indexing="ij")
