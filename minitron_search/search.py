@@ -28,7 +28,7 @@ from minitron_search.run_directory import FINISHED, TRIALS_SCHEMA, RunDirectory
 from minitron_search.search_space import SearchSpace
 from minitron_search.trial import Trial
 from minitron_search.trial_settings import counts
-from minitron_search.worker_group import free_group_of, free_groups
+from minitron_search.worker_group import free_abandoned_groups, free_groups
 
 TRIAL_RESTARTS = 1  # of a trial whose process died
 TRIAL_MEMORY = 300 * 2**20  # a Tune trial that only waits for its workers asks for memory, not for a CPU
@@ -329,13 +329,12 @@ class Bookkeeping(tune.Callback):
         if ours.id in self.search.failures:
             self.progress(f"{self._place(ours)} failed: {self.search.failures[ours.id]}")
 
-    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        free_group_of(self.search.run, trial.config["trial"].id)
+    def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
+        free_abandoned_groups()  # at every step, some ten a second: Ray ends a group a while after it was killed
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         ours: Trial = trial.config["trial"]
         message = _cause(trial)
-        free_group_of(self.search.run, ours.id)
         self.search.failures[ours.id] = message
         self.search.run.event("trial_failed", trial=ours.id, message=message)
         self.search.write_tables()

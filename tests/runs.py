@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import yaml
 
@@ -122,3 +124,16 @@ def kill_train_process(kind: str, folder: Path) -> bool:
     for pid in sorted(found)[-1:]:
         os.kill(pid, signal.SIGKILL)
     return bool(found)
+
+
+def kill_child(driver: "subprocess.Popen[str]", kind: str) -> int | None:
+    """SIGKILL the newest process below `driver` that Ray calls `kind`; its id, None where there was none."""
+    found = []
+    for child in psutil.Process(driver.pid).children(recursive=True):
+        with suppress(psutil.Error):  # it ended meanwhile
+            if child.cmdline()[0].startswith(f"ray::{kind}"):
+                found.append((child.create_time(), child))
+    for _, child in sorted(found, key=lambda pair: pair[0])[-1:]:
+        child.kill()
+        return child.pid
+    return None
