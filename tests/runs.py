@@ -71,11 +71,12 @@ class Command:
         }
         self.environment.pop("RAY_ADDRESS", None)
 
-    def start(self, output: Path, *arguments: str) -> "subprocess.Popen[str]":
+    def start(self, output: Path, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(
             [sys.executable, "-m", "minitron_search.run", "--config", str(self.file),
              "--output", os.path.relpath(output, self.folder), *arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=self.environment, cwd=self.folder,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**self.environment, **environment}, cwd=self.folder,
         )  # fmt: skip
 
     def run(self, output: Path, *arguments: str) -> str:
@@ -126,14 +127,19 @@ def kill_train_process(kind: str, folder: Path) -> bool:
     return bool(found)
 
 
-def kill_child(driver: "subprocess.Popen[str]", kind: str) -> int | None:
-    """SIGKILL the newest process below `driver` that Ray calls `kind`; its id, None where there was none."""
+def children(driver: "subprocess.Popen[str]", kind: str) -> list[psutil.Process]:
+    """The processes below `driver` that Ray calls `kind`, oldest first."""
     found = []
     for child in psutil.Process(driver.pid).children(recursive=True):
-        with suppress(psutil.Error):  # it ended meanwhile
+        with suppress(psutil.Error, IndexError):  # it ended meanwhile
             if child.cmdline()[0].startswith(f"ray::{kind}"):
-                found.append((child.create_time(), child))
-    for _, child in sorted(found, key=lambda pair: pair[0])[-1:]:
+                found.append(child)
+    return sorted(found, key=psutil.Process.create_time)
+
+
+def kill_child(driver: "subprocess.Popen[str]", kind: str) -> bool:
+    """SIGKILL the newest of `children`; whether there was one."""
+    found = children(driver, kind)
+    for child in found[-1:]:
         child.kill()
-        return child.pid
-    return None
+    return bool(found)
