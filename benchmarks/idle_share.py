@@ -19,7 +19,7 @@ Exits 1 where the first is not under the bar.
 import argparse
 import heapq
 import os
-import subprocess
+import re
 import tempfile
 import threading
 import time
@@ -37,14 +37,7 @@ from tests.runs import Command
 
 BAR = 0.15
 SAMPLE_S = 0.5
-# by what Ray calls a process; the first that fits
-KINDS = {
-    "RayTrainWorker": "train workers",
-    "ImplicitFunc": "trials",
-    "TrainController": "train controllers",
-    "ray::": "other processes of Ray",
-    "/ray/": "other processes of Ray",
-}
+TRAINS = {"train": "RayTrainWorker", "inline": "ImplicitFunc"}  # by launcher, what Ray calls the processes that train
 
 
 def configuration(folder: Path, trials: int) -> dict[str, Any]:
@@ -100,12 +93,10 @@ class Sampler:
                 time.sleep(SAMPLE_S)
 
     def _add(self, process: psutil.Process, used: dict[str, float]) -> None:
-        name, times = " ".join(process.cmdline()), process.cpu_times()
-        kind = next((kind for part, kind in KINDS.items() if part in name), "other")
-        kind = "driver" if process == self.root else kind
+        times, kind = process.cpu_times(), "driver" if process == self.root else kind_of(process.cmdline())
         key = process.pid, process.create_time()
         before, seconds = self.spent.get(key, (kind, 0.0))
-        if kind.startswith("other"):  # a process between two calls has no name
+        if kind == "IDLE":  # between two calls
             kind = before
         self.spent[key] = kind, times.user + times.system
         used[kind] += times.user + times.system - seconds
@@ -124,11 +115,20 @@ class Sampler:
         return float(last - first)
 
 
+def kind_of(command: list[str]) -> str:
+    """What Ray calls a process, or its program."""
+    if command[0].startswith("ray::"):
+        return re.split(r"[.\s(]", command[0].removeprefix("ray::"))[0]
+    return next((Path(part).name for part in command if part.endswith(".py")), Path(command[0]).name)
+
+
 class Slots(NamedTuple):
-    """The search from its first trial's start to its last one's end, in Unix seconds; how many trials ran at once; and
-    the slot-seconds in which nothing trained or was scored, by what they went to."""
+    """The search from its first trial's start to its last one's end, in Unix seconds, and when every slot had begun to
+    train; how many trials ran at once; and the slot-seconds in which nothing trained or was scored, by what they went
+    to."""
 
     began: float
+    all_train: float
     ended: float
     count: int
     lost: dict[str, float]
@@ -146,16 +146,18 @@ def slots_of(run: RunDirectory) -> Slots:
     count = max(sum(began[o] <= began[t] < ended[o] for o in began) for t in began)
     free = [(first, slot) for slot in range(count)]  # since when, for every slot
     lost: dict[str, float] = defaultdict(float)
-    fresh = set(range(count))
+    fresh, all_train = set(range(count)), first
     for trial in sorted(began, key=began.__getitem__):
         since, slot = heapq.heappop(free)
         lost["from a trial's end to the next one's start"] += began[trial] - since
         what = "start of a slot's processes, and inside its first trial" if slot in fresh else "inside later trials"
         lost[what] += ended[trial] - began[trial] - worked[trial]
-        fresh.discard(slot)
+        if slot in fresh:
+            fresh.remove(slot)
+            all_train = max(all_train, ended[trial] - worked[trial])
         heapq.heappush(free, (ended[trial], slot))
     lost["after a slot's last trial"] = sum(last - since for since, _ in free)
-    return Slots(first, last, count, dict(lost))
+    return Slots(first, all_train, last, count, dict(lost))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -174,7 +176,8 @@ def main(arguments: list[str] | None = None) -> int:
         sampler = Sampler(process.pid)
         printed, _ = process.communicate()
         if process.returncode:
-            raise subprocess.CalledProcessError(process.returncode, process.args, printed)
+            print(printed)
+            return process.returncode
         return report(RunDirectory(output), sampler, options.launcher)
 
 
@@ -182,18 +185,26 @@ def report(run: RunDirectory, sampler: Sampler, launcher: str) -> int:
     slots = slots_of(run)
     cores, wall = os.cpu_count() or 1, slots.ended - slots.began
     used = sampler.used(slots.began, slots.ended)
-    everything, train = sum(used.values()), used["train workers" if launcher == "train" else "trials"]
+    everything, train = sum(used.values()), used[TRAINS[launcher]]
     trials = sum(event["event"] == "trial_finished" for event in run.events())
-    share = 1 - everything / (cores * wall)
     print(f"launcher {launcher}: {trials} trials in {wall:.1f} s, {slots.count} at once, on {cores} cores; what trains "
           f"used {train / trials:.1f} s of a core a trial; load average {os.getloadavg()[1]:.1f}")  # fmt: skip
-    print(f"1. cores idle, by the run's own processes: {share:.1%} (bar: under {BAR:.0%})")
+
+    def idle(began: float, ended: float) -> float:
+        return 1 - sum(sampler.used(began, ended).values()) / (cores * (ended - began))
+
+    share = idle(slots.began, slots.ended)
+    print(f"1. cores idle, by the run's own processes: {share:.1%} (bar: under {BAR:.0%}); "
+          f"{idle(slots.began, slots.all_train):.1%} in the {slots.all_train - slots.began:.1f} s until every slot "
+          f"trains, {idle(slots.all_train, slots.ended):.1%} afterwards")  # fmt: skip
+    print(f"     of what they used, {train / everything:.1%} by those that train:")
     for kind, seconds in sorted(used.items(), key=lambda pair: -pair[1]):
-        print(f"     {kind}: {seconds:.1f} s, {seconds / everything:.1%} of what they used")
+        if seconds > 0.002 * everything:
+            print(f"     {seconds:8.1f} s {kind}")
     print(f"2. cores idle, by /proc/stat: {sampler.idle_share(slots.began, slots.ended):.1%}")
     print(f"3. slots in which nothing trained or was scored: {sum(slots.lost.values()) / (slots.count * wall):.1%}")
     for what, seconds in slots.lost.items():
-        print(f"     {what}: {seconds:.1f} s, {seconds / (slots.count * wall):.1%}")
+        print(f"     {seconds:8.1f} s {seconds / (slots.count * wall):6.1%} {what}")
     return int(share >= BAR)
 
 

@@ -37,7 +37,7 @@ from minitron_search.run_directory import RunDirectory
 from minitron_search.trial import Trial
 
 WORKER_RESTARTS = 2  # of a group whose worker died
-POLL_S = 0.05
+POLL_S = 0.02
 LOOK_S, QUIET_LOOKS = 0.2, 5
 
 
