@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import yaml
 
-from analysis import depth, evidence, health, importance, loss_curves, size_and_loss, summary, trials_table
+from analysis import depth, evidence, health, importance, loss_curves, size_and_loss, spend, summary, trials_table
 from analysis.run_data import RunData
 
 
@@ -137,15 +137,20 @@ def depth_card(run: RunData) -> Card:
 def evidence_card(run: RunData) -> Card:
     title = "Evidence"
     read = (
-        "Right of the line is worse than the winner on the same windows; a bar that crosses it could be chance. Below, "
-        "how well each rung's order foretold the next."
+        "Right of the line is worse than the winner on the same windows (better, of a margin); an interval that "
+        "crosses it could be chance. The controls say what pruning by importance is worth: same shape, same tokens."
     )
     if not run.evidence:
         return Card(title, read, reason="No evidence.json: the search has not ended.")
-    table = evidence.finalists(run.evidence)
-    figure = Panel("finalists", evidence.differences_plot(table), table)
-    panels = (figure,) if len(table) and table["lm_loss_minus_best"].notna().any() else ()
-    return Card(title, read, evidence.sample(run, table), evidence.body(run.evidence), panels)
+    found, objective = run.evidence, run.evidence["objective"]
+    table, beside, rungs = evidence.finalists(found), evidence.controls(found), evidence.rungs(found)
+    panels = []
+    if len(table) and table[f"{objective}_minus_best"].notna().any():
+        panels.append(Panel("finalists", evidence.differences_plot(table, objective), table, "Finalists"))
+    if len(beside) and beside["lm_loss_minus_candidate"].notna().any():
+        panels.append(Panel("controls", evidence.controls_plot(beside), beside, "Controls"))
+    data = (("rungs", rungs),) if len(rungs) else ()
+    return Card(title, read, evidence.sample(run, table), evidence.body(found), tuple(panels), data)
 
 
 def trials_card(run: RunData) -> Card:
@@ -161,6 +166,22 @@ def trials_card(run: RunData) -> Card:
         trials_table.trials_table_html(info),
         data=(("trials", info.all_rungs),),
     )
+
+
+def spend_card(run: RunData) -> Card:
+    title = "Spend against forecast"
+    read = (
+        "A ratio above 1 took longer than forecast: more trials trained on than one in the reduction factor, the "
+        "machine was shared, or the run was cut off. Well below 1, what a stage needed was in the cache. FLOPs spent "
+        "are of the architectures that were trained."
+    )
+    if not run.forecast:
+        return Card(title, read, reason="No forecast.json: the run is older than forecasts, or has not begun.")
+    info = spend.spend_info(run)
+    if info.rows["spent_hours"].isna().all():
+        return Card(title, read, reason="Nothing has been spent yet: no stage has started.")
+    panel = Panel("spend", spend.spend_plot(info), info.rows)
+    return Card(title, read, spend.spend_count(info), spend.spend_html(info), (panel,))
 
 
 def configuration_card(run: RunData) -> Card:
@@ -202,6 +223,7 @@ CARDS: list[Callable[[RunData], Card]] = [
     depth_card,
     evidence_card,
     trials_card,
+    spend_card,
     configuration_card,
     health_card,
 ]

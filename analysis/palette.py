@@ -39,6 +39,8 @@ DARK = {
 TEACHER = (INK, "star")
 UNTRAINED = (PURPLE, "x")
 RETRAINED = (GREEN, "diamond")
+RANDOM_PRUNED = (VERMILLION, "cross")
+RANDOM_INIT = (MUTED, "pentagon")
 STATUS = {
     "promoted": (ORANGE, "square"),
     "complete": (BLUE, "circle"),

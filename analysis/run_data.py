@@ -12,7 +12,7 @@ from safetensors import safe_open
 from minitron_search.run_directory import DEPTH_SCHEMA, TRIALS_SCHEMA, RunDirectory
 
 # The arms that are not candidates; every other arm is the search's or an ablation's.
-CONTROLS = ("teacher", "untrained", "retrained")
+CONTROLS = ("teacher", "untrained", "retrained", "random_pruned", "random_init")
 STEP_COLUMNS = ("trial", "tokens", "loss", "learning_rate", "tokens_per_second")
 
 
@@ -32,7 +32,7 @@ class RunData(NamedTuple):
     trials:   rows of `TRIALS_SCHEMA`; numbers are float64 with NaN where unknown, text is "" where unknown
     steps:    a row per logged training step: trial, tokens, loss, learning_rate, tokens_per_second
     made:     architecture.json of each trial folder
-    depth:    rows of `DEPTH_SCHEMA`;  recommendation: depth.json;  evidence: evidence.json
+    depth:    rows of `DEPTH_SCHEMA`;  recommendation: depth.json;  evidence: evidence.json;  forecast: forecast.json
     problems: one line per artifact that is there and cannot be read
     """
 
@@ -47,6 +47,7 @@ class RunData(NamedTuple):
     depth: pd.DataFrame
     recommendation: dict[str, Any]
     evidence: dict[str, Any]
+    forecast: dict[str, dict[str, Any]]
     problems: list[str]
 
 
@@ -95,6 +96,7 @@ def load_run(directory: RunDirectory) -> RunData:
         depth=pd.DataFrame(read("depth.parquet", directory.read_depth, []), columns=DEPTH_SCHEMA.names),
         recommendation=read("depth.json", directory.read_depth_recommendation, {}),
         evidence=read("evidence.json", directory.read_evidence, {}),
+        forecast=read("forecast.json", directory.read_forecast, {}),
         problems=problems,
     )
 

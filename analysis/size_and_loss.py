@@ -10,6 +10,8 @@ from analysis import formatting as f
 from analysis import palette
 from analysis.run_data import CONTROLS, RunData, candidates, common_rung, last_rungs
 
+FAR = {"untrained": "untrained trim", "random_pruned": "random pruning", "random_init": "random weights"}
+
 
 class SizeAndLossInfo(NamedTuple):
     """points: last scored rung of every trial: rows of the trials table, and its hover label
@@ -71,7 +73,9 @@ def size_and_loss_plot(info: SizeAndLossInfo) -> go.Figure:
             13 if status == "promoted" else 9,
         )
     named = {
-        "untrained": ("untrained trim", palette.UNTRAINED, 10),
+        "untrained": (FAR["untrained"], palette.UNTRAINED, 10),
+        "random_pruned": (FAR["random_pruned"], palette.RANDOM_PRUNED, 10),
+        "random_init": (FAR["random_init"], palette.RANDOM_INIT, 10),
         "retrained": ("retrained", palette.RETRAINED, 13),
         "teacher": ("teacher", palette.TEACHER, 16),
     }
@@ -99,26 +103,28 @@ def _add_points(figure: go.Figure, rows: pd.DataFrame, name: str, colour: str, s
 
 
 def _keep_in_focus(figure: go.Figure, points: pd.DataFrame) -> None:
-    """An untrained trim can be several nats off: say where it lies, and keep the scale for the others."""
-    others = points[points["arm"] != "untrained"]
-    untrained = points[points["arm"] == "untrained"]
-    if others.empty or untrained.empty:
+    """An untrained trim or a random student can be several nats off: say where it lies, and keep the scale for the
+    others."""
+    others = points[~points["arm"].isin(list(FAR))]
+    far = points[points["arm"].isin(list(FAR))]
+    if others.empty or far.empty:
         return
     stderr = others["lm_loss_stderr"].fillna(0)
     low, high = (others["lm_loss"] - stderr).min(), (others["lm_loss"] + stderr).max()
     span = max(high - low, 0.1)
-    off = untrained[untrained["lm_loss"] > high + 0.5 * span]
+    off = far[far["lm_loss"] > high + 0.5 * span]
     if off.empty:
         return
     figure.update_yaxes(range=[low - 0.08 * span, high + 0.16 * span])
-    for row in off.to_dict("records"):
+    for line, row in enumerate(off.to_dict("records")):  # those of one shape are above each other
         figure.add_annotation(
             x=row["params"] / 1e6,
             y=1,
             yref="y domain",
             yanchor="top",
+            yshift=-14 * line,
             showarrow=False,
-            text=f"untrained trim at {f.fixed(row['lm_loss'], 2)} ↑",
+            text=f"{FAR[row['arm']]} at {f.fixed(row['lm_loss'], 2)} ↑",
             font={"color": palette.INK, "size": 12},
             hovertext=row["hover"],
         )

@@ -3,7 +3,7 @@
     python -m benchmarks.controls RUN_DIR
 
 Trains the random initialisation exactly as the run trained its student (same tokens, data, schedule), as one more
-trial of that run (arm `random_init`, Figure 6 of arXiv:2408.11796), and prints the three validation LM losses.
+trial of that run (arm `random_init_retrained`, Figure 6 of arXiv:2408.11796), and prints the three validation losses.
 """
 
 import sys
@@ -19,7 +19,7 @@ from minitron_search.correction_stage import correct_teacher
 from minitron_search.materials import make_materials
 from minitron_search.preparation import prepare
 from minitron_search.run_directory import RunDirectory
-from minitron_search.search import Search
+from minitron_search.search_state import Search
 from minitron_search.trial_settings import distillation_settings, make_trial, retraining_settings
 
 
@@ -33,7 +33,9 @@ def main(folder: str) -> None:
         materials = ray.put(make_materials(prepared, precision))
         rows = {row["arm"]: row for row in run.read_trials() if row["arm"] in ("untrained", "retrained")}
         best: Architecture = Search(run, settings, prepared.space, distillation_settings(settings, precision)).best()[0]
-        trial = make_trial(prepared.space, best, "random_init", settings, retraining_settings(settings, precision))
+        trial = make_trial(
+            prepared.space, best, "random_init_retrained", settings, retraining_settings(settings, precision)
+        )
         trial = replace(trial, initialization="random")
         run.start_trial(trial.id, trial.describe())
         asked = settings.resources

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,9 +41,9 @@ class Architecture:
     def num_hidden_layers(self) -> int:
         return len(self.layers)
 
-    @property
+    @cached_property
     def id(self) -> str:
-        """Content id: equal shapes have equal ids on every machine."""
+        """Content id: equal shapes have equal ids on every machine. Kept: a search asks for all of them every time."""
         return digest(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,6 +52,11 @@ class Architecture:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Architecture":
         return cls(**{**values, "layers": tuple(values["layers"])})
+
+    @classmethod
+    def of_trial(cls, about: Mapping[str, Any]) -> "Architecture":
+        """From what a trial's architecture.json holds."""
+        return cls.from_dict({name: about[name] for name in cls.__dataclass_fields__})
 
     def dropped_block(self, teacher_layers: int) -> tuple[int, int]:
         """(start, length) of the contiguous block of teacher layers that is missing; (0, 0) for none."""

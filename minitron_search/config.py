@@ -18,6 +18,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from minitron_search.loop_settings import Loss
 
 STAGES = ("importance", "depth", "search", "retrain", "report")
+# what a search can minimise (the margin: maximise): what is measured, and what is known from an architecture's shape
+MEASURED = ("lm_loss", "kl", "winogrande_margin")
+OF_SHAPE = ("params", "non_embedding_params", "memory_bytes")
 SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
@@ -45,6 +48,12 @@ def _listed(value: Any) -> Any:
     if isinstance(value, str):
         return [part.strip() for part in value.split(",")]
     return [value] if isinstance(value, int | float) else value
+
+
+def _one_or_several(value: Any) -> Any:
+    """`a,b` is the list [a, b], and a list of one is its name."""
+    listed = _listed(value) if value and not isinstance(value, Mapping) else value
+    return listed[0] if isinstance(listed, list | tuple) and len(listed) == 1 else listed
 
 
 def _same_in_every_layer(value: Any) -> Any:
@@ -174,10 +183,22 @@ class MemoryTarget(Target):
     context_length: Count = 2048
 
 
+class SpeedTarget(Target):
+    """Of one forward pass of body and head over batch_size x context_length tokens (prefill), as a one-layer model of
+    every width takes it where trials run."""
+
+    batch_size: Count = 1
+    context_length: Count = 2048
+
+
 class Budget(Section):
+    """Several are ANDed. latency_ms: wall milliseconds of a pass; tokens_per_second: its tokens by its time."""
+
     params: Target | None = None
     non_embedding_params: Target | None = None
     memory_bytes: MemoryTarget | None = None
+    latency_ms: SpeedTarget | None = None
+    tokens_per_second: SpeedTarget | None = None
 
     @model_validator(mode="after")
     def _something_is_asked(self) -> "Budget":
@@ -187,31 +208,41 @@ class Budget(Section):
 
 
 class Axis(Section):
-    """Either `low`, `high` and `step`, or `choices`."""
+    """`low`, `high` and either `step` (low, low + step, ... up to high) or `divisor` (its multiples from low to high);
+    or `choices`."""
 
     low: Count | None = None
     high: Count | None = None
     step: Count | None = None
+    divisor: Count | None = None
     choices: Annotated[
         tuple[Count, ...], BeforeValidator(_listed), BeforeValidator(_same_in_every_layer)
     ] | None = None  # fmt: skip
 
     @model_validator(mode="after")
     def _range_or_choices(self) -> "Axis":
-        ranged = (self.low, self.high, self.step)
+        ranged = (self.low, self.high, self.step, self.divisor)
         if self.choices is not None:
             if any(part is not None for part in ranged) or not self.choices:
                 raise ValueError("give `choices: [6, 9]` or `low`, `high` and `step`, not both and not neither")
-        elif self.low is None or self.high is None or self.step is None:
-            raise ValueError("give `low`, `high` and `step`, as in {low: 384, high: 576, step: 64}")
+        elif self.low is None or self.high is None or (self.step is None) == (self.divisor is None):
+            raise ValueError("give `low`, `high` and one of `step` and `divisor`, as in "
+                             "{low: 384, high: 576, step: 64} or {low: 400, high: 576, divisor: 64}")  # fmt: skip
         elif self.low > self.high:
             raise ValueError(f"low {self.low} is above high {self.high}; valid: low at most {self.high}")
+        elif self.divisor is not None and not self.values():
+            raise ValueError(f"no multiple of divisor {self.divisor} lies from low {self.low} to high {self.high}; "
+                             f"valid: high at least {math.ceil(self.low / self.divisor) * self.divisor}")  # fmt: skip
         return self
 
     def values(self) -> tuple[int, ...]:
         if self.choices is not None:
             return tuple(sorted(set(self.choices)))
-        assert self.low and self.high and self.step
+        assert self.low and self.high
+        if self.divisor:
+            first = math.ceil(self.low / self.divisor) * self.divisor
+            return tuple(range(first, self.high + 1, self.divisor))
+        assert self.step
         return tuple(range(self.low, self.high + 1, self.step))
 
 
@@ -261,20 +292,59 @@ class Space(Section):
 
 
 class Search(Section):
+    """objective: a name or several; rungs rank by the first, the others are for the sampler and the Pareto front.
+    scheduler: who may train past a rung; asha, or hyperband, whose brackets stop some later than others.
+    tokens: what all proposals may train on together; auto is what successive halving of `trials` takes, which bounds
+        only how long stopped trials are continued.
+    promote: how many are retrained; not_worse is every one that no paired test tells from the best at the last rung.
+    finalist_seeds: seeds, in all, of the best at the last rung (reduction_factor of them for each that is promoted).
+    controls: whether the winner's shape is also trained pruned at random and from random weights, to the last rung.
+    """
+
     trials: Count = 6
-    sampler: Literal["tpe", "random"] = "tpe"
-    objective: Literal["lm_loss", "kl", "winogrande_margin"] = "lm_loss"
+    sampler: Literal["tpe", "random", "grid", "nsga2", "nsga3", "gp"] = "tpe"
+    objective: Annotated[str | tuple[str, ...], BeforeValidator(_one_or_several)] = "lm_loss"
     rungs: Annotated[tuple[Count, ...], BeforeValidator(_listed), Field(min_length=1)] = (4_000, 12_000)
     reduction_factor: Annotated[int, BeforeValidator(_number), Field(ge=2)] = 3
+    scheduler: Literal["asha", "hyperband"] = "asha"
+    tokens: AutoCount = "auto"
     concurrency: AutoCount = "auto"
-    promote: Count = 1
+    promote: Literal["not_worse"] | Count = 1
     seeds: Count = 1
+    finalist_seeds: Count = 1
+    controls: bool = True
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return (self.objective,) if isinstance(self.objective, str) else self.objective
+
+    @property
+    def ranks_by(self) -> str:
+        """The objective that rungs rank by."""
+        return self.objectives[0]
+
+    @model_validator(mode="after")
+    def _objectives_are_known(self) -> "Search":
+        asked = self.objectives
+        listed, every = ",".join(asked), (*MEASURED, *OF_SHAPE)
+        if unknown := [name for name in asked if name not in every]:
+            raise ValueError(f"search.objective: {unknown[0]!r} is no objective; valid: {', '.join(every)}")
+        if len(set(asked)) < len(asked):
+            raise ValueError(f"search.objective: {listed} names one twice; valid: {','.join(dict.fromkeys(asked))}")
+        if not asked or asked[0] not in MEASURED:
+            valid = ",".join(dict.fromkeys(("lm_loss", *asked)))
+            raise ValueError(f"search.objective: {listed or 'empty'}: rungs rank by the first, one of "
+                             f"{', '.join(MEASURED)}; valid: {valid}")  # fmt: skip
+        if self.sampler in ("nsga2", "nsga3") and len(asked) == 1:
+            raise ValueError(f"search.sampler: {self.sampler} with the one objective {listed}, whose Pareto front is "
+                             f"one architecture; valid: tpe, or search.objective {listed},params")  # fmt: skip
+        return self
 
     @model_validator(mode="after")
     def _ordered(self) -> "Search":
         if list(self.rungs) != sorted(set(self.rungs)):
             raise ValueError(f"search.rungs: {list(self.rungs)} do not rise; valid: [8K, 32K]")
-        if self.promote > self.trials:
+        if self.promote != "not_worse" and self.promote > self.trials:
             raise ValueError(f"search.promote: {self.promote} of {self.trials} trials; valid: at most {self.trials}")
         return self
 
@@ -358,13 +428,29 @@ class Evaluation(Section):
 
 
 class Resources(Section):
-    """`strategy` is how the workers of one trial hold its student: `ddp` whole each, `fsdp2` a share each."""
+    """`strategy` is how the workers of one trial hold its student: `ddp` whole each, `fsdp2` a share each.
+
+    What a run is forecast by: mfu, the share of flops_per_second (of one worker's device: an H100's bfloat16 is 989T)
+    that it is to reach; null for both measures this machine. price_per_hour: of one GPU, where gpus_per_worker is not
+    0, else of one machine; in whatever money.
+    """
 
     launcher: Literal["train", "inline"] = "train"
     workers_per_trial: Count = 1
     cpus_per_worker: Count = 1
     gpus_per_worker: Annotated[Real, Field(ge=0)] = 0.0
     strategy: Literal["ddp", "fsdp2"] = "ddp"
+    mfu: Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)] | None = None
+    flops_per_second: Positive | None = None
+    price_per_hour: Annotated[Real, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _mfu_is_of_a_peak(self) -> "Resources":
+        if (self.mfu is None) != (self.flops_per_second is None):
+            given, other = ("flops_per_second", "mfu") if self.mfu is None else ("mfu", "flops_per_second")
+            raise ValueError(f"resources.{given}: {getattr(self, given):g} without resources.{other}; valid: both, as "
+                             "in mfu 0.4 and flops_per_second 989T, or neither")  # fmt: skip
+        return self
 
     @model_validator(mode="after")
     def _inline_is_one_worker(self) -> "Resources":
@@ -416,6 +502,16 @@ class Config(Section):
             raise ValueError(f"distillation.batch_tokens: {self.distillation.batch_tokens} is {windows} windows of "
                              f"{length} tokens, which {workers} workers cannot share equally; "
                              f"valid: {valid}")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _a_trial_reaches_the_last_rung(self) -> "Config":
+        length, asked = self.corpus.sequence_length, self.search.tokens
+        batch = math.ceil(self.distillation.batch_tokens / length) * length
+        least = math.ceil(self.search.rungs[-1] / batch) * batch
+        if asked != "auto" and asked < least:
+            raise ValueError(f"search.tokens: {asked} for all trials, of which one alone takes {least}, in whole "
+                             f"batches, to the last rung; valid: at least {least}, or auto")  # fmt: skip
         return self
 
     @model_validator(mode="after")
@@ -568,7 +664,7 @@ def _messages(error: ValidationError) -> Iterator[str]:
     known = [name for name, _ in keys()]
     problems = error.errors()
     for problem in problems:
-        if problem["type"] == "literal_error" and problem["ctx"]["expected"] == "'auto'":
+        if problem["type"] == "literal_error" and problem["ctx"]["expected"] in ("'auto'", "'not_worse'"):
             continue  # the other half of `auto or a count` says what was wrong
         # the location also names the union's member (`Axis`, `constrained-int`); a user's keys are what is kept
         parts: list[str] = []

@@ -3,125 +3,139 @@
 Trials are compared pair by pair, on the same validation windows and Winogrande examples, and at equal tokens only.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from minitron_search.chance import chances
+from minitron_search.control_evidence import controls
+from minitron_search.evidence_words import words
+from minitron_search.pairing import Row, Scores, against, by_architecture, pooled
 from minitron_search.run_directory import RunDirectory
-from minitron_search.statistics import agreement, mcnemar, mean_and_error, paired
-from minitron_search.winogrande import chance_bar
+from minitron_search.statistics import LEVEL, agreement, holm, mean_and_error
 
-Row = Mapping[str, Any]
 SIGN = {"lm_loss": 1.0, "kl": 1.0, "winogrande_margin": -1.0}  # of an objective that is minimised
-LEVEL = 0.05
+METRICS = ("lm_loss", "kl", "winogrande_margin", "winogrande_acc")
 
 
 def evidence(run: RunDirectory, objective: str) -> dict[str, Any]:
     """What evidence.json holds.
 
-    finalists -> of the last rung, best first: every architecture's mean over its seeds, the spread of its seeds, and
-    the paired tests of LM loss and accuracy (McNemar) against the best; rungs -> how well each rung's order foretold
-    the next, and the last one the retrained students'; at_chance: whether the teacher's Winogrande accuracy is (null
-    where there is none); words: all in sentences.
+    finalists -> of the last rung, best first: every architecture's mean over its seeds, its standard error over
+    windows (twins, of a margin) and over seeds, and the paired tests of every metric against the best; seeds -> the
+    standard deviation of one architecture's seeds, pooled, and its degrees of freedom; rungs -> how well each rung's
+    order foretold the next, and the last one the retrained students'; at_chance -> whether the teacher is, by metric
+    (null where there is none); controls -> what is beside the promoted; words: all in sentences.
     """
     rows = [row for row in run.read_trials() if row["lm_loss"] is not None]
-    search = [row for row in rows if row["arm"] == "search" and row["status"] != "failed"]
-    teacher = next((row for row in rows if row["arm"] == "teacher"), None)
-    at_chance = None if teacher is None else bool(teacher["winogrande_acc"] <= chance_bar(teacher["winogrande_n"]))
-    finalists = _finalists(run, search, objective)
-    rungs = _rungs(search, [row for row in rows if row["arm"] == "retrained"], objective)
-    return {
-        "objective": objective,
-        "finalists": finalists,
-        "rungs": rungs,
-        "at_chance": at_chance,
-        "words": list(_words(finalists, rungs, at_chance)),
-    }
-
-
-def _finalists(run: RunDirectory, search: Sequence[Row], objective: str) -> list[dict[str, Any]]:
-    if not search:
-        return []
-    last = max(row["rung"] for row in search)
-    by_architecture = _by_architecture(row for row in search if row["rung"] == last)
-    order = sorted(by_architecture, key=lambda name: _mean(by_architecture[name], objective))
     scores = run.scores()
-    listed = {name: _pooled(scores, by_architecture[name]) for name in order}
+    search = [row for row in rows if row["arm"] == "search" and row["status"] != "failed"]
+    retrained = [row for row in rows if row["arm"] == "retrained"]
+    teacher = next((row for row in rows if row["arm"] == "teacher"), None)
+    last = [row for row in search if row["rung"] == max(row["rung"] for row in search)]
+    found = {
+        "objective": objective,
+        "finalists": finalists(last, scores, objective),
+        "seeds": seed_spread(last, objective),
+        "rungs": _rungs(search, retrained, scores, objective),
+        "at_chance": None if teacher is None else chances(teacher, scores),
+        "controls": controls(run, rows, scores),
+    }
+    return {**found, "words": list(words(found))}
+
+
+def finalists(rows: Sequence[Row], scores: Scores, objective: str) -> list[dict[str, Any]]:
+    """The architectures of `rows`, a row per trial, of one rung, best first, as `evidence` gives them; those that were
+    promoted are before the others, whose fewer seeds may flatter them.
+
+    `<metric>_against_best` is `pairing.against`, a difference the other's minus the best's, with `p_holm`, corrected
+    for as many others. The best was chosen by the same windows, so that its lead is a little flattered; what the
+    correction does hold to is in `not_worse`.
+    """
+    by = by_architecture(rows)
+    order = sorted(by, key=lambda name: (by[name][0].get("status") != "promoted", _mean(by[name], objective)))
     found = []
     for name in order:
-        rows = by_architecture[name]
-        values = np.array([row[objective] for row in rows])
+        values = np.array([row[objective] for row in by[name]])
+        over_units = pooled(by[name], objective, scores)
         about: dict[str, Any] = {
             "architecture": name,
-            "trials": [row["trial"] for row in rows],
+            "trials": [row["trial"] for row in by[name]],
             objective: float(values.mean()),
-            "seeds": len(rows),
-            "error_over_seeds": mean_and_error(values)[1] if len(rows) > 1 else None,
+            "stderr": None if over_units is None else mean_and_error(over_units)[1],
+            "seeds": len(values),
+            "error_over_seeds": mean_and_error(values)[1] if len(values) > 1 else None,
         }
-        if name != order[0] and listed[name] and listed[order[0]]:
-            best, other = listed[order[0]], listed[name]
-            about["lm_loss_against_best"] = paired(best["lm_loss"], other["lm_loss"])
-            if len(rows) == len(by_architecture[order[0]]) == 1:  # accuracies of several seeds are no more 0 or 1
-                about["accuracy_against_best"] = mcnemar(best["winogrande_correct"], other["winogrande_correct"])
+        if name != order[0]:
+            tests = against(by[order[0]], by[name], scores)
+            about |= {f"{metric}_against_best": test for metric, test in tests.items()}
         found.append(about)
+    for metric in METRICS:
+        tested = [about[key] for about in found if (key := f"{metric}_against_best") in about]
+        for test, p in zip(tested, holm([test["p"] for test in tested]), strict=True):
+            test["p_holm"] = p
     return found
 
 
-def _rungs(search: Sequence[Row], retrained: Sequence[Row], objective: str) -> list[dict[str, Any]]:
-    """The order of each rung against that of the next, over the architectures that reached both."""
-    if not search:
-        return []
+def not_worse(rows: Sequence[Row], scores: Scores, objective: str) -> list[str]:
+    """The architectures of `rows` (of the last rung, a row per trial) that are not told apart from the best, best
+    first: paired over windows on the seeds both have, at the 5% level after Holm's correction.
+
+    The one that is best on all text of this kind is left out at most one time in forty, however many there are: among
+    m that tie it must lose, by two-sided p < 0.05 / (m - 1), to one of m - 1 others. One without logged values is
+    kept. `scores` are `RunDirectory.scores()`.
+    """
+    return [about["architecture"] for about in finalists(rows, scores, objective) if not is_worse(about, objective)]
+
+
+def is_worse(about: dict[str, Any], objective: str) -> bool:
+    test = about.get(f"{objective}_against_best")
+    return test is not None and test["p_holm"] < LEVEL and SIGN[objective] * test["difference"] > 0
+
+
+def seed_spread(rows: Sequence[Row], objective: str) -> dict[str, float] | None:
+    """Of the objective at one rung; None where no architecture has two seeds."""
+    of = [np.array([row[objective] for row in same]) for same in by_architecture(rows).values() if len(same) > 1]
+    freedom = sum(len(values) - 1 for values in of)
+    if not freedom:
+        return None
+    return {"sd": float((sum(((v - v.mean()) ** 2).sum() for v in of) / freedom) ** 0.5), "freedom": freedom}
+
+
+def _rungs(
+    search: Sequence[Row], retrained: Sequence[Row], scores: Scores, objective: str
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The order of each rung against that of the next, over the architectures that reached both (`n`, of `before_n`)
+    and the seeds that all of them ran with: a finalist's further seeds were not there to be ranked by.
+
+    `regret` is tested on the same windows: `regret_p` is the p of "the early choice is as good as the best there".
+    """
+    everyone = by_architecture(search).values()
+    shared = set.intersection(*({row["seed"] for row in rows} for rows in everyone)) if everyone else set()
+    ranked = [row for row in search if row["seed"] in shared or not shared]
     levels = [
-        (f"rung {rung}", _by_architecture(row for row in search if row["rung"] == rung))
+        (f"rung {rung}", by_architecture(row for row in ranked if row["rung"] == rung))
         for rung in sorted({row["rung"] for row in search})
     ]  # fmt: skip
-    if retrained:
-        levels.append(("retrained", _by_architecture(retrained)))
+    steps = list(zip(levels, levels[1:], strict=False))
+    if retrained and search:  # whom to retrain was decided by every seed
+        name, last = levels[-1][0], max(row["rung"] for row in search)
+        chosen_by = by_architecture(row for row in search if row["rung"] == last)
+        steps.append(((name, chosen_by), ("retrained", by_architecture(retrained))))
     found = []
-    for (before, rows), (after, others) in zip(levels, levels[1:], strict=False):
+    for (before, rows), (after, others) in steps:
         both = sorted(rows.keys() & others.keys())
         if len(both) > 1:
             one, other = ([_mean(of[name], objective) for name in both] for of in (rows, others))
-            found.append({"before": before, "after": after, **agreement(one, other, both)})
+            chosen, best = both[int(np.argmin(one))], both[int(np.argmin(other))]
+            test = against(others[best], others[chosen], scores).get(objective) if chosen != best else None
+            found.append({
+                "before": before, "after": after, "before_n": len(rows), **agreement(one, other, both),
+                "chosen": chosen, "best": best, "regret_p": test and test["p"],
+            })  # fmt: skip
     return found
 
 
-def _words(finalists: list[dict[str, Any]], rungs: list[dict[str, Any]], at_chance: bool | None) -> Iterable[str]:
-    if at_chance:
-        yield "Winogrande accuracy is at chance for this teacher: it is reported and ranks nothing."
-    tested = [(about["architecture"], about["lm_loss_against_best"]) for about in finalists[1:]
-              if "lm_loss_against_best" in about]  # fmt: skip
-    if tested:
-        tied = [name for name, test in tested if test["p"] >= LEVEL]
-        names = f": {', '.join(tied)}" if tied else ""
-        yield (f"Of {len(tested)} others at the last rung, {len(tested) - len(tied)} differ from "
-               f"{finalists[0]['architecture']} in LM loss on the same windows (paired, p < {LEVEL}); "
-               f"{len(tied)} do not{names}.")  # fmt: skip
-    elif finalists:
-        yield f"One architecture reached the last rung: {finalists[0]['architecture']} was compared with none there."
-    for of in rungs:
-        tau = "" if of["kendall"] is None else f", Kendall's tau {of['kendall']:.2f} (p {of['kendall_p']:.2g})"
-        kept = "the best stayed the best" if of["best_kept"] else "the best changed"
-        flips = len(of["flips"])
-        yield (f"{of['before']} to {of['after']}, {of['n']} architectures: {kept}, {flips} "
-               f"{'pair' if flips == 1 else 'pairs'} of {of['n'] * (of['n'] - 1) // 2} flipped{tau}.")  # fmt: skip
-
-
-def _by_architecture(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(row["architecture"], []).append(row)
-    return found
-
-
-def _mean(rows: list[Row], objective: str) -> float:
+def _mean(rows: Sequence[Row], objective: str) -> float:
     return SIGN[objective] * sum(row[objective] for row in rows) / len(rows)
-
-
-def _pooled(scores: Mapping[tuple[str, int], Mapping[str, list[float]]], rows: list[Row]) -> dict[str, np.ndarray]:
-    """Of every window and example, the mean over seeds; nothing where a trial of an older version logged none."""
-    of_rows = [scores.get((row["trial"], row["rung"])) for row in rows]
-    if any(of is None for of in of_rows):
-        return {}
-    return {name: np.mean([of[name] for of in of_rows if of], axis=0) for name in ("lm_loss", "winogrande_correct")}

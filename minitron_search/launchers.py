@@ -23,13 +23,13 @@ standing: WorkerGroup | None = None  # of this process, which Tune reuses for on
 def tune_function(
     materials: ray.ObjectRef, run: RunDirectory, resources: Resources
 ) -> Callable[[dict[str, Any]], None]:
-    """What Ray Tune runs for one trial; its configuration is {"trial": Trial, "last": whether no trial follows it}."""
+    """What Ray Tune runs for one trial; its configuration is {"trial": Trial}."""
     work = inline if resources.launcher == "inline" else through_train
 
     def placed(config: dict[str, Any]) -> None:
         trial = config["trial"]
         log = run.follow(trial.id)
-        running = in_background(lambda: work(materials, run, resources, trial, config["last"]))
+        running = in_background(lambda: work(materials, run, resources, trial))
         ended = False
         while not ended:
             ended = bool(wait([running], LOG_POLL_S).done)  # first: what is logged last is then read below
@@ -41,14 +41,14 @@ def tune_function(
     return placed
 
 
-def inline(materials: ray.ObjectRef, run: RunDirectory, resources: Resources, trial: Trial, last: bool) -> None:
+def inline(materials: ray.ObjectRef, run: RunDirectory, resources: Resources, trial: Trial) -> None:
     from minitron_search.trial_run import run_to_end
 
     run_to_end(ray.get(materials), trial)
 
 
-def through_train(materials: ray.ObjectRef, run: RunDirectory, resources: Resources, trial: Trial, last: bool) -> None:
+def through_train(materials: ray.ObjectRef, run: RunDirectory, resources: Resources, trial: Trial) -> None:
     global standing
-    if standing is None or standing.ended.done() or standing.closed.exists():  # closed: a trial begun again
+    if standing is None or standing.ended.done():
         standing = WorkerGroup(materials, run, resources, "search")
-    standing.run(trial, decided=True, last=last)
+    standing.run(trial, decided=True)

@@ -33,12 +33,14 @@ from minitron_search.teacher import fingerprint, load_tokenizer, teacher_config,
 from minitron_search.teacher_cache import Request, cache_bytes, free_bytes
 from minitron_search.trial_settings import correction_tokens
 from minitron_search.winogrande import HUB, PackedOptions, check_window, load_examples, pack
+from minitron_search.workload import retrained, search_phases
 
 VERSIONS = ("torch", "transformers", "ray", "optuna", "numpy", "datasets", "lm_eval")
 # what a continued run may change
 PLACEMENT = (
     "stages", "search.concurrency", "depth.workers", "depth.weights", "output", "resources.launcher",
     "resources.workers_per_trial", "resources.strategy", "distillation.gradient_checkpointing", "distillation.compile",
+    "resources.mfu", "resources.flops_per_second", "resources.price_per_hour",
 )  # fmt: skip
 # float32 master, two moments: what one checkpoint holds for every parameter
 CHECKPOINT_BYTES = 12
@@ -291,12 +293,14 @@ def _check_compiler() -> None:
 
 def _check_disk(config: Config, space: SearchSpace) -> None:
     largest = max(space.measures(architecture).params for architecture in space.smallest_and_largest())
-    trials = config.search.trials * config.search.seeds if "search" in config.stages else 0
-    retrained = 2 * config.search.promote if "retrain" in config.stages else 0  # its newest checkpoint and best/
-    needed = CHECKPOINT_BYTES * largest * (trials + retrained)
+    first, *later = search_phases(config, config.search.trials)
+    of_last_rung = later[len(config.search.rungs) - 1 :]  # they are new trials; the rungs' are those of the first
+    trials = first.trials + sum(phase.trials for phase in of_last_rung) if "search" in config.stages else 0
+    students = 2 * retrained(config) if "retrain" in config.stages else 0  # their newest checkpoint and best/
+    needed = CHECKPOINT_BYTES * largest * (trials + students)
     teacher_bytes = CHECKPOINT_BYTES * space.measures(space.teacher).params
     if config.teacher.correction.parallel:  # the teacher is in every checkpoint of a student
-        needed += teacher_bytes * (trials + retrained)
+        needed += teacher_bytes * (trials + students)
     corrected = teacher_bytes if correction_tokens(config) else 0  # its checkpoint while it is made, then itself
     for name, folder, bytes_needed in (
         ("output", Path(config.output), needed),

@@ -1,6 +1,5 @@
 """Full retraining of the promoted candidates: from the trim, cosine schedule, checkpoints, one gang at a time."""
 
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,16 +15,14 @@ from minitron_search.run_directory import RunDirectory
 from minitron_search.trial import Trial
 from minitron_search.trial_run import Materials, initial_student, run_to_end, run_trial
 from minitron_search.worker_group import WorkerGroup
+from minitron_search.workload import gang_workers
 
 PROGRESS_S = 20.0
 
 
 def gang(config: Config, slots: int) -> Resources:
     """All the workers of the cluster that can share a batch equally: the search is over, and nothing else runs."""
-    windows = math.ceil(config.distillation.batch_tokens / config.corpus.sequence_length)
-    most = slots * config.resources.workers_per_trial
-    workers = max(count for count in range(1, most + 1) if windows % count == 0)
-    return config.resources.model_copy(update={"workers_per_trial": workers})
+    return config.resources.model_copy(update={"workers_per_trial": gang_workers(config, slots)})
 
 
 def retrain(
@@ -46,7 +43,9 @@ def retrain(
         if inline:
             run_to_end(ray.get(hidden[0]), trial, decided=False)
         else:
-            WorkerGroup(hidden[0], run, gang(config, slots), trial.id).run(trial, decided=False, last=True)
+            group = WorkerGroup(hidden[0], run, gang(config, slots), trial.id)
+            group.run(trial, decided=False)
+            group.close()
 
     cpus, gpus = (config.resources.cpus_per_worker, config.resources.gpus_per_worker) if inline else (0, 0)
     running = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(placed).remote([materials])

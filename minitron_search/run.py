@@ -11,6 +11,8 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -23,27 +25,33 @@ import tyro  # noqa: E402
 from minitron_search import cluster, evaluation, retraining  # noqa: E402
 from minitron_search import config as configuration  # noqa: E402
 from minitron_search.architecture import Architecture  # noqa: E402
+from minitron_search.chance import refuse_at_chance  # noqa: E402
 from minitron_search.cluster import on_all_cpus, resolved_precision  # noqa: E402
 from minitron_search.console import console, say  # noqa: E402
 from minitron_search.correction_stage import correct_teacher  # noqa: E402
 from minitron_search.depth_recommendation import best_blocks  # noqa: E402
 from minitron_search.depth_stage import measure_depth  # noqa: E402
 from minitron_search.evidence import evidence  # noqa: E402
-from minitron_search.forecast import dry_run, intermediate_advice  # noqa: E402
+from minitron_search.forecast import comparison, dry_run, intermediate_advice  # noqa: E402
+from minitron_search.forecast_stage import costs_of, write_forecast  # noqa: E402
 from minitron_search.importance_stage import measure_importance  # noqa: E402
+from minitron_search.latency_stage import held_here, hold_to_speed  # noqa: E402
 from minitron_search.loop_settings import Precision  # noqa: E402
 from minitron_search.materials import make_materials  # noqa: E402
 from minitron_search.memory import release_memory  # noqa: E402
 from minitron_search.preparation import Prepared, check, environment, prepare  # noqa: E402
 from minitron_search.run_directory import RunDirectory  # noqa: E402
-from minitron_search.search import Search, run_search  # noqa: E402
+from minitron_search.search import run_search  # noqa: E402
+from minitron_search.search_state import Search  # noqa: E402
 from minitron_search.summary import summary_table  # noqa: E402
 from minitron_search.trial_settings import (  # noqa: E402
+    correction_tokens,
     distillation_settings,
     make_trial,
     retraining_settings,
     untrained,
 )
+from minitron_search.workload import spent  # noqa: E402
 
 
 @dataclass
@@ -75,6 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = configuration.load(options.config, overrides)
         if options.dry_run:
             _, space = check(config, options.resume)
+            space = held_here(config, space) if space.unmeasured else space
             dry_run(config, space, console)
             return 0
         say("preparing: teacher, text, Winogrande")
@@ -108,13 +117,18 @@ def run(prepared: Prepared) -> None:
         with cluster.joined():
             resolved = resolved_precision(config.precision)
             run.write_environment({**environment(prepared), "precision": resolved})
-            prepared = correct_teacher(prepared, resolved)
-            if prepared.corrected:
+            prepared = hold_to_speed(prepared, resolved)
+            write_forecast(prepared, resolved)
+            if correction_tokens(config):
+                with stage(run, "correction"):
+                    prepared = correct_teacher(prepared, resolved)
                 run.write_environment({**environment(prepared), "precision": resolved})
             if "importance" in config.stages and not run.importance.exists():
-                measure_importance(prepared, resolved)
+                with stage(run, "importance"):
+                    measure_importance(prepared, resolved)
             if "depth" in config.stages and not run.depth_recommendation.exists():
-                measure_depth(prepared, resolved)
+                with stage(run, "depth"):
+                    measure_depth(prepared, resolved)
             if set(config.stages) & {"search", "retrain"}:
                 search_and_retrain(prepared, resolved)
     if "report" in config.stages:
@@ -125,6 +139,8 @@ def run(prepared: Prepared) -> None:
     shutil.rmtree(run.scratch, ignore_errors=True)
     run.event("run_finished", seconds=time.monotonic() - began)
     console.print(summary_table(run))
+    if compared := comparison(run):
+        say(compared)
     say(f"done in {(time.monotonic() - began) / 60:.1f} minutes: {run.root}")
 
 
@@ -133,31 +149,43 @@ def search_and_retrain(prepared: Prepared, resolved: Precision) -> None:
     if advice := intermediate_advice(config, space):
         run.event("advice", message=advice)
         say(advice)
-    materials = ray.put(make_materials(prepared, resolved))
     settings = distillation_settings(config, resolved)
     resources = config.resources
     slots = cluster.slots(resources.workers_per_trial, resources.cpus_per_worker, resources.gpus_per_worker)
     teacher = make_trial(space, space.teacher, "teacher", config, untrained(settings))
-    begin(run, [teacher])
-    on_all_cpus(retraining.score_now, materials, teacher)
+    with stage(run, "teacher"):
+        materials = ray.put(make_materials(prepared, resolved))
+        begin(run, [teacher])
+        on_all_cpus(retraining.score_now, materials, teacher)
+    refuse_at_chance(run, teacher.id, config.search.objectives)
 
     drop_block = config.space.axes.drop_block
     if drop_block and drop_block.seeds == "sweep":
-        space.anchors += space.largest_without(best_blocks(run.read_depth_recommendation(), config.search.objective))
+        space.anchors += space.largest_without(best_blocks(run.read_depth_recommendation(), config.search.ranks_by))
     search = Search(run, config, space, settings)
+
+    def computed(name: str) -> dict[str, float]:
+        tokens, flops = spent(costs_of(prepared, resolved), run.rungs())[name]
+        return {"tokens": tokens, "flops": flops}
+
     if "search" in config.stages:
         asked = config.search.concurrency
         concurrency = slots if asked == "auto" else min(asked, slots)
         say(f"search: {config.search.trials} of {len(space):,} legal architectures, {concurrency} trials at once")
-        best = run_search(search, materials, concurrency, say)
+        if config.search.trials >= len(space):
+            say(f"search: the space is small: all {len(space):,} of its architectures are tried")
+        with stage(run, "search", computed):
+            best = run_search(search, materials, concurrency, say)
     else:
         best = search.best()
     if "retrain" in config.stages:
-        for rank, architecture in enumerate(best, 1):
-            retrain(prepared, search, architecture, rank, materials, slots)
-        run.write_evidence(evidence(run, config.search.objective))
+        with stage(run, "retrain", computed):
+            for rank, architecture in enumerate(best, 1):
+                retrain(prepared, search, architecture, rank, materials, slots)
+        run.write_evidence(evidence(run, config.search.ranks_by))
         if config.evaluation.tasks:
-            evaluate_all(prepared, len(best))
+            with stage(run, "evaluation"):
+                evaluate_all(prepared, len(best))
 
 
 def retrain(
@@ -204,6 +232,14 @@ def evaluate_all(prepared: Prepared, students: int) -> None:
         if name not in run.read_evaluation():
             say(f"evaluation: {', '.join(tasks)} on {name}")
             run.write_evaluation({**run.read_evaluation(), name: on_all_cpus(evaluation.evaluate, folder, tasks)})
+
+
+@contextmanager
+def stage(run: RunDirectory, name: str, computed: Callable[[str], dict[str, float]] | None = None) -> Iterator[None]:
+    """Events around a stage; `computed(name)` says what it has trained and computed in all sessions so far."""
+    run.event("stage_started", stage=name)
+    yield
+    run.event("stage_finished", stage=name, **(computed(name) if computed else {}))
 
 
 def begin(run: Any, trials: list[Any]) -> None:

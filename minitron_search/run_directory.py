@@ -1,7 +1,7 @@
 """The artifacts of a run and their schemas; the only writer of tables.
 
     config.yaml  environment.json  importance.safetensors  trials.parquet  events.jsonl  study.db
-    depth.parquet  depth.json  depth_pieces/  evidence.json
+    depth.parquet  depth.json  depth_pieces/  evidence.json  latency.json  forecast.json
     trials/<id>/ architecture.json, metrics.jsonl, decisions.jsonl, checkpoint/     best/     report.html
 
 What is true is in `trials/<id>/metrics.jsonl`: a line per logged step and a line per finished rung, written
@@ -97,6 +97,8 @@ class RunDirectory:
         self.evaluation = self.root / "evaluation.json"
         self.study = self.root / "study.db"
         self.evidence = self.root / "evidence.json"
+        self.latency = self.root / "latency.json"
+        self.forecast = self.root / "forecast.json"
         self.report = self.root / "report.html"
         self.scratch = self.root / ".ray"  # what Ray writes of its own; gone when the run ends
 
@@ -148,7 +150,8 @@ class RunDirectory:
         append_line(self.trial(trial) / "metrics.jsonl", {"kind": "rung", **row})
 
     def log_scores(self, trial: str, rung: int, **scores: list[float]) -> None:
-        """Append what a rung's means were taken over: a value for every window, or example. Written before the rung."""
+        """Append what a rung's means were taken over: a value for every window, or example;
+        `winogrande_twin` numbers the examples, twins alike. Written before the rung."""
         append_line(self.trial(trial) / "metrics.jsonl", {"kind": "scores", "rung": rung, **scores}, durable=False)
 
     def scores(self) -> dict[tuple[str, int], dict[str, list[float]]]:
@@ -164,6 +167,20 @@ class RunDirectory:
 
     def read_evidence(self) -> dict[str, Any]:
         return json.loads(self.evidence.read_text()) if self.evidence.exists() else {}
+
+    def write_latency(self, found: Mapping[str, Any]) -> None:
+        """What `latency_stage.measure_tables` found: the space of a run is what these tables leave of it."""
+        replace_text(self.latency, json.dumps(found, indent=1))
+
+    def read_latency(self) -> dict[str, Any]:
+        return json.loads(self.latency.read_text()) if self.latency.exists() else {}
+
+    def write_forecast(self, stages: Mapping[str, Mapping[str, Any]]) -> None:
+        """What each stage was to cost: tokens, flops, seconds, gpus, gpu_seconds, price_per_hour, cost and basis."""
+        replace_text(self.forecast, json.dumps(stages, indent=1))
+
+    def read_forecast(self) -> dict[str, dict[str, Any]]:
+        return json.loads(self.forecast.read_text()) if self.forecast.exists() else {}
 
     def decide(self, trial: str, rung: int, decision: str) -> None:
         """Record whether a trial may train past a rung: `continue` or `stop`."""
@@ -227,6 +244,25 @@ class RunDirectory:
 
     def read_trials(self) -> list[dict[str, Any]]:
         return pq.read_table(self.trials_table).to_pylist() if self.trials_table.exists() else []
+
+
+def stage_seconds(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds that each stage took, over all sessions of a run: from its start to its end, to the last event of a
+    session that was cut off, or to the last event so far."""
+    found: dict[str, float] = {}
+    begun: dict[str, float] = {}
+    last = 0.0
+    for event in [*events, {"event": "run_started", "time": None}]:
+        if event["event"] == "run_started":
+            for stage, time_begun in begun.items():
+                found[stage] = found.get(stage, 0.0) + last - time_begun
+            begun = {}
+        elif event["event"] == "stage_started":
+            begun[event["stage"]] = event["time"]
+        elif event["event"] == "stage_finished" and event["stage"] in begun:
+            found[event["stage"]] = found.get(event["stage"], 0.0) + event["time"] - begun.pop(event["stage"])
+        last = event["time"] or last
+    return found
 
 
 def write_table(path: Path, table: pa.Table) -> None:

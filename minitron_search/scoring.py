@@ -37,11 +37,12 @@ class Score:
 
 
 class Scored(NamedTuple):
-    """`by_window` (n,): LM loss of every validation window; `correct` (m,), 0 or 1, and `margin` (m,), nats, of every
-    Winogrande example. What two models are compared by, pair by pair."""
+    """`by_window` and `kl_by_window` (n,): LM loss and KL of every validation window; `correct` (m,), 0 or 1, and
+    `margin` (m,), nats, of every Winogrande example. What two models are compared by, pair by pair."""
 
     score: Score
     by_window: np.ndarray
+    kl_by_window: np.ndarray
     correct: np.ndarray
     margin: np.ndarray
 
@@ -73,7 +74,7 @@ def score(
         winogrande_margin_stderr=choices.margin_stderr,
         winogrande_n=choices.n,
     )
-    return Scored(scores, ce, *winogrande.by_example(choices.log_likelihoods, packed.answers))
+    return Scored(scores, ce, kl, *winogrande.by_example(choices.log_likelihoods, packed.answers))
 
 
 def window_losses(

@@ -4,8 +4,9 @@ The space is enumerated: every shape on the axes' grid that a stock configuratio
 the budget, times every place its dropped block may start. A proposal is always a member of that list.
 """
 
+import copy
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import PretrainedConfig
 from minitron_search.architecture import Architecture, memory_bytes, parameter_count
 from minitron_search.config import Anchor, Axis, Space
 from minitron_search.families import family_of, sizes, sizes_of, weights, whole, why_not_expressible
+from minitron_search.latency import LatencyTable, Pass
 
 # The coordinates of a point of the space, in this order; the first five make the shape.
 COORDINATES = (
@@ -27,6 +29,9 @@ COORDINATES = (
     "drop_block_start",
 )
 WIDTHS = ("hidden_size", "num_attention_heads", "num_key_value_heads")
+COUNTED = ("params", "non_embedding_params", "memory_bytes")
+SPEEDS = ("latency_ms", "tokens_per_second")  # budgets on what has to be measured
+DRAWS = 64  # at random, before what is free is listed
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class SearchSpace:
 
     points: (architectures, 6) int64, columns `COORDINATES`, in lexical order.
     grid_size: shapes and block starts on the grid before legality and budget.
+    unmeasured: the budgets on speed, which nothing is held to before `within` is given what was measured.
     Raises ValueError where an axis leaves the teacher, no head count is legal, or no shape meets the budget.
     """
 
@@ -63,38 +69,77 @@ class SearchSpace:
         if not said:
             raise ValueError("space.axes: no stock configuration says any shape of the grid; "
                              f"{self._refusal(hidden_sizes[0], heads[0])}")  # fmt: skip
-        grid = itertools.product(said, intermediate_sizes, lengths)
-        shapes = np.array(sorted((size, mlp, *pair, length) for (size, *pair), mlp, length in grid), dtype=np.int64)
-        self.shapes = shapes[self._inside(shapes)]
-        self.points = np.array(
-            [(*shape, start) for shape in self.shapes.tolist() for start in self._starts(shape[4])],
-            dtype=np.int64,
-        )
+        self.unmeasured = tuple(name for name in SPEEDS if getattr(self.budget, name))
+        for name in self.unmeasured:
+            asked, most = getattr(self.budget, name).context_length, getattr(config, "max_position_embeddings", None)
+            if most and asked > most:
+                raise ValueError(f"space.budget.{name}.context_length: {asked} is above the teacher's {most} "
+                                 f"positions; valid: at most {most}")  # fmt: skip
+        shapes = _grid(said, intermediate_sizes, lengths)
+        measures = self._measures(shapes)
+        self._keep(shapes, {name: np.asarray(getattr(measures, name)) for name in COUNTED})
         self.anchors = tuple(self._anchor(anchor) for anchor in space.anchors)
-        # nearness counts steps along each axis, so that a step of hidden_size weighs as one of heads
-        self._span = np.maximum(self.points.max(0) - self.points.min(0), 1)
+
+    def within(self, tables: Sequence[LatencyTable]) -> "SearchSpace":
+        """The architectures that are within the budgets on speed too, by a table of every pass they ask for.
+
+        Raises ValueError, with the reachable range, where none is.
+        """
+        restricted = copy.copy(self)
+        restricted.unmeasured = ()
+        speeds = {name: self.speed(name, tables) for name in self.unmeasured}
+        restricted._keep(self.shapes, speeds)
+        return restricted
+
+    def speed(self, name: str, tables: Sequence[LatencyTable]) -> np.ndarray:
+        """latency_ms or tokens_per_second, as the budget asks for it, of every row of `shapes`: (n,) float64."""
+        asked = self.passes()[name]
+        (table,) = (table for table in tables if table.measured == asked)
+        milliseconds = table.milliseconds(self.shapes, self.teacher.num_hidden_layers - self.shapes[:, 4])
+        return milliseconds if name == "latency_ms" else 1e3 * asked.tokens / milliseconds
+
+    def passes(self) -> dict[str, Pass]:
+        """What each budget on speed asks to measure."""
+        bounds = {name: getattr(self.budget, name) for name in SPEEDS}
+        return {name: Pass(bound.batch_size, bound.context_length) for name, bound in bounds.items() if bound}
+
+    def described(self, trials: int) -> str:
+        """How large the space is, what it is not held to yet, and whether `trials` are all of it."""
+        size = f"{self.grid_size:,} architectures on the grid, {len(self):,} legal and in budget"
+        if self.unmeasured:
+            return f"{size}, {' and '.join(self.unmeasured)} not measured yet"
+        if trials >= len(self):
+            return f"{size}; the space is small: all {len(self):,} are tried"
+        return size
 
     def __len__(self) -> int:
         return len(self.points)
 
     def architectures(self) -> Iterator[Architecture]:
-        return (self._architecture(point) for point in self.points.tolist())
+        return (self.architecture(point) for point in self.points.tolist())
 
     def smallest_and_largest(self) -> tuple[Architecture, Architecture]:
         params = np.asarray(self._measures(self.shapes).params)
         return tuple(  # type: ignore[return-value]
-            self._architecture((*self.shapes[index].tolist(), 0)) for index in (params.argmin(), params.argmax())
+            self.architecture(self.shapes[index]) for index in (params.argmin(), params.argmax())
         )
+
+    def typical(self) -> Architecture:
+        """The legal architecture in the middle by parameters: what one of the space costs, near enough."""
+        params = np.asarray(self._measures(self.points[:, :5]).params)
+        return self.architecture(self.points[params.argsort(kind="stable")[len(params) // 2]].tolist())
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """Optuna's view of the space: a whole-number range per coordinate that varies. Key-value heads that the number
-        of heads decides are none."""
+        of heads decides are none; a block's start is one only of architectures that drop a block (`coordinates`)."""
         columns = {name: np.unique(self.points[:, axis]) for axis, name in enumerate(COORDINATES)}
+        columns["drop_block_start"] = np.unique(self.points[self.points[:, 4] > 0, 5])
         if len(np.unique(self.points[:, 2:4], axis=0)) == len(columns["num_attention_heads"]):
             del columns["num_key_value_heads"]
         return {name: IntDistribution(int(seen[0]), int(seen[-1])) for name, seen in columns.items() if len(seen) > 1}
 
     def coordinates(self, architecture: Architecture) -> dict[str, int]:
+        """Of `COORDINATES`, those that the architecture has: a block that is not there starts nowhere."""
         start, length = architecture.dropped_block(self.teacher.num_hidden_layers)
         return {
             "hidden_size": architecture.hidden_size,
@@ -102,20 +147,42 @@ class SearchSpace:
             "num_attention_heads": architecture.num_attention_heads,
             "num_key_value_heads": architecture.num_key_value_heads,
             "drop_block_length": length,
-            "drop_block_start": start,
+            **({"drop_block_start": start} if length else {}),
         }
 
     def nearest(self, coordinates: Mapping[str, int], taken: Collection[str]) -> Architecture | None:
         """The legal architecture nearest to `coordinates` (some of `COORDINATES`; others do not count) whose id is not
-        in `taken`; None when all are."""
-        axes = [COORDINATES.index(name) for name in coordinates]
-        asked = np.array([coordinates[name] for name in coordinates])
-        distance = (((self.points[:, axes] - asked) / self._span[axes]) ** 2).sum(1)
-        return self._first_free(np.argsort(distance, kind="stable"), taken)
+        in `taken`; None when all are. Where a block starts counts between two that are dropped."""
+        distance = np.zeros(len(self.points))
+        for name, asked in coordinates.items():
+            axis = COORDINATES.index(name)
+            apart = ((self._columns[axis] - asked) / self._span[axis]) ** 2
+            if name == "drop_block_start":
+                apart = apart * (self._columns[4] > 0) * (coordinates.get("drop_block_length") != 0)
+            distance += apart
+        looked_at, count = 0, 1
+        while looked_at < len(self.points):  # the very nearest first, then more and more of them
+            count = min(count, len(self.points))
+            near = np.flatnonzero(distance <= np.partition(distance, count - 1)[count - 1])
+            near = near[np.argsort(distance[near], kind="stable")]
+            for row in near[looked_at:].tolist():
+                if self._id(row) not in taken:
+                    return self.architecture(self.points[row].tolist())
+            looked_at, count = len(near), 32 * count
+        return None
 
     def random(self, generator: np.random.Generator, taken: Collection[str]) -> Architecture | None:
-        """A legal architecture drawn uniformly among those whose id is not in `taken`; None when all are."""
-        return self._first_free(generator.permutation(len(self.points)), taken)
+        """A legal architecture whose id is not in `taken`, drawn uniformly among shapes, then among the starts of its
+        block; None when all are taken.
+
+        Drawn among points, few would keep every layer: no block is at one place, a block of two at some thirty.
+        """
+        shapes = generator.integers(len(self.shapes), size=DRAWS)
+        for row in (self._first[shapes] + generator.integers(self._starts[shapes])).tolist():
+            if self._id(row) not in taken:
+                return self.architecture(self.points[row].tolist())
+        free = [row for row in range(len(self.points)) if self._id(row) not in taken]
+        return self.architecture(self.points[free[generator.integers(len(free))]].tolist()) if free else None
 
     def largest_without(self, blocks: Mapping[int, int]) -> tuple[Architecture, ...]:
         """For each block, length -> start, the legal architecture of most parameters that drops it, if any does."""
@@ -124,23 +191,24 @@ class SearchSpace:
         for length, start in sorted(blocks.items()):
             legal = np.flatnonzero((self.points[:, 4] == length) & (self.points[:, 5] == start))
             if len(legal):
-                found.append(self._architecture(self.points[legal[params[legal].argmax()]].tolist()))
+                found.append(self.architecture(self.points[legal[params[legal].argmax()]].tolist()))
         return tuple(found)
 
     def measures(self, architecture: Architecture) -> Measures:
         return self._measure(sizes_of(self.config, architecture))
 
-    def _first_free(self, order: np.ndarray, taken: Collection[str]) -> Architecture | None:
-        candidates = (self._architecture(self.points[index].tolist()) for index in order)
-        return next((candidate for candidate in candidates if candidate.id not in taken), None)
+    def _id(self, row: int) -> str:
+        """Of the architecture of a point; kept, because making one takes longer than all else of a proposal."""
+        if row not in self._ids:
+            self._ids[row] = self.architecture(self.points[row].tolist()).id
+        return self._ids[row]
 
-    def _architecture(self, point: Any) -> Architecture:
+    def architecture(self, point: Sequence[int]) -> Architecture:
+        """Of a row of `points`, or of `shapes`: its block then starts at layer 0."""
+        point = (*point, 0)[:6]
         hidden_size, intermediate_size, heads, key_value_heads, length, start = map(int, point)
         kept = tuple(layer for layer in range(self.teacher.num_hidden_layers) if not start <= layer < start + length)
         return Architecture(hidden_size, intermediate_size, heads, key_value_heads, kept)
-
-    def _starts(self, length: int) -> range:
-        return range(self.teacher.num_hidden_layers - length + 1) if length else range(1)
 
     def _axis(self, axis: Axis | None, name: str) -> tuple[int, ...]:
         whole_size = getattr(self.teacher, name)
@@ -213,7 +281,7 @@ class SearchSpace:
         refusal = self._refusal(hidden_size, heads)
         if refusal:
             raise ValueError(f"space.anchors: {refusal}")
-        return self._architecture((hidden_size, intermediate_size, *heads, length, start))
+        return self.architecture((hidden_size, intermediate_size, *heads, length, start))
 
     def _measures(self, shapes: np.ndarray) -> Measures:
         dims = sizes(self.config)
@@ -235,18 +303,46 @@ class SearchSpace:
             memory_bytes=memory_bytes(self.weights, dims, batch_size, context_length),
         )
 
-    def _inside(self, shapes: np.ndarray) -> np.ndarray:
-        """Which shapes meet every budget; raises ValueError, with the reachable range, when none does."""
-        measures = self._measures(shapes)
+    def _keep(self, shapes: np.ndarray, measured: Mapping[str, np.ndarray]) -> None:
+        """Make the space of those shapes that meet the budgets `measured`; raises ValueError, with the reachable range,
+        when none does."""
         inside = np.ones(len(shapes), dtype=bool)
         ranges = []
-        for name in type(self.budget).model_fields:
-            bound, values = getattr(self.budget, name), np.asarray(getattr(measures, name))
+        for name, values in measured.items():
+            bound = getattr(self.budget, name)
             if bound is not None:
                 inside &= np.abs(values - bound.target) <= bound.tolerance * bound.target
-                ranges.append(f"space.budget.{name}: {bound.target:,.0f} +- {bound.tolerance:.1%} asked, "
-                              f"{values.min():,} to {values.max():,} reachable")  # fmt: skip
+                digits = 2 if name == "latency_ms" else 0
+                ranges.append(f"space.budget.{name}: {bound.target:,.{digits}f} +- {bound.tolerance:.1%} asked, "
+                              f"{values.min():,.{digits}f} to {values.max():,.{digits}f} reachable")  # fmt: skip
         if not inside.any():
             raise ValueError("no architecture on the axes' grid meets the budget; " + "; ".join(ranges)
                              + "; valid: a target in that range, a wider tolerance, or other axes")  # fmt: skip
-        return inside
+        self.shapes = shapes[inside]
+        self._starts = _start_counts(self.shapes, self.teacher.num_hidden_layers)
+        self._first = np.cumsum(self._starts) - self._starts  # row of each shape's first point
+        self.points = _with_starts(self.shapes, self._starts)
+        # nearness counts steps along each axis, so that a step of hidden_size weighs as one of heads
+        self._span = np.maximum(self.points.max(0) - self.points.min(0), 1)
+        self._columns = np.ascontiguousarray(self.points.T)
+        self._ids: dict[int, str] = {}
+
+
+def _grid(widths: list[tuple[int, ...]], intermediate_sizes: tuple[int, ...], lengths: tuple[int, ...]) -> np.ndarray:
+    """(shapes, 5) int64 in lexical order. widths: (hidden_size, num_attention_heads, num_key_value_heads) each."""
+    axes = np.array(widths), np.array(intermediate_sizes), np.array(lengths)
+    which = np.meshgrid(*(np.arange(len(axis)) for axis in axes), indexing="ij")
+    (hidden, *heads), mlp, length = (axis[index.ravel()].T for axis, index in zip(axes, which, strict=True))
+    shapes = np.stack([hidden, mlp, *heads, length], axis=1).astype(np.int64)
+    return shapes[np.lexsort(shapes.T[::-1])]
+
+
+def _start_counts(shapes: np.ndarray, depth: int) -> np.ndarray:
+    """(shapes,) int64: at how many layers the block may start; 1 where none is dropped."""
+    return np.where(shapes[:, 4] > 0, depth - shapes[:, 4] + 1, 1)
+
+
+def _with_starts(shapes: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(points, 6) int64: every shape with every place where its block may start, 0 where it drops none."""
+    starts = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.column_stack([np.repeat(shapes, counts, axis=0), starts]).astype(np.int64)

@@ -35,6 +35,8 @@ def chosen_rows(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     """(name, row) of the teacher and of every promoted candidate before, during and after its training."""
     chosen = [("teacher", row) for row in rows if row["arm"] == "teacher"]
     promoted = [row for row in rows if row["arm"] == "search" and row["status"] == "promoted"]
+    first = min((row["seed"] for row in promoted), default=0)  # of several seeds one is shown
+    promoted = [row for row in promoted if row["seed"] == first]
     last = max((row["rung"] for row in promoted), default=0)
     for candidate in (row for row in promoted if row["rung"] == last):
         same = [row for row in rows if row["architecture"] == candidate["architecture"]]

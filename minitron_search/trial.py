@@ -35,6 +35,7 @@ class Trial:
             **made,
             "proposal": self.proposal,
             "initialization": self.initialization,
+            "score_precision": self.score_precision,
             **self.counts,
             "layers": list(self.architecture.layers),
             "settings": asdict(self.settings),

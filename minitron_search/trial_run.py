@@ -107,8 +107,9 @@ def run_trial(
                     "seconds": time.monotonic() - began,
                 }
                 run.log_scores(
-                    trial.id, rung, lm_loss=scored.by_window.tolist(), winogrande_correct=scored.correct.tolist(),
-                    winogrande_margin=scored.margin.tolist(),
+                    trial.id, rung, lm_loss=scored.by_window.tolist(), kl=scored.kl_by_window.tolist(),
+                    winogrande_correct=scored.correct.tolist(), winogrande_margin=scored.margin.tolist(),
+                    winogrande_twin=materials.packed.twin.tolist(),
                 )  # fmt: skip
                 run.log_rung(trial.id, row)
                 checkpoints.keep_newest(folder)

@@ -13,6 +13,8 @@ from minitron_search.trial import Trial
 # of 90M, whose step then peaks at 2.9 GiB).
 CPU_MICRO_BATCH, GPU_MICRO_BATCH = 512, 4096
 WARMUP_STEPS = 4  # of a short distillation, whose first rung may be no more than that
+# Arm -> initialization: the winner's shape without importance, or without the teacher's weights (2408.11796, Figure 6)
+CONTROLS = {"random_pruned": "random_pruned", "random_init": "random"}
 CHECKPOINTS = 8  # during one retraining, besides the last
 
 

@@ -59,7 +59,6 @@ class WorkerGroup:
         name = uuid.uuid4().hex  # a name used before resumes that group, even one that has ended
         self.folder = run.scratch / "groups" / stage / name
         self.folder.mkdir(parents=True)
-        self.closed = self.folder.parent / "closed"
         trainer = Trainer(
             _worker,
             # a list hides the reference from Ray, which would otherwise ship the object to the controller
@@ -80,20 +79,26 @@ class WorkerGroup:
         )
         self.ended = in_background(trainer.fit)
 
-    def run(self, trial: Trial, *, decided: bool, last: bool) -> None:
-        """Run one trial to its end; raises what ended the group before. `last`: no trial will follow it in any
-        group of the stage, and each ends with the trial it has."""
+    def run(self, trial: Trial, *, decided: bool) -> None:
+        """Run one trial to its end; raises what ended the group before."""
         job = self.folder / f"{len(list(self.folder.glob('*.job'))):05d}-{trial.id}.job"
         write(job, ray.cloudpickle.dumps((trial, decided)))
-        if last:
-            self.closed.touch()
         while not job.with_suffix(".done").exists():
             if self.ended.done():
                 self.ended.result()
                 raise RuntimeError("its worker group ended before it")
             time.sleep(POLL_S)
-        if self.closed.exists():
-            self.ended.result()  # it gives back what it occupies before Tune ends this process
+
+    def close(self) -> None:
+        """No trial will follow in any group of the stage; returns when this one has given back what it occupies."""
+        (self.folder.parent / "closed").touch()
+        self.ended.result()
+
+
+def close_groups(run: RunDirectory, stage: str) -> None:
+    """No trial will follow in any group of the stage."""
+    if (folder := run.scratch / "groups" / stage).exists():
+        (folder / "closed").touch()
 
 
 def _worker(config: dict[str, Any]) -> None:

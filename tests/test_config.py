@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from minitron_search.config import Config, cache_folder, differences, keys, load, parse
+from minitron_search.config import Axis, Config, cache_folder, differences, keys, load, parse
 
 # The interface: these keys are what users have written down. Values may differ from today's defaults.
 INTERFACE = """
@@ -180,6 +180,13 @@ def test_a_section_that_is_none_is_named(key: str) -> None:
         ({"space": {"axes": {"hidden_size": {"low": 8, "high": 4, "step": 2}}}}, ["low 8 is above high 4"]),
         ({"space": {"axes": {"hidden_size": {"low": 8, "high": 9, "step": 1, "choices": [8]}}}}, ["not both"]),
         ({"space": {"axes": {"hidden_size": {"choices": []}}}}, ["space.axes.hidden_size"]),
+        ({"space": {"axes": {"hidden_size": {"low": 8, "high": 9, "step": 1, "divisor": 1}}}},
+         ["space.axes.hidden_size", "one of `step` and `divisor`"]),
+        ({"space": {"axes": {"hidden_size": {"low": 8, "high": 9}}}}, ["space.axes.hidden_size", "divisor: 64"]),
+        ({"space": {"axes": {"hidden_size": {"low": 65, "high": 127, "divisor": 64}}}},
+         ["no multiple of divisor 64 lies from low 65 to high 127", "valid: high at least 128"]),
+        ({"space": {"budget": {"latency_ms": {"target": 0}}}}, ["space.budget.latency_ms.target: 0"]),
+        ({"space": {"budget": {"latency": {"target": 5}}}}, ["did you mean space.budget.latency_ms"]),
         ({"space": {"axes": {"intermediate_size": {"choices": [[8, 9], [8, 8]]}}}},
          ["space.axes.intermediate_size", "a size for every layer", "valid: choices"]),
         ({"space": {"axes": {"hidden_size": {"choices": ["x"]}}}}, ["space.axes.hidden_size.choices.0: 'x'"]),
@@ -240,6 +247,16 @@ def test_flags_merge_over_the_file_and_the_file_over_defaults(tmp_path: Path) ->
     # a section that the file names keeps the defaults of what it leaves out, and only those
     assert loaded.space.axes.intermediate_size is None
     assert loaded.space.budget == Config().space.budget
+
+
+@given(st.integers(1, 200), st.integers(0, 200), st.integers(1, 50))
+def test_an_axis_by_divisor_holds_every_multiple_in_its_range(low: int, more: int, divisor: int) -> None:
+    expected = tuple(value for value in range(low, low + more + 1) if value % divisor == 0)
+    axis = {"low": low, "high": low + more, "divisor": divisor}
+    if expected:
+        assert Axis(**axis).values() == expected
+    else:
+        assert "no multiple" in message({"space": {"axes": {"hidden_size": axis}}})
 
 
 def test_an_optional_section_is_opened_by_a_flag() -> None:

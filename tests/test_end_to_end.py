@@ -33,7 +33,7 @@ def test_a_run_leaves_every_artifact(unbroken: Path) -> None:
                  "study.db", "report.html", "best/config.json", "best/README.md", "best/tokenizer.json"):  # fmt: skip
         assert (unbroken / name).exists(), name
     arms = {row["arm"] for row in rows(unbroken)}
-    assert arms == {"teacher", "search", "untrained", "retrained"}
+    assert arms == {"teacher", "search", "random_pruned", "random_init", "untrained", "retrained"}
     evidence = json.loads((unbroken / "evidence.json").read_text())
     finalists = {row["architecture"] for row in rows(unbroken) if row["arm"] == "search" and row["rung"] == 2}
     assert {about["architecture"] for about in evidence["finalists"]} == finalists

@@ -20,7 +20,7 @@ from minitron_search.architecture import Architecture
 from minitron_search.config import Config
 from minitron_search.distillation import LoopSettings, Milestone, train
 from minitron_search.families import decoder_layers, family_of, whole
-from minitron_search.forecast import forecast, intermediate_advice
+from minitron_search.forecast import intermediate_advice
 from minitron_search.intermediate_loss import intermediate_loss, recorded, state_map
 from minitron_search.objective import Objective
 from minitron_search.search_space import SearchSpace
@@ -397,16 +397,3 @@ def test_a_trial_compares_its_layers_with_the_permuted_teachers(
     assert far(Architecture(24, 20, 4, 2, (0, 1, 2, 3)), "pruned") < 1e-3
     narrow = Architecture(12, 13, 4, 2, (0, 3))
     assert far(narrow, "pruned") < 0.75 * far(narrow, "random_pruned")
-
-
-def test_the_forecast_counts_a_teacher_that_is_asked_for_every_batch() -> None:
-    def lines(**distillation: Any) -> str:
-        config = configuration.parse({
-            "space": {"budget": {"params": {"target": 11_136}}, "axes": {}},
-            "search": {"trials": 2, "rungs": [100], "reduction_factor": 2}, "retraining": {"tokens": 1000},
-            "precision": "float32", "distillation": distillation,
-        })  # fmt: skip
-        return "\n".join(forecast(config, SearchSpace(config.space, tiny.config())))
-
-    assert "teacher: 1,000 tokens, asked once" in lines()
-    assert "teacher: 1,200 tokens, asked for every batch" in lines(intermediate="auto")

@@ -14,13 +14,16 @@ PACKAGE = {
 ANALYSIS = sorted((ROOT / "analysis").rglob("*.py"))
 
 # where work is placed
-RAY = {"cluster", "launchers", "worker_group", "search", "retraining", "depth_stage", "correction_stage", "run"}
+RAY = {
+    "cluster", "correction_stage", "depth_stage", "forecast_stage", "launchers", "retraining", "ruling", "run",
+    "search", "worker_group",
+}  # fmt: skip
 # Each layer imports from those before it, and from itself where that makes no cycle.
 LAYERS = (
     {"config", "architecture", "run_directory", "console", "precision"},
-    {"families", "search_space", "corpus", "winogrande", "rankings", "teacher"},
+    {"families", "search_space", "corpus", "winogrande", "rankings", "teacher", "latency"},
     {"importance", "depth", "trimming", "distillation", "teacher_cache", "scoring"},
-    {"search", "retraining", "depth_stage", "correction_stage"},
+    {"search", "ruling", "search_state", "retraining", "depth_stage", "correction_stage", "latency_stage"},
     {"run"},
 )
 

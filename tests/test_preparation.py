@@ -270,7 +270,9 @@ def test_continuing_nothing(refused: Refused, here: Path) -> None:
 def test_continuing_may_change_where_the_work_is_placed(good: list[str], here: Path) -> None:
     existing_run(good)
     before = tree(here / "run")
-    assert main([*good, "--resume", "--dry-run", "--search.concurrency", "7", "--stages", "importance,search"]) == 0
+    speed = ("--resources.mfu", "0.4", "--resources.flops_per_second", "989T", "--resources.price_per_hour", "2")
+    placed = ("--search.concurrency", "7", "--stages", "importance,search")
+    assert main([*good, "--resume", "--dry-run", *placed, *speed]) == 0
     assert tree(here / "run") == before
 
 

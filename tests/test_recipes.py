@@ -1,10 +1,13 @@
 """The papers' recipes plan what the papers published (arXiv:2408.11796, Tables 1 and 3)."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from minitron_search.config import load
+from minitron_search.config import Config, keys, load, parse
 from minitron_search.preparation import check
 from minitron_search.search_space import SearchSpace
 from minitron_search.teacher import teacher_config
@@ -34,3 +37,26 @@ def test_an_anchor_has_the_papers_parameters(name: str) -> None:
     measures = space.measures(anchor)
     assert (round(measures.params / 1e9, 1), round(measures.non_embedding_params / 1e9, 1)) == PAPERS[name]
     assert anchor.id in {architecture.id for architecture in space.architectures()}
+
+
+# The template
+
+
+def test_the_template_as_it_is_asks_for_the_defaults() -> None:
+    assert load(str(RECIPES / "template.yaml"), []) == Config()
+
+
+def test_the_template_names_every_key_and_what_it_shows_is_valid() -> None:
+    """With its `#:` lines, which come after the line they replace; YAML takes the last."""
+    shown = yaml.safe_load((RECIPES / "template.yaml").read_text().replace("#: ", ""))
+    parse(shown)
+    assert {name for name, _ in keys()} - set(named(shown)) == set()
+
+
+def named(values: Any, prefix: str = "") -> Iterator[str]:
+    """Every dotted key, those of the mappings in a list too."""
+    for each in values if isinstance(values, list) else [values]:
+        if isinstance(each, dict):
+            for key, value in each.items():
+                yield prefix + key
+                yield from named(value, f"{prefix}{key}.")

@@ -81,7 +81,7 @@ def test_how_windows_are_batched_changes_nothing(monkeypatch: pytest.MonkeyPatch
 def test_a_score_holds_means_errors_and_how_many(packed: PackedOptions) -> None:
     student, teacher, texts = tiny.model(config(1), 1), tiny.model(config(2), 2), windows()
     hidden, head = hidden_of(teacher, texts), output_head(teacher)
-    scored, by_window, correct, margin = score(student, texts, hidden, head, packed, "float32")
+    scored, by_window, kl_by_window, correct, margin = score(student, texts, hidden, head, packed, "float32")
     ce, kl = window_losses(student, texts, hidden, head, "float32")
     assert (scored.lm_loss, scored.kl) == (ce.mean(), kl.mean())
     assert (scored.lm_loss_stderr, scored.kl_stderr) == (standard_error(ce), standard_error(kl))
@@ -89,7 +89,8 @@ def test_a_score_holds_means_errors_and_how_many(packed: PackedOptions) -> None:
     choices = winogrande.evaluate(student, packed)
     assert (scored.winogrande_acc, scored.winogrande_margin) == (choices.accuracy, choices.margin)
     assert scored.winogrande_n == 6
-    assert np.array_equal(by_window, ce) and (correct.mean(), margin.mean()) == (choices.accuracy, choices.margin)
+    assert np.array_equal(by_window, ce) and np.array_equal(kl_by_window, kl)
+    assert (correct.mean(), margin.mean()) == (choices.accuracy, choices.margin)
     assert {field.name for field in fields(Score)} <= set(TRIALS_SCHEMA.names)
 
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from minitron_search.architecture import Architecture
 from minitron_search.config import Space, parse
 from minitron_search.families import is_expressible, sizes, student_config, whole
+from minitron_search.proposals import Observation, propose
 from minitron_search.search_space import COORDINATES, SearchSpace
 from tests import tiny
 
@@ -313,7 +314,8 @@ def test_coordinates_and_architectures_are_each_others() -> None:
     tested = space()
     for architecture, point in zip(tested.architectures(), tested.points.tolist(), strict=True):
         coordinates = tested.coordinates(architecture)
-        assert tuple(coordinates[name] for name in COORDINATES) == tuple(point)
+        assert tuple(coordinates.get(name, 0) for name in COORDINATES) == tuple(point)
+        assert ("drop_block_start" in coordinates) == (architecture.num_hidden_layers < 5)
         assert tested.nearest(coordinates, ()) == architecture
 
 
@@ -323,7 +325,21 @@ def test_distributions_hold_every_point_and_only_what_varies() -> None:
     assert set(distributions) == set(COORDINATES) - {"intermediate_size", "num_key_value_heads"}
     for architecture in tested.architectures():
         coordinates = tested.coordinates(architecture)
-        assert all(allowed._contains(coordinates[name]) for name, allowed in distributions.items())
+        assert all(distributions[name]._contains(value) for name, value in coordinates.items() if name in distributions)
+        assert distributions.keys() - coordinates.keys() == (
+            {"drop_block_start"} if len(architecture.layers) == 5 else set()
+        )
+
+
+def test_where_a_block_starts_is_asked_of_those_that_drop_one() -> None:
+    tested = space({"drop_block": {"lengths": [0, 1, 3]}})
+    assert tested.nearest({"drop_block_length": 0, "drop_block_start": 4}, ()) == whole(TEACHER)
+    for length, start in ((1, 3), (1, 0), (3, 2)):
+        found = tested.nearest({"drop_block_length": length, "drop_block_start": start}, ())
+        assert found is not None and found.dropped_block(5) == (start, length)
+    assert set(space({"drop_block": {"lengths": [0, 4]}}).distributions()) == {"drop_block_length", "drop_block_start"}
+    assert set(space({"drop_block": {"lengths": [3]}}).distributions()) == {"drop_block_start"}
+    assert set(space({"hidden_size": {"choices": [20, 24]}}).distributions()) == {"hidden_size"}
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -332,14 +348,17 @@ def test_the_nearest_is_the_nearest_that_is_free(seed: int) -> None:
     everything = list(tested.architectures())
     taken = {a.id for a in everything if draw.random() < 0.7}
     for _ in range(20):
-        asked = {name: int(draw.integers(0, 25)) for name in COORDINATES}
+        asked = {name: int(draw.integers(0, 25)) for name in COORDINATES[:4]}
+        asked |= {name: int(draw.integers(0, 5)) for name in COORDINATES[4:]}
         found = tested.nearest(asked, taken)
         assert found is not None and found.id not in taken
         span = np.ptp(tested.points, axis=0).clip(1)
 
         def distance(a: Architecture, asked: dict[str, int] = asked, span: np.ndarray = span) -> float:
             there = tested.coordinates(a)
-            return sum(((there[n] - asked[n]) / s) ** 2 for n, s in zip(COORDINATES, span, strict=True))
+            if not asked["drop_block_length"]:
+                there.pop("drop_block_start", None)
+            return sum(((there[n] - asked[n]) / s) ** 2 for n, s in zip(COORDINATES, span, strict=True) if n in there)
 
         assert distance(found) == pytest.approx(min(distance(a) for a in everything if a.id not in taken))
 
@@ -360,6 +379,42 @@ def test_random_draws_are_their_generators_and_reach_everything() -> None:
     draws = [[tested.random(np.random.default_rng(seed), ()) for seed in range(400)] for _ in range(2)]
     assert draws[0] == draws[1]
     assert len({a.id for a in draws[0] if a}) > 0.9 * min(len(tested), 400)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_every_proposal_is_legal_in_budget_and_new_and_anchors_come_first(seed: int) -> None:
+    """In random spaces of every family, until nothing is left."""
+    draw = np.random.default_rng(seed)
+    teacher = tiny.random_config(seed, model_type=str(draw.choice(sorted(tiny.FAMILIES))), num_hidden_layers=4)
+    shape = whole(teacher)
+    axes = {
+        "hidden_size": {"low": max(1, shape.hidden_size // 3), "high": shape.hidden_size, "divisor": 2},
+        "intermediate_size": {"low": 2, "high": shape.intermediate_size, "divisor": 3},
+        "num_key_value_heads": {"low": 1, "high": shape.num_key_value_heads, "step": 1},
+        "drop_block": {"lengths": [0, 1, 2]},
+    }
+    params, _, cache = measured(teacher, shape)
+    memory = {"target": 1.5 * params + 8 * cache, "tolerance": 0.3, "batch_size": 2, "context_length": 4}
+    budget = {**around(int(0.75 * params), 0.25), "memory_bytes": memory}
+    anchors = [{"drop_block": [1, 2]}, {}]
+    asked = of(axes, budget, anchors)
+    legal = {a.id for a in brute_force(teacher, asked)}
+    tested = SearchSpace(asked, teacher)
+    assert len(legal) > 5
+    observed: list[Observation] = []
+    while (proposed := propose(tested, observed, sampler="random", seed=seed)) is not None:
+        observed.append(Observation(proposed, (), "running"))
+    found = [observation.architecture for observation in observed]
+    assert tuple(found[:2]) == tested.anchors == (tested.anchors[0], shape)
+    ids = [architecture.id for architecture in found]
+    assert len(set(ids)) == len(ids)
+    assert set(ids) == legal | {anchor.id for anchor in tested.anchors}
+
+
+def test_a_small_space_is_said_to_be_tried_whole() -> None:
+    tested = space()
+    assert f"all {len(tested):,} are tried" in tested.described(len(tested))
+    assert "small" not in tested.described(len(tested) - 1)
 
 
 # Anchors

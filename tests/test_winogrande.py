@@ -5,6 +5,7 @@ import json
 import random
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from minitron_search import winogrande
 from minitron_search.winogrande import Example
+from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 VALIDATION = Path(__file__).parents[2] / "shared" / "data" / "winogrande_validation.jsonl"
@@ -318,3 +320,11 @@ def test_embedded_pairs_are_twins() -> None:
     if VALIDATION.exists():  # written for this project, not copied
         published = {example.sentence for example in winogrande.load_examples(str(VALIDATION))}
         assert not published & {example.sentence for example in examples}
+
+
+def test_twins_share_a_number_and_all_of_the_embedded_are_twins() -> None:
+    examples = winogrande.load_examples("embedded")
+    twin = winogrande.pack(examples, tiny.tokenizer()).twin
+    assert twin[:6].tolist() == [0, 0, 1, 1, 2, 2] and set(Counter(twin.tolist()).values()) == {2}
+    turned = replace(examples[1], option1=examples[1].option2, option2=examples[1].option1)
+    assert winogrande.pack([examples[0], examples[2], turned], tiny.tokenizer()).twin.tolist() == [0, 1, 0]

@@ -128,6 +128,9 @@ def write_run(root: Path, trials: int = 12, name: str = "smollm2-135m", hostile:
     run.write_environment(
         {"python": "3.11.4", "versions": {"torch": "2.13.0", "ray": "2.60.0" + hostile}, "cpu": {"count": 2}}
     )
+    run.event("run_started", stages=["importance", "search", "retrain"])
+    foretold = {**FORECAST, "basis": "measured" + hostile}
+    run.write_forecast({stage: foretold for stage in ("importance", "search", "retrain")})
     run.event("stage_started", stage="importance")
     write_importance(run)
     run.event("stage_finished", stage="importance")
@@ -155,6 +158,8 @@ def write_run(root: Path, trials: int = 12, name: str = "smollm2-135m", hostile:
         "drop_block_start": 0,
         "drop_block_length": 0,
     }
+    run.event("stage_started", stage="evaluation" + hostile)
+    run.event("stage_started", stage="search")
     teacher = start("teacher", "teacher", full, -1)
     row = scored(3.214, TEACHER_PARAMS, rng, 0) | {"kl": 0.0, "winogrande_acc": 0.52}
     run.log_rung("teacher", {**teacher, **row, "rung": 0})
@@ -194,6 +199,8 @@ def write_run(root: Path, trials: int = 12, name: str = "smollm2-135m", hostile:
     final, trial, made, params = kept[0]
     statuses[trial] = "promoted"
     run.event("promoted", trial=trial)
+    run.event("stage_finished", stage="search", tokens=1, flops=1e12)
+    run.event("stage_started", stage="retrain")
     for arm, loss, tokens in (("untrained", 7.9, 0), ("retrained", final - 0.35, 262144)):
         other = start(f"{trial}-{arm}", arm, {axis: made[axis] for axis in full}, made["proposal"])
         other["architecture"] = made["architecture"]
@@ -204,6 +211,13 @@ def write_run(root: Path, trials: int = 12, name: str = "smollm2-135m", hostile:
     run.write_trials(statuses, messages)
     run.event("stage_finished", stage="retrain")
     return run
+
+
+# of one stage; money at the price of a machine, on CPUs
+FORECAST = {
+    "tokens": 1000, "flops": 1e12, "seconds": 60.0, "gpus": 0.0, "gpu_seconds": 0.0, "price_per_hour": 3.0,
+    "cost": 0.05,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -217,12 +231,28 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     return write_run(tmp_path_factory.mktemp("runs") / "finished")
 
 
+TEST = {"difference": 0.1, "stderr": 0.01, "p": 0.001, "n": 32, "low": 0.08, "high": 0.12, "seeds": 1}
 EVIDENCE = {
-    "objective": "lm_loss", "at_chance": True, "rungs": [], "words": ["Of 1 other, 1 differs."],
+    "objective": "lm_loss", "seeds": None, "words": ["Of 1 other, 1 differs."],
+    "at_chance": {"winogrande_acc": {"at_chance": True}, "winogrande_margin": {"at_chance": False}},
+    "rungs": [
+        {"before": "rung 0", "after": "rung 1", "before_n": 9, "n": 2, "best_kept": False, "regret": 0.1,
+         "regret_p": 0.5, "chosen": "b", "best": "a", "flips": [["b", "a"]], "kendall": None, "kendall_p": None,
+         "kendall_interval": None, "top": [{"k": 1, "shared": 0, "by_chance": 0.5, "p": 1.0}]},
+    ],
     "finalists": [
-        {"architecture": "a", "trials": ["x"], "lm_loss": 3.0, "seeds": 1, "error_over_seeds": None},
-        {"architecture": "b", "trials": ["y"], "lm_loss": 3.1, "seeds": 1, "error_over_seeds": None,
-         "lm_loss_against_best": {"difference": 0.1, "stderr": 0.01, "p": 0.001, "n": 32}},
+        {"architecture": "a", "trials": ["x"], "lm_loss": 3.0, "stderr": 0.04, "seeds": 1, "error_over_seeds": None},
+        {"architecture": "b", "trials": ["y"], "lm_loss": 3.1, "stderr": 0.04, "seeds": 1, "error_over_seeds": None,
+         "lm_loss_against_best": {**TEST, "p_holm": 0.001}},
+    ],
+    "controls": [
+        {"architecture": "a",
+         "candidate": {"trials": ["x"], "tokens": 32768, "lm_loss": 3.0, "winogrande_margin": 0.1,
+                       "precision": "float32"},
+         "controls": [
+             {"arm": arm, "trials": [arm], "tokens": 32768, "lm_loss": 3.1, "winogrande_margin": 0.1,
+              "precision": "float32", "against_candidate": {"lm_loss": TEST}}
+             for arm in ("random_pruned", "random_init", "untrained", "teacher")]},
     ],
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ from minitron_search.run_directory import RunDirectory
 from tests.analysis.conftest import HOSTILE, METRICS
 
 TITLES = ["Outcome", "Size against LM loss", "Loss against tokens", "Importance", "Depth", "Evidence", "Trials",
-          "Configuration and environment", "Health"]  # fmt: skip
+          "Spend against forecast", "Configuration and environment", "Health"]  # fmt: skip
 
 
 class Page(HTMLParser):
@@ -61,7 +61,7 @@ def read(run: RunDirectory) -> Page:
 def test_a_finished_run_fills_every_card(finished: RunDirectory):
     page = read(finished)
     assert page.titles == TITLES and page.reasons == []
-    assert sum(attributes.get("class") == "plot" for _, attributes in page.tags) == 14
+    assert sum(attributes.get("class") == "plot" for _, attributes in page.tags) == 15
     assert finished.report.stat().st_size < 10_000_000
 
 
@@ -93,7 +93,8 @@ def test_every_figure_offers_its_data(finished: RunDirectory):
     links = {a["download"]: a["href"] or "" for _, a in read(finished).tags if "download" in a}
     assert set(links) == {f"{name}.csv" for name in (
         "outcome", "size_and_loss", "loss_curves", "layer_importance", "hidden_importance", "mlp_importance",
-        "head_importance", "finalists", "trials", *(f"depth_{metric}" for metric in METRICS),
+        "head_importance", "finalists", "controls", "rungs", "spend", "trials",
+        *(f"depth_{metric}" for metric in METRICS),
         *(f"depth_map_{metric}" for metric in METRICS if metric != "bi"))}  # fmt: skip
     tables = {
         name: pd.read_csv(io.BytesIO(base64.b64decode(address.split(",", 1)[1]))) for name, address in links.items()
