@@ -4,8 +4,8 @@ A row reaches Tune from the trial's log, where it is written first; Ray's own wa
 a trial.
 """
 
-import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from typing import Any
 
 import ray
@@ -16,7 +16,7 @@ from minitron_search.run_directory import RunDirectory
 from minitron_search.trial import Trial
 from minitron_search.worker_group import WorkerGroup, in_background
 
-LOG_POLL_S = 0.1
+LOG_POLL_S = 0.02  # two stat calls: a slot waits for this at every rung, and trains nothing meanwhile
 standing: WorkerGroup | None = None  # of this process, which Tune reuses for one trial after another
 
 
@@ -32,11 +32,10 @@ def tune_function(
         running = in_background(lambda: work(materials, run, resources, trial))
         ended = False
         while not ended:
-            ended = running.done()  # first: what is logged last is then read below
+            ended = bool(wait([running], LOG_POLL_S).done)  # first: what is logged last is then read below
             for line in log.new():
                 if line["kind"] == "rung" and line["rung"] not in run.decisions(trial.id):
                     ray.tune.report(line)
-            time.sleep(LOG_POLL_S)
         running.result()
 
     return placed

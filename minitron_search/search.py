@@ -18,7 +18,7 @@ from minitron_search.run_directory import FINISHED
 from minitron_search.search_state import Search
 from minitron_search.study import LiveStudy
 from minitron_search.trial import Trial
-from minitron_search.worker_group import close_groups, free_group_of, free_groups
+from minitron_search.worker_group import close_groups, free_abandoned_groups, free_groups
 from minitron_search.workload import search_phases
 
 TRIAL_RESTARTS = 1  # of a trial whose process died
@@ -140,14 +140,13 @@ class Bookkeeping(tune.Callback):
         if ours.id in self.search.failures:
             self.progress(f"{self._place(ours)} failed: {self.search.failures[ours.id]}")
 
-    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        free_group_of(self.search.run, trial.config["trial"].id)
+    def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
+        free_abandoned_groups()  # at every step, some ten a second: Ray ends a group a while after it was killed
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         ours: Trial = trial.config["trial"]
         message = _cause(trial)
         self.search.alive.remove(ours.id)
-        free_group_of(self.search.run, ours.id)
         self.search.failures[ours.id] = message
         self.search.run.event("trial_failed", trial=ours.id, message=message)
         self.search.write_tables()

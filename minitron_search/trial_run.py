@@ -31,7 +31,7 @@ from minitron_search.trimming import load_head, load_teacher, random_student, tr
 from minitron_search.views import as_views
 from minitron_search.winogrande import PackedOptions
 
-DECISION_POLL_S = 0.05
+DECISION_POLL_S = 0.02
 
 
 @dataclass(frozen=True)

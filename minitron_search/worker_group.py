@@ -5,9 +5,8 @@ short trial trains for no longer than that. So a group is started once for every
 trial when it has ended one. Ray Train restarts a group that lost a worker, which then goes on with the trial it
 had, from that trial's last checkpoint.
 
-A group's folder is its mailbox: `00000-<trial>.job`, `00001-...`, each with a `.done` beside it when it has ended;
-`placement` is what it occupies, for whoever must free it. The folder above holds the groups of one stage, and
-`closed` when no more trials will come to any of them.
+A group's folder is its mailbox: `00000-<trial>.job`, `00001-...`, each with a `.done` beside it when it has ended.
+The folder above holds the groups of one stage, and `closed` when no more trials will come to any of them.
 """
 
 import threading
@@ -20,13 +19,14 @@ from typing import Any
 
 import ray
 import ray.train
+from ray._private.state import state  # the public table does not say who made a placement group
 from ray._raylet import PlacementGroupID
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import FailureConfig
 from ray.util.placement_group import (
     PlacementGroup,
-    get_current_placement_group,
     placement_group_table,
     remove_placement_group,
 )
@@ -37,7 +37,7 @@ from minitron_search.run_directory import RunDirectory
 from minitron_search.trial import Trial
 
 WORKER_RESTARTS = 2  # of a group whose worker died
-POLL_S = 0.05
+POLL_S = 0.02
 LOOK_S, QUIET_LOOKS = 0.2, 5
 
 
@@ -108,8 +108,6 @@ def _worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, folder = context.get_world_rank(), Path(config["folder"])
     materials = ray.get(config["materials"][0])
-    if rank == 0:
-        write(folder / "placement", ray.cloudpickle.dumps(get_current_placement_group()))
     number = len(list(folder.glob("*.done")))  # a restarted group goes on with the job it had
     while job := next_job(folder, number):
         trial, decided = ray.cloudpickle.loads(job.read_bytes())
@@ -131,12 +129,14 @@ def next_job(folder: Path, number: int) -> Path | None:
         time.sleep(POLL_S)
 
 
-def free_group_of(run: RunDirectory, trial: str) -> None:
-    """End what is left of the group that had `trial` when one of its processes, or its parent, was killed."""
-    for held in run.scratch.glob("groups/*/*/placement"):
-        if sorted(held.parent.glob("*.job"))[-1].match(f"*-{trial}.job"):
-            remove_placement_group(ray.cloudpickle.loads(held.read_bytes()))
-            held.unlink()
+def free_abandoned_groups() -> None:
+    """Give back what is still occupied by every group whose controller was killed, or the process above it, however
+    far its start had come: Ray ends such a group and keeps its placement until the job ends."""
+    for packed in state._connect_and_get_accessor().get_placement_group_table():
+        about = PlacementGroupTableData.FromString(packed)
+        by_actor = not ray.ActorID(about.creator_actor_id).is_nil()  # of the driver's, Tune's own, none is alive either
+        if by_actor and about.creator_actor_dead and about.state != PlacementGroupTableData.REMOVED:
+            remove_placement_group(PlacementGroup(PlacementGroupID(about.placement_group_id)))
 
 
 def free_groups() -> None:

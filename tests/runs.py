@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import yaml
 
@@ -69,11 +71,12 @@ class Command:
         }
         self.environment.pop("RAY_ADDRESS", None)
 
-    def start(self, output: Path, *arguments: str) -> "subprocess.Popen[str]":
+    def start(self, output: Path, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(
             [sys.executable, "-m", "minitron_search.run", "--config", str(self.file),
              "--output", os.path.relpath(output, self.folder), *arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=self.environment, cwd=self.folder,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**self.environment, **environment}, cwd=self.folder,
         )  # fmt: skip
 
     def run(self, output: Path, *arguments: str) -> str:
@@ -121,4 +124,22 @@ def kill_train_process(kind: str, folder: Path) -> bool:
             found.append(int(process.name))
     for pid in sorted(found)[-1:]:
         os.kill(pid, signal.SIGKILL)
+    return bool(found)
+
+
+def children(driver: "subprocess.Popen[str]", kind: str) -> list[psutil.Process]:
+    """The processes below `driver` that Ray calls `kind`, oldest first."""
+    found = []
+    for child in psutil.Process(driver.pid).children(recursive=True):
+        with suppress(psutil.Error, IndexError):  # it ended meanwhile
+            if child.cmdline()[0].startswith(f"ray::{kind}"):
+                found.append(child)
+    return sorted(found, key=psutil.Process.create_time)
+
+
+def kill_child(driver: "subprocess.Popen[str]", kind: str) -> bool:
+    """SIGKILL the newest of `children`; whether there was one."""
+    found = children(driver, kind)
+    for child in found[-1:]:
+        child.kill()
     return bool(found)
