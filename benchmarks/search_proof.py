@@ -4,7 +4,8 @@
         [--methods ...] [--work runs/search_proof] [--output docs/results.md]
 
 `retraining.tokens` of the configuration is what every method may spend in all; `--share` of it goes to a search:
-- `tpe`: TPE + rungs;  `random`: random search + the same rungs;  then the winner is retrained on what is left;
+- `tpe`: TPE + rungs;  `random`: random search + the same rungs;  `anchored`: TPE + rungs, the configuration's anchors
+  first;  then the winner is retrained on what is left;
 - `nvidia`: the ten shapes closest to the budget (each without its block of least BI), ranked untrained by LM loss, the
   winner distilled on all the tokens, and on what the searches have left ("the same retraining");
 - `thumb`: the papers' rule of thumb, heads and depth kept, hidden and MLP shrunk: of the shapes closest to the budget
@@ -52,7 +53,11 @@ from minitron_search.trial import Trial
 from minitron_search.trial_settings import make_trial, retraining_settings, untrained
 
 CLOSEST = 10  # architectures that NVIDIA's rule scores
-SAMPLERS = {"tpe": "ours: TPE + rungs", "random": "random search + the same rungs"}
+SEARCHES = {
+    "tpe": "ours: TPE + rungs",
+    "random": "random search + the same rungs",
+    "anchored": "ours, the rule of thumb's shape as an anchor",
+}
 FIXED = {
     "nvidia": "NVIDIA's rule: ten closest to the budget, ranked untrained",
     "thumb": "rule of thumb: heads and depth kept, hidden and MLP shrunk",
@@ -129,10 +134,13 @@ def without_a_third_of_heads(space: SearchSpace, of: Architecture) -> Architectu
 # Running
 
 
-def seed_config(config: Config, seed: int, folder: Path, sampler: str = "tpe") -> Config:
+def seed_config(config: Config, seed: int, folder: Path, search: str = "tpe") -> Config:
+    asked = config.dump()
+    anchors = asked["space"]["anchors"] if search == "anchored" else []
     return configuration.parse({
-        **config.dump(), "seed": seed, "output": str(folder), "stages": ["importance", "search"],
-        "search": {**config.dump()["search"], "sampler": sampler},
+        **asked, "seed": seed, "output": str(folder), "stages": ["importance", "search"],
+        "space": {**asked["space"], "anchors": anchors},
+        "search": {**asked["search"], "sampler": "random" if search == "random" else "tpe"},
     })  # fmt: skip
 
 
@@ -154,14 +162,14 @@ class Bench:
                 run.write_config(asked.dump())
         return self.prepared[seed]
 
-    def search(self, sampler: str, seed: int) -> Path:
+    def search(self, name: str, seed: int) -> Path:
         """A run of the command itself; a finished one is not repeated."""
-        folder = self.work / f"{sampler}-{seed}"
+        folder = self.work / f"{name}-{seed}"
         run = RunDirectory(folder)
         if any(event["event"] == "run_finished" for event in run.events()):
             return folder
-        file = self.work / f"{sampler}-{seed}.json"  # JSON is YAML
-        file.write_text(json.dumps(seed_config(self.config, seed, folder, sampler).dump()))
+        file = self.work / f"{name}-{seed}.json"  # JSON is YAML
+        file.write_text(json.dumps(seed_config(self.config, seed, folder, name).dump()))
         command = [sys.executable, "-m", "minitron_search.run", "--config", str(file)]
         subprocess.run(command + (["--resume"] if run.config.exists() else []), check=True)
         for checkpoint in folder.glob("trials/*/checkpoint"):  # a gigabyte each
@@ -311,7 +319,7 @@ def section(rows: list[dict[str, Any]], found: list[tuple[str, dict[str, Any]]],
             over_windows = paired(np.mean([row["losses"] for row in ours], axis=0), windows)
             against = (f"{over_seeds[0]:+.3f} +- {over_seeds[1]:.3f} | {over_windows['difference']:+.3f} +- "
                        f"{over_windows['stderr']:.3f} | {over_windows['p']:.4f}")  # fmt: skip
-        title = {**SAMPLERS, **FIXED}[method]
+        title = {**SEARCHES, **FIXED}[method]
         lines.append(f"| {title} | {shapes} | {spent} | {mean:.3f} | {error:.3f} | {mean_and_error(windows)[1]:.3f} "
                      f"| {against} |")  # fmt: skip
     if found:
@@ -334,7 +342,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", default="search_spaces/smollm2-proof.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--share", type=float, default=0.5, help="of all tokens, a search's")
-    parser.add_argument("--methods", nargs="+", default=[*FIXED, *SAMPLERS], choices=[*FIXED, *SAMPLERS])
+    parser.add_argument("--methods", nargs="+", default=[*FIXED, *SEARCHES], choices=[*FIXED, *SEARCHES])
     parser.add_argument("--work", type=Path, default=Path("runs/search_proof"))
     parser.add_argument("--output", type=Path, default=Path("docs/results.md"))
     chosen = parser.parse_args(arguments)
@@ -342,20 +350,20 @@ def main(arguments: list[str] | None = None) -> None:
     work = chosen.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
     bench = Bench(config, work, chosen.share)
-    samplers = [sampler for sampler in SAMPLERS if sampler in chosen.methods]
+    asked = [name for name in SEARCHES if name in chosen.methods]
     with cluster.joined():
         rows = fixed_rules(bench, chosen.methods, chosen.seeds)
-    searches = {(sampler, seed): winner(bench.search(sampler, seed)) for seed in chosen.seeds for sampler in samplers}
+    searches = {(name, seed): winner(bench.search(name, seed)) for name in asked for seed in chosen.seeds}
     if searches:
         with cluster.joined():
-            jobs = [Job(sampler, seed, architecture, bench.left)
-                    for (sampler, seed), (architecture, _) in searches.items()]  # fmt: skip
+            jobs = [Job(name, seed, architecture, bench.left)
+                    for (name, seed), (architecture, _) in searches.items()]  # fmt: skip
             found = bench.retrain(jobs)
         rows += [{**row, "search_tokens": searches[row["method"], row["seed"]][1]} for row in found]
     listed = [{**row, "retraining_tokens": row["tokens"]} for row in rows]
     complete = [{name: row.get(name) for name in SCHEMA.names} for row in listed]
     write_table(work / "search_proof.parquet", pa.Table.from_pylist(complete, schema=SCHEMA))
-    orders = proxies(bench, chosen.seeds) if "random" in samplers else []
+    orders = proxies(bench, chosen.seeds) if "random" in asked else []
     size = len(bench.prepare(chosen.seeds[0]).space)
     about = (f"`python -m benchmarks.search_proof`: {config.teacher.model}, {size:,} "
              f"legal architectures, {len(chosen.seeds)} seeds, at most {bench.all_tokens:,} tokens for each method and "
