@@ -26,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,8 @@ def seed_config(config: Config, seed: int, folder: Path, search: str = "tpe") ->
     return configuration.parse({
         **asked, "seed": seed, "output": str(folder), "stages": ["importance", "search"],
         "space": {**asked["space"], "anchors": anchors},
-        "search": {**asked["search"], "sampler": "random" if search == "random" else "tpe"},
+        # one trial at a time is the same search every time; as many searches at once as there are CPUs
+        "search": {**asked["search"], "sampler": "random" if search == "random" else "tpe", "concurrency": 1},
     })  # fmt: skip
 
 
@@ -353,7 +355,10 @@ def main(arguments: list[str] | None = None) -> None:
     asked = [name for name in SEARCHES if name in chosen.methods]
     with cluster.joined():
         rows = fixed_rules(bench, chosen.methods, chosen.seeds)
-    searches = {(name, seed): winner(bench.search(name, seed)) for name in asked for seed in chosen.seeds}
+    pairs = [(name, seed) for name in asked for seed in chosen.seeds]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        folders = pool.map(lambda pair: bench.search(*pair), pairs)
+        searches = {pair: winner(folder) for pair, folder in zip(pairs, folders, strict=True)}
     if searches:
         with cluster.joined():
             jobs = [Job(name, seed, architecture, bench.left)

@@ -293,7 +293,9 @@ class Space(Section):
 
 class Search(Section):
     """objective: a name or several; rungs rank by the first, the others are for the sampler and the Pareto front.
-    scheduler: who may train past a rung; asha, or hyperband, whose brackets stop some later than others.
+    scheduler: who may train past a rung, and when. promotion: one that is among the best 1 / reduction_factor there, as
+        soon as it is; until then it waits at its last checkpoint. asha: Ray Tune's, which decides at once and for
+        good, and so passes the first to come. hyperband: the same with a bracket a rung, of which some decide later.
     tokens: what all proposals may train on together; auto is what successive halving of `trials` takes, which bounds
         only how long stopped trials are continued.
     promote: how many are retrained; not_worse is every one that no paired test tells from the best at the last rung.
@@ -306,7 +308,7 @@ class Search(Section):
     objective: Annotated[str | tuple[str, ...], BeforeValidator(_one_or_several)] = "lm_loss"
     rungs: Annotated[tuple[Count, ...], BeforeValidator(_listed), Field(min_length=1)] = (4_000, 12_000)
     reduction_factor: Annotated[int, BeforeValidator(_number), Field(ge=2)] = 3
-    scheduler: Literal["asha", "hyperband"] = "asha"
+    scheduler: Literal["promotion", "asha", "hyperband"] = "promotion"
     tokens: AutoCount = "auto"
     concurrency: AutoCount = "auto"
     promote: Literal["not_worse"] | Count = 1

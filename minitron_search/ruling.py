@@ -1,4 +1,5 @@
-"""Who may train past a rung: Ray Tune's ASHA, or its Hyperband, by what is written where the trial reads it.
+"""Who may train past a rung, by what is written where the trial reads it: the search's own promotions, Ray Tune's ASHA
+or its Hyperband.
 
 To Tune every trial goes on until it ends itself: none is ever killed, so a stopped trial has trained exactly as far as
 its last row, and can go on from there.
@@ -66,6 +67,8 @@ class Ruling(ASHAScheduler):
             return True
         action = super().on_trial_result(None, _StandIn(trial.id), self._result(result))  # type: ignore[arg-type]
         self.search.record(result)  # it runs, so that what it takes to the next rung is committed
+        if self.search.config.search.scheduler == "promotion":
+            return self.search.passes(trial, result["rung"]) and self.search.affords()
         return action != TrialScheduler.STOP and self.search.affords()
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:

@@ -142,6 +142,8 @@ class Search:
     def next_trial(self) -> Trial | None:
         """The next trial to start; None while that depends on trials that are running, and when there is none left."""
         if not self.waiting:
+            self.waiting = self._passing()
+        if not self.waiting:
             proposed = self._proposed()
             self.waiting = [proposed] if proposed else []
         if not self.waiting and not self.alive:
@@ -161,43 +163,82 @@ class Search:
             if done < seeds:  # the same architecture with its next seed
                 return self.make(last.architecture, last.proposal, self.config.seed + done)
         proposed = len({trial.proposal for trial in self.trials.values()})
-        if proposed >= self.config.search.trials or not self.affords(self.rung_tokens[0]):
+        if proposed >= self.config.search.trials or not self._affords_proposal(proposed + 1):
             return None
         architecture = propose(
             self.space, self.observed(), sampler=self.config.search.sampler, seed=self.config.seed
         )  # fmt: skip
         return self.make(architecture, proposed, self.config.seed) if architecture else None
 
+    def _affords_proposal(self, number: int) -> bool:
+        """Whether `search.tokens` has what one more takes, and what successive halving of `number` would take: without
+        that reserve, proposals would use up what the best of them are to go on with."""
+        factor, tokens, seeds = self.config.search.reduction_factor, self.rung_tokens, self.config.search.seeds
+        steps = [after - before for before, after in zip([0, *tokens], tokens, strict=False)]
+        halving = seeds * sum(max(1, number // factor**rung) * step for rung, step in enumerate(steps))
+        asked = self.config.search.tokens
+        return self.affords(tokens[0]) and (asked == "auto" or halving <= asked)
+
+    def passes(self, trial: Trial, rung: int) -> bool:
+        """Whether it is among the best 1 / `reduction_factor` of all that have reached a rung: asynchronous successive
+        halving as it was published (arXiv:1810.05934, algorithm 2), where nobody passes before there are that many."""
+        return any(trial in trials for trials in self._best_of(rung))
+
+    def _best_of(self, rung: int) -> list[list[Trial]]:
+        here = self._at(rung)
+        return here[: len(here) // self.config.search.reduction_factor]
+
+    def _at(self, rung: int) -> list[list[Trial]]:
+        """The trials of every architecture that reached a rung, best first."""
+        here = [trials for trials in self.by_proposal().values() if any(rung in self.rows[t.id] for t in trials)]
+        return sorted(here, key=lambda trials: self.mean_objective(trials, rung))
+
+    def _passing(self) -> list[Trial]:
+        """With scheduler promotion, the trials of one architecture that waited at a rung, and by now pass it."""
+        if self.config.search.scheduler != "promotion":
+            return []
+        for rung in reversed(range(self.last_rung)):
+            for trials in self._best_of(rung):
+                waiting = self._waiting(trials, rung)
+                if waiting and self.affords(self._cost(rung, waiting)):
+                    return self._go_on(rung, waiting)
+        return []
+
     def _continued(self) -> list[Trial]:
-        """Stopped trials that go on from their checkpoints: first those that the rung's present order would not have
-        stopped, then the best of the highest rung, as far as tokens last."""
+        """Stopped trials that go on from their checkpoints once all is proposed: first those that the rung's present
+        order would not have stopped, then the best of the highest rung, as far as tokens last."""
         config = self.config.search
-        allowed = search_tokens(self.config) if config.tokens == "auto" else config.tokens
-        left = allowed - self.committed_tokens()
+        left = (search_tokens(self.config) if config.tokens == "auto" else config.tokens) - self.committed_tokens()
+        stopped = []
+        for rung in range(self.last_rung):
+            here = self._at(rung)
+            for rank, trials in enumerate(here):
+                if waiting := self._waiting(trials, rung):
+                    stopped.append((rank >= len(here) / config.reduction_factor, -rung, rank, waiting))
         found: list[Trial] = []
-        for rung, trials in self._stopped():
-            cost = (self.rung_tokens[rung + 1] - self.rung_tokens[rung]) * len(trials)
+        for _, below, _, waiting in sorted(stopped, key=lambda entry: entry[:3]):
+            cost = self._cost(-below, waiting)
             if cost <= left:
                 left -= cost
-                found += trials
-                for trial in trials:
-                    self.run.decide(trial.id, rung, "continue")
-                    self.run.event("trial_continued", trial=trial.id, rung=rung)
+                found += self._go_on(-below, waiting)
         return found
 
-    def _stopped(self) -> list[tuple[int, list[Trial]]]:
-        """(rung, trials) of every architecture that was stopped, in the order in which they are to go on."""
-        found = []
-        by_proposal = self.by_proposal().values()
-        for rung in reversed(range(self.last_rung)):
-            here = [trials for trials in by_proposal if any(rung in self.rows[t.id] for t in trials)]
-            here.sort(key=lambda trials: self.mean_objective(trials, rung))
-            for rank, trials in enumerate(here):
-                stopped = [t for t in trials if self.status(t.id) == "stopped" and max(self.rows[t.id]) == rung]
-                if stopped:
-                    passes = rank < len(here) / self.config.search.reduction_factor
-                    found.append((not passes, -rung, rank, stopped))
-        return [(-rung, stopped) for _, rung, _, stopped in sorted(found, key=lambda entry: entry[:3])]
+    def _waiting(self, trials: list[Trial], rung: int) -> list[Trial]:
+        """Those that were stopped at a rung, and have ended."""
+        return [
+            t for t in trials
+            if self.rows[t.id] and max(self.rows[t.id]) == rung and self.status(t.id) == "stopped"
+            and t.id not in self.alive
+        ]  # fmt: skip
+
+    def _cost(self, rung: int, trials: list[Trial]) -> int:
+        return (self.rung_tokens[rung + 1] - self.rung_tokens[rung]) * len(trials)
+
+    def _go_on(self, rung: int, trials: list[Trial]) -> list[Trial]:
+        for trial in trials:
+            self.run.decide(trial.id, rung, "continue")
+            self.run.event("trial_continued", trial=trial.id, rung=rung)
+        return trials
 
     def _more_seeds(self) -> list[Trial]:
         """Seeds that finalists have not run with: of the best at the last rung, `reduction_factor` for each that is

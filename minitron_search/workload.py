@@ -148,7 +148,7 @@ def proposal_phases(config: Config, trials: int) -> list[Phase]:
 def _passing(scheduler: str, factor: int, rungs: int, rung: int) -> float:
     """The share of all trials that reaches a rung. Hyperband's bracket s stops nobody before rung s, and Tune puts a
     trial in it with a weight of e ** -s."""
-    if scheduler == "asha":
+    if scheduler != "hyperband":
         return 1 / factor**rung
     weights = np.exp(-np.arange(max(rungs - 1, 1)))
     shares = [factor ** -max(0, rung - bracket) for bracket in range(len(weights))]

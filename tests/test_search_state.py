@@ -1,6 +1,7 @@
 """What a search does next, driven without Ray: the trials' rungs are made up, the rulings and the files are real."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,7 +87,7 @@ def table(search: Search) -> list[tuple[str, int]]:
     return sorted((row["trial"], row["rung"]) for row in search.run.rungs())
 
 
-@pytest.mark.parametrize("scheduler", ["asha", "hyperband"])
+@pytest.mark.parametrize("scheduler", ["promotion", "asha", "hyperband"])
 @pytest.mark.parametrize("slots", [1, 3])
 @pytest.mark.parametrize("tokens", ["auto", 900, 2000])
 def test_every_search_ends_within_its_tokens(tmp_path: Path, scheduler: str, slots: int, tokens: Any) -> None:
@@ -104,7 +105,7 @@ def test_every_search_ends_within_its_tokens(tmp_path: Path, scheduler: str, slo
         ), "tokens were left that a stopped trial could have used"
 
 
-@pytest.mark.parametrize("scheduler", ["asha", "hyperband"])
+@pytest.mark.parametrize("scheduler", ["promotion", "asha", "hyperband"])
 @pytest.mark.parametrize("cut", range(1, 24, 3))
 def test_a_search_that_is_cut_off_after_any_rung_goes_on_as_if_it_had_not_been(
     tmp_path: Path, scheduler: str, cut: int
@@ -139,6 +140,23 @@ def test_the_stopped_trial_that_the_present_order_would_pass_goes_first(tmp_path
         return reached[rung].index(value) >= len(reached[rung]) / 2, -rung, value
 
     assert [place(event) for event in order] == sorted(place(event) for event in order)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_promotion_passes_the_best_and_wastes_nothing_on_the_first_to_come(
+    tmp_path: Path, slots: int, seed: int
+) -> None:
+    """8 at the first rung, 4 at the second, 2 at the last: what is spent is successive halving's, and the best of every
+    rung went on, however late it came."""
+    tokens = 8 * 128 + 4 * 128 + 2 * 256
+    search = search_in(tmp_path, asked(trials=20, tokens=tokens, controls=False, sampler="random"))
+    search.settings = replace(search.settings, seed=seed)
+    Driver(search, slots, order=seed).to_the_end()
+    reached = [[t for t in search.trials.values() if rung in search.rows[t.id]] for rung in range(3)]
+    assert [len(of) for of in reached] == [8, 4, 2] and search.committed_tokens() == tokens
+    for rung in (0, 1):
+        assert min(reached[rung], key=lambda trial: loss(trial, rung)) in reached[rung + 1]
 
 
 def test_finalists_run_with_more_seeds_and_the_best_is_of_their_mean(tmp_path: Path) -> None:
