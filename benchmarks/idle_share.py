@@ -4,7 +4,8 @@
 
 The teacher has 1.2M parameters (hidden 128, MLP 384, 6 layers, 258 tokens); students have 0.7M and train on 16 steps of
 1,024 tokens, the better third on 48: about 4 s of one core a trial. The window is from the first trial's start to the
-last one's end; importance, the teacher and Ray's start are before it. Three numbers, since none says it all:
+last one's end, stopped trials that are continued and the winner's controls included; importance, the teacher and Ray's
+start are before it. Three numbers, since none says it all:
 
 1. cores: what the run's own processes, down to the last child, left of the cores' time. On a quiet machine the number
    that counts (bar: under 15%); beside other load too high, as others take the cores. Waiting in a loop counts as busy:
@@ -134,28 +135,43 @@ class Slots(NamedTuple):
     lost: dict[str, float]
 
 
-def slots_of(run: RunDirectory) -> Slots:
-    began, ended = (
-        {e["trial"]: e["time"] for e in run.events() if e["event"] == kind and e["trial"].startswith("search-")}
-        for kind in ("trial_started", "trial_finished")
-    )
-    worked: dict[str, float] = defaultdict(float)
-    for row in run.rungs():
-        worked[row["trial"]] += row["seconds"]
-    first, last = min(began.values()), max(ended.values())
-    count = max(sum(began[o] <= began[t] < ended[o] for o in began) for t in began)
+class Span(NamedTuple):
+    """A trial in its slot, in Unix seconds; a stopped trial that is continued has one more."""
+
+    began: float
+    ended: float
+    worked: float  # seconds of training and scoring, by the trial's own clock
+
+
+def spans_of(run: RunDirectory) -> list[Span]:
+    clock = {(row["trial"], row["rung"]): row["seconds"] for row in run.rungs()}
+    found, began, worked = [], dict[str, float](), dict[str, float]()
+    for event in run.events():
+        trial = event.get("trial", "")
+        if event["event"] == "trial_started":
+            began[trial], worked[trial] = event["time"], 0.0
+        elif event["event"] == "rung_finished":
+            worked[trial] += clock[trial, event["rung"]]
+        elif event["event"] == "trial_finished":
+            found.append(Span(began[trial], event["time"], worked[trial]))
+    return sorted(found)
+
+
+def slots_of(spans: list[Span]) -> Slots:
+    first, last = spans[0].began, max(span.ended for span in spans)
+    count = max(sum(other.began <= span.began < other.ended for other in spans) for span in spans)
     free = [(first, slot) for slot in range(count)]  # since when, for every slot
     lost: dict[str, float] = defaultdict(float)
     fresh, all_train = set(range(count)), first
-    for trial in sorted(began, key=began.__getitem__):
+    for span in spans:
         since, slot = heapq.heappop(free)
-        lost["from a trial's end to the next one's start"] += began[trial] - since
+        lost["from a trial's end to the next one's start"] += span.began - since
         what = "start of a slot's processes, and inside its first trial" if slot in fresh else "inside later trials"
-        lost[what] += ended[trial] - began[trial] - worked[trial]
+        lost[what] += span.ended - span.began - span.worked
         if slot in fresh:
             fresh.remove(slot)
-            all_train = max(all_train, ended[trial] - worked[trial])
-        heapq.heappush(free, (ended[trial], slot))
+            all_train = max(all_train, span.ended - span.worked)
+        heapq.heappush(free, (span.ended, slot))
     lost["after a slot's last trial"] = sum(last - since for since, _ in free)
     return Slots(first, all_train, last, count, dict(lost))
 
@@ -182,11 +198,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def report(run: RunDirectory, sampler: Sampler, launcher: str) -> int:
-    slots = slots_of(run)
+    spans = spans_of(run)
+    slots, trials = slots_of(spans), len(spans)
     cores, wall = os.cpu_count() or 1, slots.ended - slots.began
     used = sampler.used(slots.began, slots.ended)
     everything, train = sum(used.values()), used[TRAINS[launcher]]
-    trials = sum(event["event"] == "trial_finished" for event in run.events())
     print(f"launcher {launcher}: {trials} trials in {wall:.1f} s, {slots.count} at once, on {cores} cores; what trains "
           f"used {train / trials:.1f} s of a core a trial; load average {os.getloadavg()[1]:.1f}")  # fmt: skip
 
