@@ -97,7 +97,7 @@ class Sampler:
         times, kind = process.cpu_times(), "driver" if process == self.root else kind_of(process.cmdline())
         key = process.pid, process.create_time()
         before, seconds = self.spent.get(key, (kind, 0.0))
-        if kind == "IDLE":  # between two calls
+        if kind == "IDLE":  # between two calls, or at its end
             kind = before
         self.spent[key] = kind, times.user + times.system
         used[kind] += times.user + times.system - seconds
@@ -118,6 +118,8 @@ class Sampler:
 
 def kind_of(command: list[str]) -> str:
     """What Ray calls a process, or its program."""
+    if not command:  # it ends
+        return "IDLE"
     if command[0].startswith("ray::"):
         return re.split(r"[.\s(]", command[0].removeprefix("ray::"))[0]
     return next((Path(part).name for part in command if part.endswith(".py")), Path(command[0]).name)
@@ -180,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--launcher", choices=["train", "inline"], default="train")
     parser.add_argument("--trials", type=int, default=64)
-    parser.add_argument("--folder", type=Path, help="kept; default: a temporary one")
+    parser.add_argument("--folder", type=Path, help="a new one, kept; default: a temporary one")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
