@@ -87,7 +87,8 @@ def test_a_corrected_teacher_is_pruned_and_made_once(command: Command) -> None:
 def test_in_parallel_end_to_end(command: Command) -> None:
     output = command.folder / "parallel"
     command.run(output, *INLINE, "--teacher.correction.method", "full", "--teacher.correction.parallel", "true",
-                "--teacher.correction.learning_rate", "1e-2", "--stages", "importance,search")  # fmt: skip
+                "--teacher.correction.learning_rate", "1e-2", "--stages", "importance,search",
+                "--search.controls", "false")  # fmt: skip
     assert {row["arm"] for row in rows(output)} == {"teacher", "search"}
     checkpoint = next((output / "trials").glob("search-*/checkpoint/step-*"))
     assert (checkpoint / "teacher.pt").exists()

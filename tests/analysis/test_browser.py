@@ -37,7 +37,7 @@ def test_every_figure_is_drawn_in_both_schemes(finished: RunDirectory, tmp_path:
     flags = ("--blink-settings=preferredColorScheme=0",) if scheme == "dark" else ()
     dom, console = open_page(write_report(finished), tmp_path, *flags)
     assert console == []
-    assert drawn(dom) == [True] * 15
+    assert drawn(dom) == [True] * 16
     ink = {"light": "rgb(28, 33, 38)", "dark": "rgb(232, 234, 236)"}[scheme]
     assert f"fill: {ink}" in dom
 
@@ -45,7 +45,7 @@ def test_every_figure_is_drawn_in_both_schemes(finished: RunDirectory, tmp_path:
 def test_nothing_of_a_run_is_executed(hostile: RunDirectory, tmp_path: Path):
     page = write_report(hostile)
     dom, console = open_page(page, tmp_path)
-    assert console == [] and drawn(dom) == [True] * 15
+    assert console == [] and drawn(dom) == [True] * 16
 
 
 def test_a_run_that_is_going_draws_what_it_has(going: RunDirectory, tmp_path: Path):

@@ -61,7 +61,7 @@ def read(run: RunDirectory) -> Page:
 def test_a_finished_run_fills_every_card(finished: RunDirectory):
     page = read(finished)
     assert page.titles == TITLES and page.reasons == []
-    assert sum(attributes.get("class") == "plot" for _, attributes in page.tags) == 15
+    assert sum(attributes.get("class") == "plot" for _, attributes in page.tags) == 16
     assert finished.report.stat().st_size < 10_000_000
 
 
