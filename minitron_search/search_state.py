@@ -205,23 +205,27 @@ class Search:
         return []
 
     def _continued(self) -> list[Trial]:
-        """Stopped trials that go on from their checkpoints once all is proposed: first those that the rung's present
-        order would not have stopped, then the best of the highest rung, as far as tokens last."""
+        """Stopped trials that go on from their checkpoints once all is proposed, as far as tokens last: those that the
+        present order of their rung would not have stopped; where there are none, the best of the highest rung."""
         config = self.config.search
         left = (search_tokens(self.config) if config.tokens == "auto" else config.tokens) - self.committed_tokens()
-        stopped = []
-        for rung in range(self.last_rung):
+        passing: list[Trial] = []
+        others: list[tuple[int, list[Trial]]] = []
+        for rung in reversed(range(self.last_rung)):
             here = self._at(rung)
             for rank, trials in enumerate(here):
-                if waiting := self._waiting(trials, rung):
-                    stopped.append((rank >= len(here) / config.reduction_factor, -rung, rank, waiting))
-        found: list[Trial] = []
-        for _, below, _, waiting in sorted(stopped, key=lambda entry: entry[:3]):
-            cost = self._cost(-below, waiting)
-            if cost <= left:
-                left -= cost
-                found += self._go_on(-below, waiting)
-        return found
+                waiting = self._waiting(trials, rung)
+                cost = self._cost(rung, waiting)
+                if not waiting or cost > left:
+                    continue
+                if rank < len(here) / config.reduction_factor:
+                    left -= cost
+                    passing += self._go_on(rung, waiting)
+                else:
+                    others.append((rung, waiting))
+        if passing or not others:  # one after another: what it reaches may make it pass there
+            return passing
+        return self._go_on(*others[0])
 
     def _waiting(self, trials: list[Trial], rung: int) -> list[Trial]:
         """Those that were stopped at a rung, and have ended."""
