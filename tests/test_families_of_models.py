@@ -17,7 +17,8 @@ from tests import tiny
 from tests.runs import Command, events, rows, tiny_configuration
 
 INLINE = ("--search.concurrency", "1", "--resources.launcher", "inline", "--search.trials", "2",
-          "--search.rungs", "128,256", "--retraining.tokens", "256")  # fmt: skip
+          "--search.rungs", "128,256", "--retraining.tokens", "256",
+          "--search.controls", "false")  # fmt: skip
 CORRECTED = ("--teacher.correction.method", "norms", "--teacher.correction.learning_rate", "1e-2")
 
 
@@ -87,8 +88,7 @@ def test_a_corrected_teacher_is_pruned_and_made_once(command: Command) -> None:
 def test_in_parallel_end_to_end(command: Command) -> None:
     output = command.folder / "parallel"
     command.run(output, *INLINE, "--teacher.correction.method", "full", "--teacher.correction.parallel", "true",
-                "--teacher.correction.learning_rate", "1e-2", "--stages", "importance,search",
-                "--search.controls", "false")  # fmt: skip
+                "--teacher.correction.learning_rate", "1e-2", "--stages", "importance,search")  # fmt: skip
     assert {row["arm"] for row in rows(output)} == {"teacher", "search"}
     checkpoint = next((output / "trials").glob("search-*/checkpoint/step-*"))
     assert (checkpoint / "teacher.pt").exists()
