@@ -1,11 +1,10 @@
 """Does the search win? Against random search, NVIDIA's rule and the papers' rule of thumb, at equal total tokens.
 
-    python -m benchmarks.search_proof [--config search_spaces/smollm2-proof.yaml] [--seeds 0 1 2] [--share 0.5]
+    python -m benchmarks.search_proof [--config search_spaces/smollm2-proof.yaml] [--seeds 0 1 2] [--share 0.25]
         [--methods ...] [--work runs/search_proof] [--output docs/results.md]
 
 `retraining.tokens` of the configuration is what every method may spend in all; `--share` of it goes to a search:
-- `tpe`: TPE + rungs;  `random`: random search + the same rungs;  `anchored`: TPE + rungs, the configuration's anchors
-  first;  then the winner is retrained on what is left;
+- `tpe`: TPE + rungs;  `random`: random search + the same rungs;  then the winner is retrained on what is left;
 - `nvidia`: the ten shapes closest to the budget (each without its block of least BI), ranked untrained by LM loss, the
   winner distilled on all the tokens, and on what the searches have left ("the same retraining");
 - `thumb`: the papers' rule of thumb, heads and depth kept, hidden and MLP shrunk: of the shapes closest to the budget
@@ -13,7 +12,7 @@
 - `heads`: the same hidden size, a third of the heads dropped, and their parameters given to the MLP (equal to the last
   parameter), on all the tokens: should heads be kept?
 
-A seed is the sampler's, and the order of the training windows. What is finished is kept in `--work` and not repeated;
+What foretells what is asked of random draws that are all distilled, whatever they are worth untrained. A seed is the sampler's, and the order of the training windows. What is finished is kept in `--work` and not repeated;
 the same command goes on with what is not. Rows are in `search_proof.parquet`; a section goes between two marker
 comments of `--output`.
 """
@@ -57,8 +56,8 @@ CLOSEST = 10  # architectures that NVIDIA's rule scores
 SEARCHES = {
     "tpe": "ours: TPE + rungs",
     "random": "random search + the same rungs",
-    "anchored": "ours, the rule of thumb's shape as an anchor",
 }
+DRAWS = 8  # a seed, that are all distilled to the first rung that trains
 FIXED = {
     "nvidia": "NVIDIA's rule: ten closest to the budget, ranked untrained",
     "thumb": "rule of thumb: heads and depth kept, hidden and MLP shrunk",
@@ -137,12 +136,12 @@ def without_a_third_of_heads(space: SearchSpace, of: Architecture) -> Architectu
 
 def seed_config(config: Config, seed: int, folder: Path, search: str = "tpe") -> Config:
     asked = config.dump()
-    anchors = asked["space"]["anchors"] if search == "anchored" else []
+    # one trial at a time is the same search every time; as many searches at once as there are CPUs
+    how = {**asked["search"], "sampler": "tpe" if search == "tpe" else "random", "concurrency": 1}
+    if search == "draws":
+        how |= {"trials": DRAWS, "tokens": "auto", "rungs": [rung for rung in how["rungs"] if rung]}
     return configuration.parse({
-        **asked, "seed": seed, "output": str(folder), "stages": ["importance", "search"],
-        "space": {**asked["space"], "anchors": anchors},
-        # one trial at a time is the same search every time; as many searches at once as there are CPUs
-        "search": {**asked["search"], "sampler": "random" if search == "random" else "tpe", "concurrency": 1},
+        **asked, "seed": seed, "output": str(folder), "stages": ["importance", "search"], "search": how,
     })  # fmt: skip
 
 
@@ -266,21 +265,20 @@ def architecture_of(run: RunDirectory, trial: str) -> Architecture:
 # What foretells what
 
 
-def proxies(bench: Bench, seeds: list[int]) -> list[tuple[str, dict[str, Any]]]:
-    """How well cheaper orders foretold dearer ones, over the architectures that random search drew (no sampler's taste
-    in them): closeness to the budget and the untrained loss against the first rung, the first rung against the last."""
+def proxies(bench: Bench, folders: list[Path], seed: int) -> list[tuple[str, dict[str, Any]]]:
+    """How well cheaper orders foretold dearer ones, over architectures that nobody chose: closeness to the budget and
+    the untrained loss against the first rung, the first rung against the last."""
     first, closeness, rungs = {}, {}, {}
-    space, shapes = bench.prepare(seeds[0]).space, {}
+    space, shapes = bench.prepare(seed).space, {}
     assert space.budget.params is not None
-    for seed in seeds:
-        run = RunDirectory(bench.work / f"random-{seed}")
+    for run in map(RunDirectory, folders):
         for row in run.read_trials():
             if row["arm"] == "search" and row["status"] != "failed":
                 shapes[row["architecture"]] = architecture_of(run, row["trial"])
                 rungs[row["architecture"], row["rung"]] = row["lm_loss"]
     names = sorted(shapes)
     with cluster.joined():
-        untrained_losses = bench.untrained_losses(seeds[0], [shapes[name] for name in names])
+        untrained_losses = bench.untrained_losses(seed, [shapes[name] for name in names])
     for name in names:
         first[name] = rungs[name, 0]
         closeness[name] = abs(space.measures(shapes[name]).params - space.budget.params.target)
@@ -343,7 +341,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="search_spaces/smollm2-proof.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--share", type=float, default=0.5, help="of all tokens, a search's")
+    parser.add_argument("--share", type=float, default=0.25, help="of all tokens, a search's")
     parser.add_argument("--methods", nargs="+", default=[*FIXED, *SEARCHES], choices=[*FIXED, *SEARCHES])
     parser.add_argument("--work", type=Path, default=Path("runs/search_proof"))
     parser.add_argument("--output", type=Path, default=Path("docs/results.md"))
@@ -356,9 +354,11 @@ def main(arguments: list[str] | None = None) -> None:
     with cluster.joined():
         rows = fixed_rules(bench, chosen.methods, chosen.seeds)
     pairs = [(name, seed) for name in asked for seed in chosen.seeds]
+    beside = [("draws", seed) for seed in chosen.seeds] if pairs else []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        folders = pool.map(lambda pair: bench.search(*pair), pairs)
-        searches = {pair: winner(folder) for pair, folder in zip(pairs, folders, strict=True)}
+        made = pool.map(lambda pair: bench.search(*pair), [*pairs, *beside])
+        folders_of = dict(zip([*pairs, *beside], made, strict=True))
+    searches = {pair: winner(folders_of[pair]) for pair in pairs}
     if searches:
         with cluster.joined():
             jobs = [Job(name, seed, architecture, bench.left)
@@ -368,7 +368,7 @@ def main(arguments: list[str] | None = None) -> None:
     listed = [{**row, "retraining_tokens": row["tokens"]} for row in rows]
     complete = [{name: row.get(name) for name in SCHEMA.names} for row in listed]
     write_table(work / "search_proof.parquet", pa.Table.from_pylist(complete, schema=SCHEMA))
-    orders = proxies(bench, chosen.seeds) if "random" in asked else []
+    orders = proxies(bench, [folders_of["draws", seed] for seed in chosen.seeds], chosen.seeds[0]) if searches else []
     size = len(bench.prepare(chosen.seeds[0]).space)
     about = (f"`python -m benchmarks.search_proof`: {config.teacher.model}, {size:,} "
              f"legal architectures, {len(chosen.seeds)} seeds, at most {bench.all_tokens:,} tokens for each method and "

@@ -293,9 +293,10 @@ class Space(Section):
 
 class Search(Section):
     """objective: a name or several; rungs rank by the first, the others are for the sampler and the Pareto front.
-    scheduler: who may train past a rung, and when. promotion: one that is among the best 1 / reduction_factor there, as
-        soon as it is; until then it waits at its last checkpoint. asha: Ray Tune's, which decides at once and for
-        good, and so passes the first to come. hyperband: the same with a bracket a rung, of which some decide later.
+    rungs: tokens at which trials are compared; the first may be 0, the trim as it is, which costs a score and no training.
+    scheduler: who may train past a rung, and when. halving: the best 1 / reduction_factor of all that came to it, once
+        all have. asha: Ray Tune's, which decides at once and for good, and so waits for nobody and passes the first to
+        come. hyperband: the same with a bracket a rung, of which some decide later.
     tokens: what all proposals may train on together; auto is what successive halving of `trials` takes, which bounds
         only how long stopped trials are continued.
     promote: how many are retrained; not_worse is every one that no paired test tells from the best at the last rung.
@@ -306,9 +307,9 @@ class Search(Section):
     trials: Count = 6
     sampler: Literal["tpe", "random", "grid", "nsga2", "nsga3", "gp"] = "tpe"
     objective: Annotated[str | tuple[str, ...], BeforeValidator(_one_or_several)] = "lm_loss"
-    rungs: Annotated[tuple[Count, ...], BeforeValidator(_listed), Field(min_length=1)] = (4_000, 12_000)
+    rungs: Annotated[tuple[CountOrZero, ...], BeforeValidator(_listed), Field(min_length=1)] = (4_000, 12_000)
     reduction_factor: Annotated[int, BeforeValidator(_number), Field(ge=2)] = 3
-    scheduler: Literal["promotion", "asha", "hyperband"] = "promotion"
+    scheduler: Literal["halving", "asha", "hyperband"] = "halving"
     tokens: AutoCount = "auto"
     concurrency: AutoCount = "auto"
     promote: Literal["not_worse"] | Count = 1
@@ -346,6 +347,8 @@ class Search(Section):
     def _ordered(self) -> "Search":
         if list(self.rungs) != sorted(set(self.rungs)):
             raise ValueError(f"search.rungs: {list(self.rungs)} do not rise; valid: [8K, 32K]")
+        if self.rungs == (0,):
+            raise ValueError("search.rungs: [0] distils no candidate before it is ranked; valid: [0, 8K]")
         if self.promote != "not_worse" and self.promote > self.trials:
             raise ValueError(f"search.promote: {self.promote} of {self.trials} trials; valid: at most {self.trials}")
         return self

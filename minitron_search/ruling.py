@@ -1,5 +1,5 @@
-"""Who may train past a rung, by what is written where the trial reads it: the search's own promotions, Ray Tune's ASHA
-or its Hyperband.
+"""Who may train past a rung, by what is written where the trial reads it: nobody before the whole rung is in (the
+search then continues the best), or whom Ray Tune's ASHA or its Hyperband passes at once.
 
 To Tune every trial goes on until it ends itself: none is ever killed, so a stopped trial has trained exactly as far as
 its last row, and can go on from there.
@@ -58,17 +58,17 @@ class Ruling(ASHAScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         ours: Trial = trial.config["trial"]
         rung = result["rung"]
-        if rung < self.search.last_rung and rung not in self.search.run.decisions(ours.id):
-            self.search.run.decide(ours.id, rung, "continue" if self._passes(ours, result) else "stop")
+        if rung < self.search.last_rung and rung not in self.search.decisions[ours.id]:
+            self.search.decide(ours.id, rung, "continue" if self._passes(ours, result) else "stop")
         return TrialScheduler.CONTINUE
 
     def _passes(self, trial: Trial, result: dict[str, Any]) -> bool:
         if self.search.is_extra(trial):
             return True
+        if self.search.config.search.scheduler == "halving":
+            return False
         action = super().on_trial_result(None, _StandIn(trial.id), self._result(result))  # type: ignore[arg-type]
         self.search.record(result)  # it runs, so that what it takes to the next rung is committed
-        if self.search.config.search.scheduler == "promotion":
-            return self.search.passes(trial, result["rung"]) and self.search.affords()
         return action != TrialScheduler.STOP and self.search.affords()
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:

@@ -101,6 +101,11 @@ class RunDirectory:
         self.forecast = self.root / "forecast.json"
         self.report = self.root / "report.html"
         self.scratch = self.root / ".ray"  # what Ray writes of its own; gone when the run ends
+        self._followed: dict[Path, Log] = {}
+        self._rungs: dict[tuple[str, int], dict[str, Any]] = {}
+
+    def __reduce__(self) -> tuple:
+        return RunDirectory, (self.root,)  # what it has read stays where it was read
 
     def trial(self, trial: str) -> Path:
         return self.root / "trials" / trial
@@ -199,12 +204,11 @@ class RunDirectory:
 
     def rungs(self) -> list[dict[str, Any]]:
         """Every finished rung of every trial; a rung that a restarted trial wrote twice counts once."""
-        rows = {}
-        for log in sorted((self.root / "trials").glob("*/metrics.jsonl")):
-            for line in read_lines(log):
+        for log in (self.root / "trials").glob("*/metrics.jsonl"):
+            for line in self._followed.setdefault(log, Log(log)).new():  # each is read once, however often it is asked
                 if line.pop("kind") == "rung":
-                    rows[line["trial"], line["rung"]] = line
-        return list(rows.values())
+                    self._rungs[line["trial"], line["rung"]] = line
+        return [dict(self._rungs[key]) for key in sorted(self._rungs)]
 
     def write_trials(self, statuses: Mapping[str, str], messages: Mapping[str, str] | None = None) -> None:
         """Rebuild `trials.parquet` from the trials' own logs and the search's status of each of its trials.

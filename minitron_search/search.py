@@ -12,6 +12,7 @@ from ray.tune.search import Searcher
 
 from minitron_search.architecture import Architecture
 from minitron_search.evidence import evidence
+from minitron_search.kept_actors import kept_actors
 from minitron_search.launchers import tune_function
 from minitron_search.ruling import ruling
 from minitron_search.run_directory import FINISHED
@@ -44,7 +45,7 @@ def run_search(
         proposals = Proposals(search, first)
         # Tune looks for result files that nobody here writes, and says so for every trial
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
-        tune.Tuner(
+        tuner = tune.Tuner(
             tune.with_resources(tune_function(materials, run, config.resources), resources),
             tune_config=tune.TuneConfig(
                 search_alg=proposals,
@@ -62,7 +63,9 @@ def run_search(
                 callbacks=[Bookkeeping(search, study, progress)],
                 verbose=0,
             ),
-        ).fit()
+        )
+        with kept_actors():
+            tuner.fit()
         free_groups()
         if not proposals.ended:
             raise KeyboardInterrupt  # Tune returns quietly when it is interrupted
@@ -125,7 +128,7 @@ class Bookkeeping(tune.Callback):
         self.search.write_tables()
         self.study.refresh(self.search.observed())
         self.search.run.event("rung_finished", trial=ours.id, rung=row["rung"], tokens=row["tokens"])
-        ruling = self.search.run.decisions(ours.id).get(row["rung"], {}).get("decision", "complete")
+        ruling = self.search.decisions[ours.id].get(row["rung"], "complete")
         self.progress(
             f"{self._place(ours)} rung {row['rung']} at {row['tokens']:,} tokens: LM loss {row['lm_loss']:.3f} "
             f"+- {row['lm_loss_stderr']:.3f}, KL {row['kl']:.3f}, {self._pace(row)} -> {ruling}"
@@ -153,9 +156,11 @@ class Bookkeeping(tune.Callback):
         self.progress(f"{self._place(ours)} failed: {message}")
 
     def _pace(self, row: dict[str, Any]) -> str:
-        """Training speed of all trials together, and the time left at it if ASHA keeps one trial in the factor."""
+        """Training speed of all trials together, and the time left at it in the plain case."""
         before = self.search.rows[row["trial"]].get(row["rung"] - 1, {"tokens": 0})
         self.tokens += row["tokens"] - before["tokens"]
+        if not self.tokens:  # a rung at 0 tokens
+            return "as it is"
         speed = self.tokens / (time.monotonic() - self.began)
         phases = search_phases(self.search.config, self.search.config.search.trials)
         left = max(0, sum(phase.trials * phase.tokens for phase in phases) - sum(

@@ -14,11 +14,11 @@ from minitron_search.config import Config
 from minitron_search.evidence import SIGN, not_worse
 from minitron_search.loop_settings import LoopSettings
 from minitron_search.proposals import Observation, promotable, propose
-from minitron_search.run_directory import TRIALS_SCHEMA, RunDirectory
+from minitron_search.run_directory import TRIALS_SCHEMA, Log, RunDirectory
 from minitron_search.search_space import SearchSpace
 from minitron_search.trial import Trial
 from minitron_search.trial_settings import CONTROLS, counts
-from minitron_search.workload import search_tokens, whole_batches
+from minitron_search.workload import halving, search_tokens, whole_batches
 
 
 class Search:
@@ -30,7 +30,9 @@ class Search:
         self.controls: dict[str, Trial] = {}
         self.rows: dict[str, dict[int, dict[str, Any]]] = {}  # rung -> row, by trial id
         self.failures: dict[str, str] = {}
+        self.decisions: dict[str, dict[int, str]] = {}  # rung -> continue or stop, by trial id
         self.alive: set[str] = set()  # handed out, and not heard the end of
+        self._events = Log(run.events_log)
         self.rung_tokens = [whole_batches(config, tokens) for tokens in settings.milestones]
         self._read()
         self.waiting = [trial for trial in self.everything().values() if self.status(trial.id) == "running"]
@@ -43,11 +45,14 @@ class Search:
         for row in self.run.rungs():
             if row["trial"] in self.rows:
                 self.rows[row["trial"]][row["rung"]] = row
+        for trial in self.everything():
+            ruled = self.run.decisions(trial)
+            self.decisions[trial] = {rung: line["decision"] for rung, line in ruled.items()}
         self.read_failures()
 
     def read_failures(self) -> None:
         """A trial that diverged has said so itself; a retraining, which is no trial of the search, too."""
-        for event in self.run.events():
+        for event in self._events.new():
             if event["event"] == "trial_failed":
                 self.failures[event["trial"]] = event["message"]
             elif event["event"] == "trial_finished" and event["status"] == "complete":
@@ -68,6 +73,7 @@ class Search:
     def add(self, trial: Trial) -> None:
         (self.controls if trial.arm in CONTROLS else self.trials)[trial.id] = trial
         self.rows.setdefault(trial.id, {})
+        self.decisions.setdefault(trial.id, {})
 
     def everything(self) -> dict[str, Trial]:
         return {**self.trials, **self.controls}
@@ -81,8 +87,11 @@ class Search:
             return "failed"
         if self.last_rung in self.rows[trial]:
             return "complete"
-        stopped = any(line["decision"] == "stop" for line in self.run.decisions(trial).values())
-        return "stopped" if stopped else "running"
+        return "stopped" if "stop" in self.decisions[trial].values() else "running"
+
+    def decide(self, trial: str, rung: int, decision: str) -> None:
+        self.run.decide(trial, rung, decision)
+        self.decisions[trial][rung] = decision
 
     # What was measured
 
@@ -142,8 +151,6 @@ class Search:
     def next_trial(self) -> Trial | None:
         """The next trial to start; None while that depends on trials that are running, and when there is none left."""
         if not self.waiting:
-            self.waiting = self._passing()
-        if not self.waiting:
             proposed = self._proposed()
             self.waiting = [proposed] if proposed else []
         if not self.waiting and not self.alive:
@@ -163,65 +170,40 @@ class Search:
             if done < seeds:  # the same architecture with its next seed
                 return self.make(last.architecture, last.proposal, self.config.seed + done)
         proposed = len({trial.proposal for trial in self.trials.values()})
-        if proposed >= self.config.search.trials or not self._affords_proposal(proposed + 1):
+        most = halving(self.config, self.config.search.trials)[0]
+        if proposed >= most or not self.affords(self.rung_tokens[0]):
             return None
         architecture = propose(
             self.space, self.observed(), sampler=self.config.search.sampler, seed=self.config.seed
         )  # fmt: skip
         return self.make(architecture, proposed, self.config.seed) if architecture else None
 
-    def _affords_proposal(self, number: int) -> bool:
-        """Whether `search.tokens` has what one more takes, and what successive halving of `number` would take: without
-        that reserve, proposals would use up what the best of them are to go on with."""
-        factor, tokens, seeds = self.config.search.reduction_factor, self.rung_tokens, self.config.search.seeds
-        steps = [after - before for before, after in zip([0, *tokens], tokens, strict=False)]
-        halving = seeds * sum(max(1, number // factor**rung) * step for rung, step in enumerate(steps))
-        asked = self.config.search.tokens
-        return self.affords(tokens[0]) and (asked == "auto" or halving <= asked)
-
-    def passes(self, trial: Trial, rung: int) -> bool:
-        """Whether it is among the best 1 / `reduction_factor` of all that have reached a rung: asynchronous successive
-        halving as it was published (arXiv:1810.05934, algorithm 2), where nobody passes before there are that many."""
-        return any(trial in trials for trials in self._best_of(rung))
-
-    def _best_of(self, rung: int) -> list[list[Trial]]:
-        here = self._at(rung)
-        return here[: len(here) // self.config.search.reduction_factor]
-
     def _at(self, rung: int) -> list[list[Trial]]:
-        """The trials of every architecture that reached a rung, best first."""
-        here = [trials for trials in self.by_proposal().values() if any(rung in self.rows[t.id] for t in trials)]
+        """The trials of every architecture that reached a rung and has not failed, best first, by the seeds that every
+        architecture runs with."""
+        first = [[t for t in trials if not self.is_extra(t)] for trials in self.by_proposal().values()]
+        sound = [[t for t in trials if self.status(t.id) != "failed"] for trials in first]
+        here = [trials for trials in sound if any(rung in self.rows[t.id] for t in trials)]
         return sorted(here, key=lambda trials: self.mean_objective(trials, rung))
 
-    def _passing(self) -> list[Trial]:
-        """With scheduler promotion, the trials of one architecture that waited at a rung, and by now pass it."""
-        if self.config.search.scheduler != "promotion":
-            return []
-        for rung in reversed(range(self.last_rung)):
-            for trials in self._best_of(rung):
-                waiting = self._waiting(trials, rung)
-                if waiting and self.affords(self._cost(rung, waiting)):
-                    return self._go_on(rung, waiting)
-        return []
-
     def _continued(self) -> list[Trial]:
-        """Stopped trials that go on from their checkpoints once all is proposed, as far as tokens last: those that the
-        present order of their rung would not have stopped; where there are none, the best of the highest rung."""
-        config = self.config.search
-        left = (search_tokens(self.config) if config.tokens == "auto" else config.tokens) - self.committed_tokens()
+        """Stopped trials that go on from their checkpoints once all is proposed: those that successive halving passes
+        by the order of their rung, where a failed trial's place is the next one's; then, as far as tokens last, the best
+        of the highest rung, one after another."""
+        asked = self.config.search
+        left = (search_tokens(self.config) if asked.tokens == "auto" else asked.tokens) - self.committed_tokens()
+        at_any_cost = asked.scheduler == "halving" and asked.tokens == "auto"  # more than planned only where one failed
         passing: list[Trial] = []
         others: list[tuple[int, list[Trial]]] = []
+        numbers = halving(self.config, len(self.by_proposal()))
         for rung in reversed(range(self.last_rung)):
-            here = self._at(rung)
-            for rank, trials in enumerate(here):
+            for rank, trials in enumerate(self._at(rung)):
                 waiting = self._waiting(trials, rung)
                 cost = self._cost(rung, waiting)
-                if not waiting or cost > left:
-                    continue
-                if rank < len(here) / config.reduction_factor:
+                if waiting and rank < numbers[rung + 1] and (cost <= left or at_any_cost):
                     left -= cost
                     passing += self._go_on(rung, waiting)
-                else:
+                elif waiting and cost <= left:
                     others.append((rung, waiting))
         if passing or not others:  # one after another: what it reaches may make it pass there
             return passing
@@ -240,7 +222,7 @@ class Search:
 
     def _go_on(self, rung: int, trials: list[Trial]) -> list[Trial]:
         for trial in trials:
-            self.run.decide(trial.id, rung, "continue")
+            self.decide(trial.id, rung, "continue")
             self.run.event("trial_continued", trial=trial.id, rung=rung)
         return trials
 

@@ -70,7 +70,8 @@ def run_trial(
     """Trim, distil to each milestone; there score and log the row. Returns the student.
 
     With `decided` the search says at every rung but the last whether to go on. A trial that was cut off goes on
-    from its last checkpoint; a rung that is already in its log is not computed again.
+    from its last checkpoint; a rung that is already in its log is not computed again. A rung at 0 tokens comes before
+    the teacher and the optimizer: most trials end there.
     """
     run, settings = materials.run, trial.settings
     assert settings.threads is not None
@@ -80,9 +81,6 @@ def run_trial(
     resume = checkpoints.latest_checkpoint(folder)
     if world_size > 1:
         logged, resume = parallel.agreed((logged, resume))
-    student, shards = initial_student(materials, trial), settings.shards(world_size)
-    if not shards:  # else its layers move one by one
-        student = on_device(student)
     began = time.monotonic()
 
     def reached(milestone: Milestone) -> bool:
@@ -113,11 +111,20 @@ def run_trial(
                 )  # fmt: skip
                 run.log_rung(trial.id, row)
                 checkpoints.keep_newest(folder)
+            logged.add(rung)
         last = rung == len(settings.milestones) - 1
         go_on = last or not decided or wait_for_decision(run, trial.id, rung)
         began = time.monotonic()
         return go_on
 
+    if settings.milestones[0] == 0 and resume is None and not method_of(trial.initialization):
+        as_it_is = on_device(initial_student(materials, trial, trains=False)).eval()
+        if not reached(Milestone(0, 0, 0, as_it_is, lambda folder: None)) or settings.total_tokens == 0:
+            return as_it_is
+        del as_it_is
+    student, shards = initial_student(materials, trial), settings.shards(world_size)
+    if not shards:  # else its layers move one by one
+        student = on_device(student)
     distillation.train(
         student,
         materials.train,
@@ -150,9 +157,9 @@ def wait_for_decision(run: RunDirectory, trial: str, rung: int) -> bool:
     return run.decisions(trial)[rung]["decision"] == "continue"
 
 
-def initial_student(materials: Materials, trial: Trial) -> PreTrainedModel:
+def initial_student(materials: Materials, trial: Trial, *, trains: bool = True) -> PreTrainedModel:
     """Figure 6's starting points: pruned by importance, pruned at random, or random weights. A trial that corrects the
-    teacher starts with the teacher itself."""
+    teacher starts with the teacher itself. One that does not train is not to be written to."""
     if method := method_of(trial.initialization):
         return trainable(float32_of(materials.teacher_folder), method, trial.seed)
     if trial.initialization == "random":
@@ -161,7 +168,7 @@ def initial_student(materials: Materials, trial: Trial) -> PreTrainedModel:
     rankings = None
     if trial.initialization == "random_pruned":
         rankings = Rankings.random(AutoConfig.from_pretrained(materials.teacher_folder), trial.seed)
-    elif trial.settings.total_tokens == 0 and is_float32(materials.teacher_folder):  # scored as it is
+    elif not trains and is_float32(materials.teacher_folder):
         return as_views(materials.teacher_folder, trial.architecture)
     return trim(materials.teacher_folder, trial.architecture, rankings)
 

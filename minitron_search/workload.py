@@ -136,20 +136,48 @@ def search_phases(config: Config, trials: int) -> list[Phase]:
 def proposal_phases(config: Config, trials: int) -> list[Phase]:
     """Of what is proposed, with one seed or several: a phase a rung. Where `search.tokens` is given, as many trials as
     it allows."""
-    asked, total = config.search, trials * config.search.seeds
-    steps = np.diff([0, *(whole_batches(config, rung) for rung in asked.rungs)]).tolist()
-    passing = [_passing(asked.scheduler, asked.reduction_factor, len(steps), rung) for rung in range(len(steps))]
-    counts = np.ceil(total * np.array(passing))
-    if asked.tokens != "auto":  # what is not spent on proposals continues those that were stopped
-        counts = np.minimum(total, np.ceil(counts * min(1, asked.tokens / (counts * steps).sum())))
-    return [Phase(int(count), step, 1) for count, step in zip(counts, steps, strict=True)]
+    asked, steps = config.search, rung_steps(config)
+    if asked.scheduler == "hyperband":
+        passing = [_hyperband(asked.reduction_factor, len(steps), rung) for rung in range(len(steps))]
+        counts = np.ceil(trials * np.array(passing))
+        if asked.tokens != "auto":  # what is not spent on proposals continues those that were stopped
+            share = asked.tokens / (asked.seeds * (counts * steps).sum())
+            counts = np.minimum(trials, np.ceil(counts * min(1, share)))
+    else:  # ASHA passes a few more
+        counts = np.array(halving(config, trials))
+        left = 0 if asked.tokens == "auto" else asked.tokens // asked.seeds - int((counts * steps).sum())
+        for rung in reversed(range(1, len(steps))):  # the best of the highest rung go on with what is left
+            more = min(left // steps[rung], counts[rung - 1] - counts[rung])
+            counts[rung] += more
+            left -= more * steps[rung]
+    return [Phase(asked.seeds * int(count), step, 1) for count, step in zip(counts, steps, strict=True)]
 
 
-def _passing(scheduler: str, factor: int, rungs: int, rung: int) -> float:
-    """The share of all trials that reaches a rung. Hyperband's bracket s stops nobody before rung s, and Tune puts a
-    trial in it with a weight of e ** -s."""
-    if scheduler != "hyperband":
-        return 1 / factor**rung
+def halving(config: Config, proposals: int) -> list[int]:
+    """Architectures at every rung of successive halving (Jamieson & Talwalkar 2016, algorithm 1): of `proposals` the
+    best 1 / `reduction_factor` of each rung go on, at least one; where `search.tokens` is given, no more than leave
+    every later rung its share. A first rung at 0 tokens takes all proposals, whatever the tokens."""
+    asked, steps = config.search, rung_steps(config)
+    factor, tokens = asked.reduction_factor, math.inf if asked.tokens == "auto" else asked.tokens
+
+    def counts(first: int) -> list[int]:
+        return [max(1, first // factor**rung) for rung in range(len(steps))]
+
+    def cost(counts: list[int]) -> int:
+        return asked.seeds * sum(count * step for count, step in zip(counts, steps, strict=True))
+
+    widest = next((n for n in range(proposals, 1, -1) if cost(counts(n)) <= tokens), 1)
+    return [proposals if steps[0] == 0 else widest, *counts(widest)[1:]]
+
+
+def rung_steps(config: Config) -> list[int]:
+    """Tokens of a trial from each rung to the next."""
+    return np.diff([0, *(whole_batches(config, rung) for rung in config.search.rungs)]).tolist()
+
+
+def _hyperband(factor: int, rungs: int, rung: int) -> float:
+    """The share of all trials that reaches a rung: bracket s stops nobody before rung s, and Tune puts a trial in it
+    with a weight of e ** -s."""
     weights = np.exp(-np.arange(max(rungs - 1, 1)))
     shares = [factor ** -max(0, rung - bracket) for bracket in range(len(weights))]
     return float(np.dot(weights / weights.sum(), shares))

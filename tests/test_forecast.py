@@ -133,7 +133,7 @@ def test_rungs_pass_one_trial_in_the_reduction_factor_and_a_small_space_has_no_m
     config = config_of(search={"trials": 6, "rungs": [100, 300], "reduction_factor": 3, "seeds": 2})
     assert [tuple(phase) for phase in search_phases(config, 6)] == [(12, 128, 1), (4, 256, 1)]
     assert search_tokens(config) == 12 * 128 + 4 * 256
-    assert workload.workload(costs_of(config))["search"].tokens == 2 * 128 + 1 * 256, "one architecture, two seeds"
+    assert workload.workload(costs_of(config))["search"].tokens == 2 * 384, "one architecture, two seeds"
     assert [whole_batches(config, tokens) for tokens in (1, 128, 129)] == [128, 128, 256]
 
 
@@ -148,7 +148,12 @@ def test_finalists_seeds_controls_hyperband_and_a_cap_are_forecast() -> None:
     three = {**asked, "rungs": [100, 300, 600]}
     plain, hyperband = (search_tokens(config_of(search={**three, "scheduler": name})) for name in ("asha", "hyperband"))
     assert plain < hyperband < 6 * 640
-    assert 500 <= search_tokens(config_of(search={**asked, "tokens": 500})) < plain
+    assert plain == 6 * 128 + 2 * 256 + 256
+    for tokens, spent in [(500, 128 + 256), (700, 3 * 128 + 256), (900, 5 * 128 + 256), (1200, 5 * 128 + 2 * 256)]:
+        assert search_tokens(config_of(search={**asked, "tokens": tokens})) == spent
+    as_it_is = {**asked, "rungs": [0, 300]}
+    assert [tuple(phase) for phase in search_phases(config_of(search=as_it_is), 6)] == [(6, 0, 1), (2, 384, 1)]
+    assert search_tokens(config_of(search={**as_it_is, "tokens": 500})) == 384
 
 
 def test_time_is_work_over_speed_and_start_up() -> None:

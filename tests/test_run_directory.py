@@ -130,9 +130,21 @@ def test_a_line_cut_short_by_a_kill_is_left_out_and_spoils_no_other(run: RunDire
     second = log.read_bytes()[len(whole) :]
     for cut in range(0, len(second), 7):  # wherever it is cut
         log.write_bytes(whole + second[:cut])
-        assert len(run.rungs()) == 1
-        run.log_rung("a", row("a", 2))
-        assert [line["rung"] for line in run.rungs()] == [0, 2], cut
+        after = RunDirectory(run.root)
+        assert len(after.rungs()) == 1
+        after.log_rung("a", row("a", 2))
+        assert [line["rung"] for line in after.rungs()] == [0, 2], cut
+
+
+def test_a_row_is_seen_when_it_is_written(run: RunDirectory) -> None:
+    for rung in range(3):
+        run.log_step("b", step=rung)
+        run.log_rung("a", row("a", rung))
+        run.log_rung("b", row("b", rung))
+        rows = run.rungs()
+        assert [(line["trial"], line["rung"]) for line in rows] == [(t, r) for t in "ab" for r in range(rung + 1)]
+        rows[0]["lm_loss"] = 0.0  # the caller's own copy
+        assert run.rungs()[0]["lm_loss"] != 0.0
 
 
 def test_events_have_their_time_in_order(run: RunDirectory) -> None:

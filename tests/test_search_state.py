@@ -87,7 +87,7 @@ def table(search: Search) -> list[tuple[str, int]]:
     return sorted((row["trial"], row["rung"]) for row in search.run.rungs())
 
 
-@pytest.mark.parametrize("scheduler", ["promotion", "asha", "hyperband"])
+@pytest.mark.parametrize("scheduler", ["halving", "asha", "hyperband"])
 @pytest.mark.parametrize("slots", [1, 3])
 @pytest.mark.parametrize("tokens", ["auto", 900, 2000])
 def test_every_search_ends_within_its_tokens(tmp_path: Path, scheduler: str, slots: int, tokens: Any) -> None:
@@ -105,7 +105,7 @@ def test_every_search_ends_within_its_tokens(tmp_path: Path, scheduler: str, slo
         ), "tokens were left that a stopped trial could have used"
 
 
-@pytest.mark.parametrize("scheduler", ["promotion", "asha", "hyperband"])
+@pytest.mark.parametrize("scheduler", ["halving", "asha", "hyperband"])
 @pytest.mark.parametrize("cut", range(1, 24, 3))
 def test_a_search_that_is_cut_off_after_any_rung_goes_on_as_if_it_had_not_been(
     tmp_path: Path, scheduler: str, cut: int
@@ -127,7 +127,7 @@ def test_a_stopped_trial_goes_on_from_where_it_stopped_when_tokens_are_left(tmp_
     assert sorted(rungs) == sorted([0, 1, 2] * 4)
 
 
-@pytest.mark.parametrize("scheduler", ["promotion", "asha"])
+@pytest.mark.parametrize("scheduler", ["halving", "asha"])
 def test_left_tokens_go_first_to_those_that_pass_by_the_present_order(tmp_path: Path, scheduler: str) -> None:
     search = search_in(tmp_path, asked(trials=6, tokens=6 * 512, scheduler=scheduler, controls=False))
     driver, at_the_end = Driver(search), 0
@@ -152,19 +152,47 @@ def test_left_tokens_go_first_to_those_that_pass_by_the_present_order(tmp_path: 
 
 @pytest.mark.parametrize("slots", [1, 3])
 @pytest.mark.parametrize("seed", range(4))
-def test_promotion_passes_the_best_and_wastes_nothing_on_the_first_to_come(
-    tmp_path: Path, slots: int, seed: int
+@pytest.mark.parametrize("rungs, tokens, reached", [
+    ([128, 256, 512], 8 * 128 + 4 * 128 + 2 * 256, [8, 4, 2]),
+    ([128, 256, 512], "auto", [20, 10, 5]),
+    ([0, 128, 512], "auto", [20, 10, 5]),
+    ([0, 128, 512], 4 * 128 + 2 * 384, [20, 4, 2]),  # what is looked at as it is costs nothing
+    ([0, 128, 512], 512, [20, 1, 1]),
+])  # fmt: skip
+def test_halving_passes_the_best_of_a_whole_rung(
+    tmp_path: Path, slots: int, seed: int, rungs: list[int], tokens: Any, reached: list[int]
 ) -> None:
-    """8 at the first rung, 4 at the second, 2 at the last: what is spent is successive halving's, and the best of every
-    rung went on, however late it came."""
-    tokens = 8 * 128 + 4 * 128 + 2 * 256
-    search = search_in(tmp_path, asked(trials=20, tokens=tokens, controls=False, sampler="random"))
+    search = search_in(tmp_path, asked(trials=20, rungs=rungs, tokens=tokens, controls=False, sampler="random"))
     search.settings = replace(search.settings, seed=seed)
     Driver(search, slots, order=seed).to_the_end()
-    reached = [[t for t in search.trials.values() if rung in search.rows[t.id]] for rung in range(3)]
-    assert [len(of) for of in reached] == [8, 4, 2] and search.committed_tokens() == tokens
+    found = [[t for t in search.trials.values() if rung in search.rows[t.id]] for rung in range(3)]
+    assert [len(of) for of in found] == reached
+    if tokens != "auto":
+        assert search.committed_tokens() == tokens
     for rung in (0, 1):
-        assert min(reached[rung], key=lambda trial: loss(trial, rung)) in reached[rung + 1]
+        best = sorted(found[rung], key=lambda trial: loss(trial, rung))[: reached[rung + 1]]
+        assert {trial.id for trial in best} == {trial.id for trial in found[rung + 1]}
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_the_order_of_a_rung_is_the_same_however_many_run_at_once(tmp_path: Path, slots: int) -> None:
+    config = asked(trials=12, rungs=[0, 128, 512], sampler="random", controls=False)
+    alone = Driver(search_in(tmp_path / "alone", config)).to_the_end()
+    assert Driver(search_in(tmp_path / "beside", config), slots, order=slots).to_the_end() == alone
+
+
+def test_the_place_of_one_that_failed_is_the_next_ones(tmp_path: Path) -> None:
+    search = search_in(tmp_path, asked(trials=6, rungs=[0, 128, 512], controls=False))
+    driver = Driver(search)
+    while sum(1 in rows for rows in search.rows.values()) < 1:
+        driver.step()
+    first = next(trial for trial, rows in search.rows.items() if 1 in rows)
+    search.run.event("trial_failed", trial=first, message="diverged")
+    search.read_failures()
+    driver.to_the_end()
+    order = sorted(search.trials, key=lambda trial: loss(search.trials[trial], 0))
+    assert order[0] == first and search.status(first) == "failed"
+    assert {trial for trial, rows in search.rows.items() if 1 in rows} == set(order[:4])
 
 
 def test_finalists_run_with_more_seeds_and_the_best_is_of_their_mean(tmp_path: Path) -> None:
@@ -237,6 +265,8 @@ def test_a_search_whose_trials_all_failed_has_nothing_to_promote(tmp_path: Path)
 @pytest.mark.parametrize("given, message", [
     ({"tokens": 100}, "search.tokens: 100"),
     ({"promote": 0}, "search.promote"),
+    ({"rungs": [0]}, "search.rungs"),
+    ({"rungs": [0, 0]}, "search.rungs"),
     ({"scheduler": "median"}, "search.scheduler"),
     ({"promote": "all"}, "search.promote"),
 ])  # fmt: skip

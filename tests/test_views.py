@@ -118,18 +118,18 @@ def test_a_trial_that_does_not_train_is_scored_on_views_of_a_float32_teacher(
     architecture = Architecture(16, 13, 4, 2, (0, 1, 3))
     own = trim(made.teacher_folder, architecture)
 
-    def held(settings: LoopSettings, initialization: str = "pruned") -> bool:
+    def held(trains: bool, initialization: str = "pruned") -> bool:
         """Whether its weights are in the teacher's mapped file."""
-        student = initial_student(made, trial(architecture, settings, initialization))
+        student = initial_student(made, trial(architecture, SETTINGS, initialization), trains=trains)
         parts = list(zip(student.parameters(), own.parameters(), strict=True))
         assert initialization != "pruned" or all(torch.equal(part, expected) for part, expected in parts)
         assert all(part.dtype == torch.float32 for part, _ in parts)
         return all(any(part.data_ptr() in where for where in mapped(made.teacher_folder)) for part, _ in parts)
 
-    assert held(untrained(SETTINGS)) == (stored == "float32")
-    assert not held(SETTINGS)
+    assert held(trains=False) == (stored == "float32")
+    assert not held(trains=True)
     for other in ("random", "random_pruned"):
-        assert not held(untrained(SETTINGS), other)
+        assert not held(trains=False, initialization=other)
 
 
 def rungs(run: RunDirectory, trial: str) -> list[dict[str, Any]]:
@@ -153,3 +153,35 @@ def test_a_trial_scored_on_views_has_the_scores_of_the_trimmed_student(
     for key in ("lm_loss", "kl", "winogrande_margin"):
         assert on_views[key] == pytest.approx(of_trim[key], rel=1e-5)
     assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("initialization", ["pruned", "random", "random_pruned"])
+def test_a_rung_at_0_tokens_is_the_trim_as_it_is_and_changes_nothing_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, initialization: str
+) -> None:
+    monkeypatch.setenv("MINITRON_SEARCH_CACHE", str(tmp_path / "cache"))
+    made = materials(tmp_path)
+    shape, scores = Architecture(16, 13, 4, 2, (0, 1, 3)), ("lm_loss", "kl", "winogrande_margin")
+
+    def run(arm: str, milestones: tuple[int, ...], decided: bool = False) -> list[dict[str, Any]]:
+        settings = replace(SETTINGS, milestones=milestones, total_tokens=milestones[-1])
+        asked = replace(trial(shape, settings, initialization), arm=arm)
+        run_trial(made, asked, decided=decided)
+        return rungs(made.run, asked.id)
+
+    (as_it_is,) = run("untrained", (0,))
+    plain = run("plain", (64, 128))
+    first, *later = run("with", (0, 64, 128))
+    assert (first["tokens"], first["rung"]) == (0, 0) and [row["tokens"] for row in later] == [64, 128]
+    assert [first[name] for name in scores] == [as_it_is[name] for name in scores]
+    assert [[row[name] for name in scores] for row in later] == [[row[name] for name in scores] for row in plain]
+
+    name = replace(trial(shape, SETTINGS, initialization), arm="stopped").id
+    made.run.decide(name, 0, "stop")
+    assert len(run("stopped", (0, 64, 128), decided=True)) == 1
+    assert not made.run.checkpoint(name).exists(), "nothing to go on from but the teacher"
+    made.run.decide(name, 0, "continue")
+    made.run.decide(name, 1, "continue")
+    assert [[row[s] for s in scores] for row in run("stopped", (0, 64, 128), decided=True)[1:]] == [
+        [row[s] for s in scores] for row in plain
+    ]

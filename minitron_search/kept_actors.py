@@ -1,0 +1,27 @@
+"""Tune's cache of idle actors, made to keep them all: between two rungs every trial has ended for a moment, and Tune then
+ends all actors but one, each with its worker group, which takes 16 s to start again."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest.mock import patch
+
+from ray.tune.execution import tune_controller
+from ray.tune.utils.object_cache import _ObjectCache
+
+
+class KeptActors(_ObjectCache):
+    """No more than Tune started, which is no more than run at once."""
+
+    def cache_object(self, key: Any, obj: Any) -> bool:
+        self._cached_objects[key].append(obj)
+        self._num_cached_objects += 1
+        return True
+
+    def flush_cached_objects(self, force_all: bool = False) -> Iterator[Any]:
+        return iter(super().flush_cached_objects(force_all=True) if force_all else ())
+
+
+def kept_actors() -> AbstractContextManager:
+    """While a Tuner fits in this process."""
+    return patch.object(tune_controller, "_ObjectCache", KeptActors)
