@@ -12,9 +12,10 @@
 - `heads`: the same hidden size, a third of the heads dropped, and their parameters given to the MLP (equal to the last
   parameter), on all the tokens: should heads be kept?
 
-What foretells what is asked of random draws that are all distilled, whatever they are worth untrained. A seed is the sampler's, and the order of the training windows. What is finished is kept in `--work` and not repeated;
-the same command goes on with what is not. Rows are in `search_proof.parquet`; a section goes between two marker
-comments of `--output`.
+What foretells what is asked of random draws that are all distilled, whatever they are worth untrained. A seed is the
+sampler's, and the order of the training windows. What is finished is kept in `--work` and not repeated; the same
+command goes on with what is not. Rows are in `search_proof.parquet`; a section goes between two marker comments of
+`--output`.
 """
 
 import argparse

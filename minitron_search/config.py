@@ -293,7 +293,7 @@ class Space(Section):
 
 class Search(Section):
     """objective: a name or several; rungs rank by the first, the others are for the sampler and the Pareto front.
-    rungs: tokens at which trials are compared; the first may be 0, the trim as it is, which costs a score and no training.
+    rungs: tokens at which trials are compared; the first may be 0, the trim as it is: a score, and no training.
     scheduler: who may train past a rung, and when. halving: the best 1 / reduction_factor of all that came to it, once
         all have. asha: Ray Tune's, which decides at once and for good, and so waits for nobody and passes the first to
         come. hyperband: the same with a bracket a rung, of which some decide later.
@@ -304,10 +304,10 @@ class Search(Section):
     controls: whether the winner's shape is also trained pruned at random and from random weights, to the last rung.
     """
 
-    trials: Count = 6
+    trials: Count = 18
     sampler: Literal["tpe", "random", "grid", "nsga2", "nsga3", "gp"] = "tpe"
     objective: Annotated[str | tuple[str, ...], BeforeValidator(_one_or_several)] = "lm_loss"
-    rungs: Annotated[tuple[CountOrZero, ...], BeforeValidator(_listed), Field(min_length=1)] = (4_000, 12_000)
+    rungs: Annotated[tuple[CountOrZero, ...], BeforeValidator(_listed), Field(min_length=1)] = (0, 4_000, 12_000)
     reduction_factor: Annotated[int, BeforeValidator(_number), Field(ge=2)] = 3
     scheduler: Literal["halving", "asha", "hyperband"] = "halving"
     tokens: AutoCount = "auto"
@@ -510,10 +510,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _a_trial_reaches_the_last_rung(self) -> "Config":
+    def _a_trial_reaches_every_rung(self) -> "Config":
         length, asked = self.corpus.sequence_length, self.search.tokens
         batch = math.ceil(self.distillation.batch_tokens / length) * length
-        least = math.ceil(self.search.rungs[-1] / batch) * batch
+        reached = [math.ceil(rung / batch) * batch for rung in self.search.rungs]
+        if len(set(reached)) < len(reached):
+            raise ValueError(f"search.rungs: {list(self.search.rungs)} are {reached} tokens in whole batches of "
+                             f"{batch}; valid: {list(dict.fromkeys(reached))}, or a smaller "
+                             "distillation.batch_tokens")  # fmt: skip
+        least = reached[-1]
         if asked != "auto" and asked < least:
             raise ValueError(f"search.tokens: {asked} for all trials, of which one alone takes {least}, in whole "
                              f"batches, to the last rung; valid: at least {least}, or auto")  # fmt: skip

@@ -1,5 +1,5 @@
-"""Tune's cache of idle actors, made to keep them all: between two rungs every trial has ended for a moment, and Tune then
-ends all actors but one, each with its worker group, which takes 16 s to start again."""
+"""Tune's cache of idle actors, made to keep them all: between two rungs every trial has ended for a moment, and Tune
+then ends all actors but one, each with its worker group, which takes 16 s to start again."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager

@@ -293,9 +293,10 @@ def _check_compiler() -> None:
 
 def _check_disk(config: Config, space: SearchSpace) -> None:
     largest = max(space.measures(architecture).params for architecture in space.smallest_and_largest())
-    first, *later = search_phases(config, config.search.trials)
-    of_last_rung = later[len(config.search.rungs) - 1 :]  # they are new trials; the rungs' are those of the first
-    trials = first.trials + sum(phase.trials for phase in of_last_rung) if "search" in config.stages else 0
+    phases, rungs = search_phases(config, config.search.trials), len(config.search.rungs)
+    first = next(phase for phase in phases if phase.tokens)  # at 0 tokens none has a checkpoint
+    # those beyond the rungs are new trials; the later rungs' are of the first
+    trials = first.trials + sum(phase.trials for phase in phases[rungs:]) if "search" in config.stages else 0
     students = 2 * retrained(config) if "retrain" in config.stages else 0  # their newest checkpoint and best/
     needed = CHECKPOINT_BYTES * largest * (trials + students)
     teacher_bytes = CHECKPOINT_BYTES * space.measures(space.teacher).params

@@ -188,8 +188,8 @@ class Search:
 
     def _continued(self) -> list[Trial]:
         """Stopped trials that go on from their checkpoints once all is proposed: those that successive halving passes
-        by the order of their rung, where a failed trial's place is the next one's; then, as far as tokens last, the best
-        of the highest rung, one after another."""
+        by the order of their rung, where a failed trial's place is the next one's; then, as far as tokens last, the
+        best of the highest rung, one after another."""
         asked = self.config.search
         left = (search_tokens(self.config) if asked.tokens == "auto" else asked.tokens) - self.committed_tokens()
         at_any_cost = asked.scheduler == "halving" and asked.tokens == "auto"  # more than planned only where one failed

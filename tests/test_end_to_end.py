@@ -131,10 +131,13 @@ def test_a_killed_train_process_is_replaced_and_changes_no_number(command: Comma
     output = command.folder / f"killed-{name}"
     process = command.start(output, *ONE, "--stages", "importance,search")
     assert process.stdout is not None
-    killed = False
+    killed, begun = False, set()
     for line in process.stdout:
-        if "rung 0" in line and "continue" in line and not killed:  # its worker trains towards the next rung
-            killed = kill_train_process(name, command.folder)
+        if " starts: " in line:
+            trial = line.split(" starts: ")[0].split()[-1]
+            if trial in begun and not killed:  # its worker trains towards the next rung
+                killed = kill_train_process(name, command.folder)
+            begun.add(trial)
     assert process.wait(timeout=300) == 0 and killed
     ours = [row for row in rows(output) if row["arm"] == "search"]
     expected = [row for row in rows(unbroken) if row["arm"] == "search"]

@@ -107,7 +107,7 @@ def test_killed_trial_then_killed_driver_change_no_number(command: Command, unbr
     """The trial trains itself. The driver dies when TPE proposes: what it proposes on resuming is in the table."""
     output, arguments = command.folder / "inline", (*STAGES, *ONE, *INLINE)
     process = command.start(output, *arguments)
-    finished = kill_in_turn(process, output, lambda driver: in_steps(output, first=False) and kill_child(driver, TRIAL))
+    finished = kill_in_turn(process, output, lambda driver: in_steps(output, first=True) and kill_child(driver, TRIAL))
     sigkill_at(process, f"[5/{TRIALS}")
     command.run(output, *arguments, "--resume")
     assert len(finished) == 1, "no trial was killed"

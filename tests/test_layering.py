@@ -16,7 +16,7 @@ ANALYSIS = sorted((ROOT / "analysis").rglob("*.py"))
 # where work is placed
 RAY = {
     "cluster", "correction_stage", "depth_stage", "forecast_stage", "launchers", "retraining", "ruling", "run",
-    "search", "worker_group",
+    "kept_actors", "search", "worker_group",
 }  # fmt: skip
 # Each layer imports from those before it, and from itself where that makes no cycle.
 LAYERS = (

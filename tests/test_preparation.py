@@ -41,7 +41,8 @@ def good(inputs: Path) -> list[str]:
         "--corpus.validation", str(inputs / "text.txt"), "--corpus.sequence_length", "32",
         "--corpus.calibration_samples", "4", "--corpus.validation_samples", "4",
         "--winogrande.source", str(inputs / "questions.jsonl"), "--space.budget", BUDGET, "--space.axes", AXES,
-        "--search.rungs", "64,128", "--retraining.tokens", "256", "--stages", "importance,search,retrain,report",
+        "--search.rungs", "64,128", "--distillation.batch_tokens", "64", "--retraining.tokens", "256",
+        "--stages", "importance,search,retrain,report",
     ]  # fmt: skip
 
 
@@ -118,7 +119,7 @@ def test_an_axis_above_the_teacher(refused: Refused) -> None:
 
 
 def test_a_window_longer_than_the_teachers_positions(refused: Refused) -> None:
-    said = refused("--corpus.sequence_length", "512")
+    said = refused("--corpus.sequence_length", "512", "--search.rungs", "512,1024")
     assert "corpus.sequence_length: 512" in said and "256" in said
 
 
@@ -256,7 +257,7 @@ def test_a_folder_that_holds_something_else(refused: Refused, here: Path) -> Non
 def test_continuing_with_another_configuration_says_what_differs(refused: Refused, good: list[str]) -> None:
     existing_run(good)
     said = refused("--resume", "--search.trials", "99", "--distillation.temperature", "2")
-    assert "search.trials: 6 there, 99 asked now" in said
+    assert "search.trials: 18 there, 99 asked now" in said
     assert "distillation.temperature: 1.0 there, 2.0 asked now" in said
     assert "search.seeds" not in said
 
