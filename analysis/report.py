@@ -10,6 +10,7 @@ from analysis.cards import make_cards
 from analysis.health import health_info, span
 from analysis.page import page
 from analysis.run_data import RunData, load_run
+from minitron_search.mirror import mirror_of
 from minitron_search.run_directory import RunDirectory, replace_text
 
 
@@ -39,10 +40,15 @@ def facts(run: RunData) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m analysis.report", description="Write RUN_DIR/report.html.")
-    parser.add_argument("run_directory", metavar="RUN_DIR", help="the folder that a run wrote, finished or not")
+    parser.add_argument("run_directory", metavar="RUN_DIR", help="the folder or address of a run, finished or not")
     chosen = parser.parse_args(arguments)
     try:
-        path = write_report(RunDirectory(chosen.run_directory))
+        run = RunDirectory(chosen.run_directory)
+        if mirror := mirror_of(chosen.run_directory, run):
+            mirror.pull()
+        path = write_report(run)
+        if mirror:
+            mirror.push()
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -2,11 +2,14 @@
 
 import logging
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from minitron_search import precision
 from minitron_search.loop_settings import Precision
@@ -56,10 +59,41 @@ def joined() -> Iterator[None]:
         ray.shutdown()
 
 
+class UnfitError(ValueError):
+    """The cluster cannot run what was asked; nothing was written."""
+
+
+def check_shared(folders: Mapping[str, Path]) -> None:
+    """Every node of a cluster of several reads and writes the same files in these folders, by the key that names each.
+
+    Raises UnfitError with the node that does not.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) < 2:
+        return
+    look = ray.remote(num_cpus=0)(os.path.exists)
+    for key, folder in folders.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=".shared-", dir=folder) as marker:
+            seen = {
+                node["NodeManagerHostname"]: look.options(
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                ).remote(marker.name)
+                for node in nodes
+            }
+            blind = [name for name, found in seen.items() if not ray.get(found)]
+        if blind:
+            if not any(folder.iterdir()):
+                folder.rmdir()
+            raise UnfitError(f"{key}: {folder} is on this machine alone: node {blind[0]} of the cluster's {len(nodes)} "
+                             "does not see what is written there; valid: a folder that all nodes share (NFS, EFS, "
+                             "Filestore), mounted at the same path")  # fmt: skip
+
+
 def slots(workers_per_trial: int, cpus_per_worker: int, gpus_per_worker: float) -> int:
     """How many trials of this size the cluster can run at once.
 
-    Raises ValueError when not even one fits.
+    Raises UnfitError when not even one fits.
     """
     have = ray.cluster_resources()
     cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
@@ -67,7 +101,7 @@ def slots(workers_per_trial: int, cpus_per_worker: int, gpus_per_worker: float) 
     if gpus_per_worker:
         fitting = min(fitting, gpus // (workers_per_trial * gpus_per_worker))
     if fitting < 1:
-        raise ValueError(
+        raise UnfitError(
             f"resources: a trial of {workers_per_trial} workers with {cpus_per_worker} CPUs and "
             f"{gpus_per_worker:g} GPUs each does not fit the cluster's {cpus:g} CPUs and {gpus:g} GPUs; "
             "valid: fewer workers_per_trial, cpus_per_worker or gpus_per_worker"

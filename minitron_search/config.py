@@ -22,6 +22,7 @@ STAGES = ("importance", "depth", "search", "retrain", "report")
 MEASURED = ("lm_loss", "kl", "winogrande_margin")
 OF_SHAPE = ("params", "non_embedding_params", "memory_bytes")
 SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")  # of pyarrow's file systems
 
 
 def cache_folder() -> Path:
@@ -494,8 +495,9 @@ class Config(Section):
         if not self.output:
             object.__setattr__(self, "output", f"runs/{self.name}")
         scheme = re.match(r"([a-z0-9]+)://", self.output)
-        if scheme and scheme[1] != "file":
-            raise ValueError(f"output: {self.output!r} is no folder of this machine; valid: runs/{self.name}")
+        if scheme and scheme[1] not in ("file", *SCHEMES):
+            raise ValueError(f"output: {self.output!r}: {scheme[1]} is no file system of pyarrow's; valid: a folder, "
+                             f"as in runs/{self.name}, or {', '.join(f'{name}://' for name in SCHEMES)}...")  # fmt: skip
         return self
 
     @model_validator(mode="after")

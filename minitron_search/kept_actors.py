@@ -1,7 +1,7 @@
 """Tune's cache of idle actors, made to keep them all: between two rungs every trial has ended for a moment, and Tune
 then ends all actors but one, each with its worker group, which takes 16 s to start again."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
@@ -18,8 +18,9 @@ class KeptActors(_ObjectCache):
         self._num_cached_objects += 1
         return True
 
-    def flush_cached_objects(self, force_all: bool = False) -> Iterator[Any]:
-        return iter(super().flush_cached_objects(force_all=True) if force_all else ())
+    def flush_cached_objects(self, force_all: bool = False) -> Generator[Any, None, None]:
+        if force_all:
+            yield from super().flush_cached_objects(force_all=True)
 
 
 def kept_actors() -> AbstractContextManager:

@@ -26,8 +26,9 @@ from minitron_search.depth import in_layers
 from minitron_search.evaluation import check_tasks
 from minitron_search.families import family_of, sizes, weights, whole
 from minitron_search.loop_settings import Precision
+from minitron_search.mirror import mirror_of
 from minitron_search.rotation import rotated_config
-from minitron_search.run_directory import RunDirectory
+from minitron_search.run_directory import RunDirectory, working_folder
 from minitron_search.search_space import SearchSpace
 from minitron_search.teacher import fingerprint, load_tokenizer, teacher_config, teacher_folder
 from minitron_search.teacher_cache import Request, cache_bytes, free_bytes
@@ -109,6 +110,8 @@ def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace]:
 def prepare(config: Config, resume: bool) -> Prepared:
     """All checks and all inputs. Raises ValueError as `check` does, and where text or disk space is too short."""
     teacher, space = check(config, resume)
+    if mirror := mirror_of(config.output, RunDirectory(config.output)):
+        mirror.check_writable()
     examples = load_examples(config.winogrande.source, config.winogrande.limit)
     _check_disk(config, space)
     folder = teacher_folder(config.teacher.model).absolute()
@@ -238,6 +241,12 @@ def _space(config: Config, teacher: PretrainedConfig) -> SearchSpace:
 
 
 def _check_output(run: RunDirectory, config: Config, resume: bool) -> None:
+    if mirror := mirror_of(config.output, run):
+        if resume:
+            mirror.pull()
+        elif mirror.exists():
+            raise ValueError(f"output: {config.output} is not empty; valid: another address, or --resume to continue "
+                             "the run that it holds")  # fmt: skip
     root = run.root.absolute()
     existing = next(path for path in (root, *root.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -304,7 +313,7 @@ def _check_disk(config: Config, space: SearchSpace) -> None:
         needed += teacher_bytes * (trials + students)
     corrected = teacher_bytes if correction_tokens(config) else 0  # its checkpoint while it is made, then itself
     for name, folder, bytes_needed in (
-        ("output", Path(config.output), needed),
+        ("output", working_folder(config.output), needed),
         (
             "MINITRON_SEARCH_CACHE",
             cache_folder(),

@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -39,6 +39,7 @@ from minitron_search.latency_stage import held_here, hold_to_speed  # noqa: E402
 from minitron_search.loop_settings import Precision  # noqa: E402
 from minitron_search.materials import make_materials  # noqa: E402
 from minitron_search.memory import release_memory  # noqa: E402
+from minitron_search.mirror import mirror_of  # noqa: E402
 from minitron_search.preparation import Prepared, check, environment, prepare  # noqa: E402
 from minitron_search.run_directory import RunDirectory  # noqa: E402
 from minitron_search.search import run_search  # noqa: E402
@@ -93,14 +94,17 @@ def main(arguments: list[str] | None = None) -> int:
         return complain(error, 2)
     except KeyboardInterrupt:
         return complain("interrupted before anything was written", 130)
+    mirror = mirror_of(config.output, prepared.run)
     try:
-        run(prepared)
+        with mirror.kept(say) if mirror else nullcontext():
+            run(prepared)
+    except cluster.UnfitError as error:
+        return complain(error, 2)
     except KeyboardInterrupt:
         return complain(
             f"interrupted; every finished row is kept. Continue with --output {config.output} --resume", 130
         )
     except (ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
-        prepared.run.event("run_failed", message=str(error).strip().splitlines()[-1])
         return complain(f"{error}\n{config.output} keeps what is finished; --resume continues it", 1)
     return 0
 
@@ -109,12 +113,36 @@ def run(prepared: Prepared) -> None:
     """The pipeline. Each stage reads what those before it left in the run directory."""
     config, run = prepared.config, prepared.run
     began = time.monotonic()
+    try:
+        stages(prepared)
+    except (ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
+        if run.config.exists():
+            run.event("run_failed", message=str(error).strip().splitlines()[-1])
+        raise
+    shutil.rmtree(run.scratch, ignore_errors=True)
+    run.event("run_finished", seconds=time.monotonic() - began)
+    console.print(summary_table(run))
+    if compared := comparison(run):
+        say(compared)
+    say(f"done in {(time.monotonic() - began) / 60:.1f} minutes: {config.output}")
+
+
+def begin_run(prepared: Prepared) -> None:
+    config, run = prepared.config, prepared.run
     if not run.config.exists():
         run.write_config(config.dump())
     run.event("run_started", stages=list(config.stages))
     shutil.rmtree(run.scratch, ignore_errors=True)  # of a run that was killed
-    if set(config.stages) & {"importance", "depth", "search", "retrain"}:
+
+
+def stages(prepared: Prepared) -> None:
+    config, run = prepared.config, prepared.run
+    if not set(config.stages) & {"importance", "depth", "search", "retrain"}:
+        begin_run(prepared)
+    else:
         with cluster.joined():
+            cluster.check_shared({"output": run.root, "MINITRON_SEARCH_CACHE": configuration.cache_folder()})
+            begin_run(prepared)
             resolved = resolved_precision(config.precision)
             run.write_environment({**environment(prepared), "precision": resolved})
             prepared = hold_to_speed(prepared, resolved)
@@ -136,12 +164,6 @@ def run(prepared: Prepared) -> None:
 
         say("report")
         say(f"report: {write_report(run)}")
-    shutil.rmtree(run.scratch, ignore_errors=True)
-    run.event("run_finished", seconds=time.monotonic() - began)
-    console.print(summary_table(run))
-    if compared := comparison(run):
-        say(compared)
-    say(f"done in {(time.monotonic() - began) / 60:.1f} minutes: {run.root}")
 
 
 def search_and_retrain(prepared: Prepared, resolved: Precision) -> None:

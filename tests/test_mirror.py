@@ -1,0 +1,214 @@
+"""A run in storage: what is there is whole, what was lost here comes back, and nothing that exists is lost."""
+
+import shutil
+import sqlite3
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow.fs import FileSystem
+
+from minitron_search import mirror as module
+from minitron_search.mirror import Mirror
+from minitron_search.run_directory import RunDirectory, is_uri, working_folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(tmp_path / "here")
+
+
+@pytest.fixture
+def there(tmp_path: Path) -> Path:
+    return tmp_path / "there"
+
+
+def mirror(there: Path, run: RunDirectory) -> Mirror:
+    there.mkdir(exist_ok=True)
+    return Mirror(there.as_uri(), run)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """What is in a folder but for marks and what has a dot."""
+    return {
+        str(file.relative_to(root)): file.read_bytes()
+        for file in sorted(root.rglob("*"))
+        if file.is_file() and file.suffix != ".whole" and "/." not in f"/{file.relative_to(root)}"
+    }
+
+
+def fill(run: RunDirectory, step: int = 8) -> None:
+    run.write_config({"seed": 0})
+    run.event("run_started")
+    run.start_trial("a", {"trial": "a"})
+    run.log_step("a", loss=1.0)
+    checkpoint = run.checkpoint("a") / f"step-{step:08d}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "weights").write_bytes(bytes(range(256)) * step)
+    (run.scratch / "groups").mkdir(parents=True, exist_ok=True)
+    (run.scratch / "groups" / "job").write_text("not kept")
+    (run.best() / "sub").mkdir(parents=True, exist_ok=True)
+    (run.best() / "sub" / "config.json").write_text("{}")
+
+
+def test_what_is_here_comes_back_on_an_empty_machine(tmp_path: Path, run: RunDirectory, there: Path) -> None:
+    fill(run)
+    assert not mirror(there, run).exists()
+    mirror(there, run).push()
+    assert contents(there) == contents(run.root) and mirror(there, run).exists()
+    other = RunDirectory(tmp_path / "other machine")
+    mirror(there, other).pull()
+    assert contents(other.root) == contents(run.root)
+    assert not other.scratch.exists()
+
+
+def test_only_what_changed_is_put_there_again(run: RunDirectory, there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(run)
+    kept, put = mirror(there, run), list[str]()
+    original = Mirror._put
+
+    def counted(self: Mirror, file: Path, name: Any) -> None:
+        put.append(str(name))
+        original(self, file, name)
+
+    monkeypatch.setattr(Mirror, "_put", counted)
+    kept.push()
+    assert len(put) == len(contents(run.root))
+    put.clear()
+    kept.push()
+    assert put == []
+    run.event("tick")
+    kept.push()
+    assert put == ["events.jsonl"]
+
+
+def test_a_checkpoint_that_was_replaced_is_gone_there_too(run: RunDirectory, there: Path) -> None:
+    fill(run)
+    kept = mirror(there, run)
+    kept.push()
+    newer = run.checkpoint("a") / "step-00000016"
+    newer.mkdir()
+    (newer / "weights").write_text("new")
+    shutil.rmtree(run.checkpoint("a") / "step-00000008")
+    kept.push()
+    assert contents(there) == contents(run.root)
+    assert [mark.name for mark in there.rglob("trials/a/checkpoint/*.whole")] == ["step-00000016.whole"]
+
+
+def test_a_folder_that_is_not_whole_there_does_not_come_back(tmp_path: Path, run: RunDirectory, there: Path) -> None:
+    fill(run)
+    mirror(there, run).push()
+    (there / "best.whole").unlink()
+    other = RunDirectory(tmp_path / "other")
+    mirror(there, other).pull()
+    assert not other.best().exists() and (other.checkpoint("a") / "step-00000008" / "weights").exists()
+    mirror(there, run).pull()  # here is what wrote it: it is whole, and put there again
+    assert run.best().exists()
+    kept = mirror(there, run)
+    kept.pull()
+    kept.push()
+    assert (there / "best.whole").exists()
+
+
+@pytest.mark.parametrize("ahead", ["here", "there"])
+def test_the_copy_whose_log_of_events_goes_on_from_the_others_is_kept(
+    tmp_path: Path, run: RunDirectory, there: Path, ahead: str
+) -> None:
+    fill(run)
+    mirror(there, run).push()
+    other = RunDirectory(tmp_path / "other")
+    mirror(there, other).pull()
+    (run if ahead == "here" else other).log_step("a", loss=0.5)
+    (run if ahead == "here" else other).event("more")
+    if ahead == "there":  # another machine went on, and put it there
+        mirror(there, other).push()
+    mirror(there, run).pull()
+    assert [event["event"] for event in run.events()] == ["run_started", "more"]
+    assert [line["loss"] for line in run.metrics("a")] == [1.0, 0.5]
+
+
+def test_storage_that_fails_for_a_while_loses_nothing_and_says_so(
+    run: RunDirectory, there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOOK_S", 0.02)
+    monkeypatch.setattr(module, "BACK_OFF_S", (0.02, 0.05))
+    fill(run)
+    kept, said, gone, failed = mirror(there, run), list[str](), threading.Event(), threading.Event()
+    original = Mirror._put
+
+    def put(self: Mirror, file: Path, name: Any) -> None:
+        if gone.is_set():
+            failed.set()
+            raise OSError("no route to storage")
+        original(self, file, name)
+
+    monkeypatch.setattr(Mirror, "_put", put)
+    gone.set()
+    with kept.kept(said.append):
+        assert failed.wait(10)
+        run.event("while it is gone")
+        while not said:
+            pass
+        gone.clear()
+        while len(said) < 2:
+            pass
+    assert contents(there) == contents(run.root)
+    assert said[0] == "storage: no route to storage; everything is kept here, and tried again"
+    assert said[1].startswith("storage: back after")
+    assert {"storage_failed", "storage_back"} <= {event["event"] for event in run.events()}
+
+
+def test_storage_that_never_comes_back_ends_with_where_everything_is(
+    run: RunDirectory, there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(module, "BACK_OFF_S", (0.02, 0.05))
+    fill(run)
+    kept = mirror(there, run)
+
+    def put(self: Mirror, file: Path, name: Any) -> None:
+        raise OSError("no route to storage")
+
+    monkeypatch.setattr(Mirror, "_put", put)
+    with pytest.raises(RuntimeError, match=f"no route to storage.*{run.root}"), kept.kept(lambda said: None):
+        pass
+
+
+def test_a_study_that_is_being_written_is_whole_there(run: RunDirectory, there: Path) -> None:
+    fill(run)
+    with sqlite3.connect(run.study) as study:
+        study.execute("create table t (x)")
+        study.executemany("insert into t values (?)", [(n,) for n in range(100)])
+    open_transaction = sqlite3.connect(run.study)
+    open_transaction.execute("insert into t values (100)")  # not committed
+    mirror(there, run).push()
+    with sqlite3.connect(there / "study.db") as copy:
+        assert copy.execute("select count(*) from t").fetchone() == (100,)
+    assert not list(run.root.glob(".study*"))
+
+
+def test_addresses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MINITRON_SEARCH_CACHE", str(tmp_path))
+    assert not is_uri("runs/a") and not is_uri("file:///runs/a") and is_uri("s3://bucket/a") and is_uri("gs://b/a")
+    one = working_folder("s3://bucket/a?endpoint_override=http%3A//127.0.0.1:1")
+    assert one == working_folder("s3://bucket/a/") and one.parent == tmp_path / "runs" and one.name.startswith("a-")
+    assert one != working_folder("s3://other/a")
+    assert RunDirectory("s3://bucket/a").root == one and RunDirectory("file:///runs/a").root == Path("/runs/a")
+
+
+@pytest.mark.parametrize("uri", ["s3://", "s3:///a", "s3://bucket/run?no_such_option=1"])
+def test_an_address_that_is_none_is_refused_by_name(uri: str, run: RunDirectory) -> None:
+    with pytest.raises(ValueError, match="output: "):
+        Mirror(uri, run).check_writable()
+
+
+def test_storage_that_cannot_be_written_to_is_refused(run: RunDirectory, there: Path, monkeypatch: Any) -> None:
+    kept = mirror(there, run)
+    kept.check_writable()
+    assert not list(there.iterdir())
+    shutil.rmtree(there)
+    there.write_text("a file where a folder should be")
+    with pytest.raises(ValueError, match="cannot be written to"):
+        kept.check_writable()
+    assert isinstance(kept.there, FileSystem)
