@@ -2,12 +2,13 @@
 
     python clusters/aws_account.py --bucket NAME [--region us-west-2] [--ssh-from 203.0.113.7/32]
 
-A bucket (private, encrypted), two security groups, and a role with an instance profile for the head and one for workers,
-of the policies beside this file. With --ssh-from, ssh to the head from that network; without it, through Systems Manager
-and no port. Uses your own AWS credentials, keeps none, starts nothing that costs by the hour.
+A bucket (private, encrypted), two security groups, and a role with an instance profile for the head and for workers, of
+the policies beside this file. With --ssh-from, ssh to the head from that network; without, through Systems Manager, and
+no port is open. Uses your own AWS credentials, keeps none, starts nothing that costs by the hour.
 """
 
 import json
+from collections.abc import Callable
 from ipaddress import IPv4Network
 from pathlib import Path
 from string import Template
@@ -32,9 +33,7 @@ def main(bucket: str, region: str = "us-west-2", ssh_from: str | None = None) ->
     """
     network = None if ssh_from is None else IPv4Network(ssh_from)
     if network and network.num_addresses > 2**16:
-        raise SystemExit(
-            f"--ssh-from {ssh_from}: {network.num_addresses:,} addresses; valid: yours, as in 203.0.113.7/32"
-        )
+        raise SystemExit(f"--ssh-from {ssh_from}: {network.num_addresses:,} addresses; valid: 203.0.113.7/32 (yours)")
     make_bucket(bucket, region)
     cluster, ssh = security_groups(region, network)
     account = boto3.client("sts", region_name=region).get_caller_identity()["Account"]
@@ -42,12 +41,13 @@ def main(bucket: str, region: str = "us-west-2", ssh_from: str | None = None) ->
     make_role("worker", ["worker"], names)
     make_role("head", ["worker", "head"] + ([] if ssh_from else ["session"]), names)
     allow_spot()
-    print(f"done. Now:\nsed -i -e 's/sg-FILL-IN-CLUSTER/{cluster}/' -e 's/sg-FILL-IN-SSH/{ssh}/' "
-          f"-e 's/region: us-west-2/region: {region}/' cluster.yaml\nand give runs --output s3://{bucket}/NAME")  # fmt: skip
+    filled = {"sg-FILL-IN-CLUSTER": cluster, "sg-FILL-IN-SSH": ssh, "region: us-west-2": f"region: {region}"}
+    print("done. Now:\nsed -i", *(f"-e 's/{old}/{new}/'" for old, new in filled.items()), "cluster.yaml")
+    print(f"and give runs --output s3://{bucket}/NAME")
 
 
 def make_bucket(name: str, region: str) -> None:
-    """Private and encrypted (S3's own key, the default of new buckets); parts of uploads that were cut off are removed."""
+    """Private; encrypted, as every new bucket is; parts of uploads that were cut off are removed."""
     s3 = boto3.client("s3", region_name=region)
     where: Any = {} if region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": region}}
     _unless("BucketAlreadyOwnedByYou", lambda: s3.create_bucket(Bucket=name, **where))
@@ -99,10 +99,13 @@ def make_role(kind: str, policies: list[str], names: dict[str, str]) -> None:
 def allow_spot() -> None:
     """The account's role for spot instances: made by EC2 where a person starts the first one, but the head may not."""
     iam = boto3.client("iam")
-    _unless("InvalidInput", lambda: iam.create_service_linked_role(AWSServiceName="spot.amazonaws.com"))
+    roles = iam.get_paginator("list_roles").paginate(PathPrefix="/aws-service-role/spot.amazonaws.com/")
+    if not any(page["Roles"] for page in roles):
+        iam.create_service_linked_role(AWSServiceName="spot.amazonaws.com")
 
 
-def _unless(there: str, make: Any) -> None:
+def _unless(there: str, make: Callable[[], object]) -> None:
+    """`make()`, where AWS does not answer with the error that says it was made before."""
     try:
         make()
     except ClientError as error:
