@@ -19,7 +19,7 @@ chmod 600 ~/.ray/auth_token
 # the stamp is written last: an installation that was cut off is done again
 stamp=$(cat pyproject.toml constraints.txt - <<< "$extras $torch_index" | sha256sum)
 if [ "$(cat "$venv/.installed" 2> /dev/null)" != "$stamp" ]; then
-  "$python" -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+  "$python" -c 'import sys; sys.exit("node.sh: Python 3.11 or newer is needed; valid: PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
   "$python" -m venv "$venv"
   pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt)
   "${pip[@]}" ${torch_index:+--index-url "$torch_index"} torch
@@ -32,5 +32,6 @@ cat > ~/.minitron_search.env << END
 export PATH="$venv/bin:\$PATH"
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 HF_HUB_DISABLE_TELEMETRY=1
 export HF_HOME="$cache/huggingface" MINITRON_SEARCH_CACHE="$cache/minitron_search"
+export HF_TOKEN_PATH="$HOME/.cache/huggingface/token"
 END
 grep -qsF .minitron_search.env ~/.bashrc || echo '. ~/.minitron_search.env' >> ~/.bashrc

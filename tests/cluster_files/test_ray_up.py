@@ -47,6 +47,12 @@ def test_dashboard_and_jobs_are_on_the_heads_loopback(name):
 
 
 @pytest.mark.parametrize("name", RAY_UP)
+def test_every_ray_start_asks_for_the_token(name):
+    starts = [line for line in commands(read(name)) if "ray start" in line]
+    assert len(starts) == 2 and all("RAY_AUTH_MODE=token ray start" in line for line in starts)
+
+
+@pytest.mark.parametrize("name", RAY_UP)
 def test_the_token_is_copied_and_no_secret_is_written(name):
     text = (ROOT / name).read_text()
     assert read(name)["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
