@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,8 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 
+LOOK_S = 1.0
+
 
 @contextmanager
 def joined() -> Iterator[None]:
@@ -54,6 +57,33 @@ def joined() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+class Membership:
+    """Which nodes the cluster has; made when all of them are taken for granted."""
+
+    def __init__(self) -> None:
+        self.known = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        self.looked = time.monotonic()
+
+    def changes(self) -> list[tuple[str, dict[str, Any]]]:
+        """What became of it since the last call: `node_lost` or `node_joined`, and of whom. Looks once a second."""
+        if time.monotonic() - self.looked < LOOK_S:
+            return []
+        self.looked = time.monotonic()
+        nodes = {node["NodeID"]: node for node in ray.nodes()}
+        alive = {name for name, node in nodes.items() if node["Alive"]}
+        lost = [("node_lost", _about(nodes[name])) for name in sorted(self.known - alive)]
+        joined = [("node_joined", _about(nodes[name])) for name in sorted(alive - self.known)]
+        self.known = alive
+        return lost + joined
+
+
+def _about(node: dict[str, Any]) -> dict[str, Any]:
+    about = {"node": node["NodeManagerAddress"], "node_id": node["NodeID"]}
+    if not node["Alive"]:
+        return {**about, "message": node["DeathReasonMessage"]}
+    return {**about, **{name: node["Resources"].get(name, 0) for name in ("CPU", "GPU")}}
 
 
 def slots(workers_per_trial: int, cpus_per_worker: int, gpus_per_worker: float) -> int:

@@ -44,6 +44,7 @@ def tune_function(
 def inline(materials: ray.ObjectRef, run: RunDirectory, resources: Resources, trial: Trial) -> None:
     from minitron_search.trial_run import run_to_end
 
+    run.event("trial_placed", trial=trial.id, node=ray.util.get_node_ip_address())
     run_to_end(ray.get(materials), trial)
 
 

@@ -11,6 +11,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from minitron_search.architecture import Architecture
+from minitron_search.cluster import Membership
 from minitron_search.evidence import evidence
 from minitron_search.kept_actors import kept_actors
 from minitron_search.launchers import tune_function
@@ -114,6 +115,7 @@ class Bookkeeping(tune.Callback):
         self.search, self.study, self.progress = search, study, progress
         self.began = time.monotonic()
         self.tokens = 0
+        self.membership = Membership()
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         ours: Trial = trial.config["trial"]
@@ -144,7 +146,16 @@ class Bookkeeping(tune.Callback):
             self.progress(f"{self._place(ours)} failed: {self.search.failures[ours.id]}")
 
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
+        for kind, about in self.membership.changes():
+            self.search.run.event(kind, **about)
+            self.progress(f"cluster: {kind.replace('_', ' ')}: {about['node']}")
         free_abandoned_groups()  # at every step, some ten a second: Ray ends a group a while after it was killed
+
+    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        ours: Trial = trial.config["trial"]
+        message = _cause(trial)
+        self.search.run.event("trial_restarted", trial=ours.id, message=message)
+        self.progress(f"{self._place(ours)} is started again: {message}")
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         ours: Trial = trial.config["trial"]

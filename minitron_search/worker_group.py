@@ -111,6 +111,8 @@ def _worker(config: dict[str, Any]) -> None:
     number = len(list(folder.glob("*.done")))  # a restarted group goes on with the job it had
     while job := next_job(folder, number):
         trial, decided = ray.cloudpickle.loads(job.read_bytes())
+        if rank == 0:
+            materials.run.event("trial_placed", trial=trial.id, node=ray.util.get_node_ip_address())
         run_to_end(materials, trial, decided=decided, rank=rank, world_size=context.get_world_size())
         if rank == 0:
             job.with_suffix(".done").touch()
