@@ -50,6 +50,5 @@ def inline(materials: ray.ObjectRef, run: RunDirectory, resources: Resources, tr
 
 def through_train(materials: ray.ObjectRef, run: RunDirectory, resources: Resources, trial: Trial) -> None:
     global standing
-    if standing is None or standing.ended.done():
+    while standing is None or standing.ended.done() or not standing.run(trial, decided=True):
         standing = WorkerGroup(materials, run, resources, "search")
-    standing.run(trial, decided=True)

@@ -20,7 +20,7 @@ from minitron_search.run_directory import FINISHED
 from minitron_search.search_state import Search
 from minitron_search.study import LiveStudy
 from minitron_search.trial import Trial
-from minitron_search.worker_group import close_groups, free_abandoned_groups, free_groups
+from minitron_search.worker_group import close_groups, free_groups, make_room
 from minitron_search.workload import search_phases
 
 TRIAL_RESTARTS = 1  # of a trial whose process died
@@ -149,7 +149,8 @@ class Bookkeeping(tune.Callback):
         for kind, about in self.membership.changes():
             self.search.run.event(kind, **about)
             self.progress(f"cluster: {kind.replace('_', ' ')}: {about['node']}")
-        free_abandoned_groups()  # at every step, some ten a second: Ray ends a group a while after it was killed
+        # at every step, some ten a second: Ray ends a group a while after it was killed
+        make_room(self.search.run, "search")
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         ours: Trial = trial.config["trial"]
