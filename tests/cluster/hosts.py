@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -100,16 +101,13 @@ class Machine:
             raise RuntimeError(f"{self.name}: {shlex.join(command)} ended with {done.returncode}:\n{done.stdout}")
         return done.stdout
 
-    def processes(self) -> list[psutil.Process]:
-        """All that run there, seen from out here."""
-        namespace = os.readlink(f"/proc/{self.pid}/ns/pid") if self.is_up() else None
-        found = []
+    def processes(self) -> dict[psutil.Process, str]:
+        """The name of every process there, as seen from out here. Ray's say in it what they do."""
+        namespace, found = os.readlink(f"/proc/{self.pid}/ns/pid"), {}
         for process in psutil.process_iter():
-            try:
+            with suppress(OSError, psutil.Error):  # it ended meanwhile
                 if os.readlink(f"/proc/{process.pid}/ns/pid") == namespace:
-                    found.append(process)
-            except OSError:
-                continue
+                    found[process] = process.name()
         return found
 
     def kill(self) -> None:

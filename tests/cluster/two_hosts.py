@@ -1,14 +1,14 @@
 """A search on two hosts of one's own, brought up as a user brings them up, one of which loses power on the way.
 
-    python -m tests.cluster.two_hosts [--launcher train | inline] [--power-cuts comes-back stays-away] [--folder DIR]
+    python -m tests.cluster.two_hosts [--launcher train | inline] [--power-cuts stays-away comes-back] [--folder DIR]
 
 On a laptop and two hosts, which are namespaces of this machine (see `hosts`):
 
     ray up clusters/on-prem.yaml                     from the checkout, token authentication on
     ray dashboard clusters/on-prem.yaml              since the dashboard listens on the head's loopback alone
     ray job submit --address http://127.0.0.1:8265 --working-dir . -- python -m minitron_search.run --config ...
-    the worker loses power while a trial trains on it; it comes back, joins again, and the search goes on to its end
-    the same with a worker that stays away: the head ends the search by itself
+    the worker loses power while a trial trains on it, and stays away: the head ends the search by itself
+    a second job; the worker loses power, comes back, joins again, and trains on
     ray down clusters/on-prem.yaml
 
 and the same search on the laptop, without a cluster: it has the same rows, number by number.
@@ -30,7 +30,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 from tests.cluster.hosts import ROOT, Machine, Network, address, missing
@@ -44,7 +43,8 @@ CHECKOUT, SHARED = "/srv/checkout", "/srv/shared"  # the laptop sees the one, al
 CACHE = "/root/.cache"  # where node.sh has a host keep its caches
 CACHE_IS_SHARED = True  # False: each host has one of its own
 DASHBOARD = "http://127.0.0.1:8265"
-POWER_CUTS = ("comes-back", "stays-away")
+POWER_CUTS = ("stays-away", "comes-back")
+TRAINS = ("ray::RayTrainWorker", "ray::ImplicitFunc")  # what Ray calls the processes of trials
 STEP_TOKENS = 256
 # seconds: for two hosts to be nodes; from a job's start to a trial on the worker; until its loss is noticed; until it
 # is a node again; until a job has ended; until no Ray process is left. Many times what they take on a quiet machine.
@@ -133,8 +133,8 @@ class Cluster:
 
     def processes(self) -> dict[str, list[str]]:
         """Ray's, by host."""
-        named = {host.name: [process.name() for process in host.processes()] for host in self.network.hosts.values()}
-        return {host: sorted({name for name in names if "ray" in name}) for host, names in named.items()}
+        named = {host.name: set(host.processes().values()) for host in self.network.hosts.values()}
+        return {host: sorted(name for name in names if "ray" in name) for host, names in named.items()}
 
 
 def installed(venv: Path) -> None:
@@ -262,7 +262,7 @@ def search_through_a_power_cut(
 @contextmanager
 def waiting(host: Machine, do: bool) -> Iterator[None]:
     """What trains on `host` stands still meanwhile: it would end a search this short by itself."""
-    training = [process for process in host.processes() if do and trains(process)]
+    training = [process for process, name in host.processes().items() if do and name.startswith(TRAINS)]
     for process in training:
         process.suspend()
     try:
@@ -270,12 +270,6 @@ def waiting(host: Machine, do: bool) -> Iterator[None]:
     finally:
         for process in training:
             process.resume()
-
-
-def trains(process: psutil.Process) -> bool:
-    with suppress(psutil.Error, IndexError):
-        return process.cmdline()[0].startswith(("ray::RayTrainWorker", "ray::ImplicitFunc"))
-    return False
 
 
 @contextmanager
