@@ -3,15 +3,18 @@
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from minitron_search import precision
+from minitron_search.config import Resources
 from minitron_search.loop_settings import Precision
 
 # Set before Ray starts: read by the driver, and inherited by the processes of an embedded start.
@@ -22,6 +25,7 @@ ENVIRONMENT = {
     # more than 6 s a trial
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1200",  # a group waits as long as a cluster takes to add a node
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # the run directory is the truth; Tune's own state is never restored
@@ -31,6 +35,9 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+
+LOOK_S = 1.0
+PLACE_S, PROGRESS_S = 1200.0, 30.0  # a spot node is there in some ten minutes, where there is one
 
 
 @contextmanager
@@ -90,8 +97,57 @@ def check_shared(folders: Mapping[str, Path]) -> None:
                              "Filestore), mounted at the same path")  # fmt: skip
 
 
+class Membership:
+    """Which nodes the cluster has; made when all of them are taken for granted."""
+
+    def __init__(self) -> None:
+        self.known = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        self.looked = time.monotonic()
+
+    def changes(self) -> list[tuple[str, dict[str, Any]]]:
+        """What became of it since the last call: `node_lost` or `node_joined`, and of whom. Looks once a second."""
+        if time.monotonic() - self.looked < LOOK_S:
+            return []
+        self.looked = time.monotonic()
+        nodes = {node["NodeID"]: node for node in ray.nodes()}
+        alive = {name for name, node in nodes.items() if node["Alive"]}
+        lost = [("node_lost", _about(nodes[name])) for name in sorted(self.known - alive)]
+        joined = [("node_joined", _about(nodes[name])) for name in sorted(alive - self.known)]
+        self.known = alive
+        return lost + joined
+
+
+def _about(node: dict[str, Any]) -> dict[str, Any]:
+    about = {"node": node["NodeManagerAddress"], "node_id": node["NodeID"]}
+    if not node["Alive"]:
+        return {**about, "message": node["DeathReasonMessage"]}
+    return {**about, **{name: node["Resources"].get(name, 0) for name in ("CPU", "GPU")}}
+
+
+def wait_for_place(workers: int, cpus: int, gpus: float, progress: Callable[[str], None]) -> None:
+    """Until one trial of `workers` workers fits: a cluster that scales from zero adds a node for what it is asked.
+
+    Raises UnfitError where none has come within `PLACE_S`, or could: an embedded Ray has this machine and no other.
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        slots(workers, cpus, gpus)
+        return
+    wanted = placement_group([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}] * workers)
+    began = time.monotonic()
+    while not wanted.wait(PROGRESS_S):
+        if time.monotonic() - began > PLACE_S:
+            remove_placement_group(wanted)
+            have = ray.cluster_resources()
+            raise UnfitError(f"resources: no place for a trial of {workers} workers with {cpus} CPUs and {gpus:g} GPUs "
+                             f"each within {PLACE_S / 60:.0f} minutes, in a cluster of {have.get('CPU', 0):g} CPUs and "
+                             f"{have.get('GPU', 0):g} GPUs; valid: fewer workers_per_trial, cpus_per_worker or "
+                             "gpus_per_worker, or nodes that have them")  # fmt: skip
+        progress(f"cluster: waiting for a place for {workers} workers of {cpus} CPUs and {gpus:g} GPUs")
+    remove_placement_group(wanted)
+
+
 def slots(workers_per_trial: int, cpus_per_worker: int, gpus_per_worker: float) -> int:
-    """How many trials of this size the cluster can run at once.
+    """How many trials of this size the cluster can run at once, as it is now.
 
     Raises UnfitError when not even one fits.
     """
@@ -107,6 +163,24 @@ def slots(workers_per_trial: int, cpus_per_worker: int, gpus_per_worker: float) 
             "valid: fewer workers_per_trial, cpus_per_worker or gpus_per_worker"
         )
     return int(fitting)
+
+
+class Room:
+    """How many trials may run at once: as many as the cluster holds, as nodes come and go; on a cluster that was asked
+    for a number, that many, since what waits for a place is what such a cluster adds nodes for."""
+
+    def __init__(self, asked: int | str, resources: Resources):
+        self.asked, self.resources = asked, resources
+        self.looked, self.now = -LOOK_S, 1
+
+    def __call__(self) -> int:
+        if isinstance(self.asked, int) and os.environ.get("RAY_ADDRESS"):
+            return self.asked
+        if time.monotonic() - self.looked >= LOOK_S:
+            self.looked, of = time.monotonic(), self.resources
+            with suppress(UnfitError):  # the nodes that held one have gone: it waits for others
+                self.now = slots(of.workers_per_trial, of.cpus_per_worker, of.gpus_per_worker)
+        return self.now if self.asked == "auto" else min(int(self.asked), self.now)
 
 
 def on_all_cpus(function: Any, *arguments: Any) -> Any:
@@ -147,4 +221,5 @@ def in_parts(function: Any, parts: list, *arguments: Any) -> list:
 
 def resolved_precision(asked: str) -> Precision:
     """`precision.resolve` where the work is done: a cluster's head may be another machine."""
-    return ray.get(ray.remote(num_cpus=0)(precision.resolve).remote(asked))
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    return ray.get(ray.remote(num_cpus=1, num_gpus=gpus)(precision.resolve).remote(asked))

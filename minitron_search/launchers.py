@@ -44,11 +44,11 @@ def tune_function(
 def inline(materials: ray.ObjectRef, run: RunDirectory, resources: Resources, trial: Trial) -> None:
     from minitron_search.trial_run import run_to_end
 
+    run.event("trial_placed", trial=trial.id, node=ray.util.get_node_ip_address())
     run_to_end(ray.get(materials), trial)
 
 
 def through_train(materials: ray.ObjectRef, run: RunDirectory, resources: Resources, trial: Trial) -> None:
     global standing
-    if standing is None or standing.ended.done():
+    while standing is None or standing.ended.done() or not standing.run(trial, decided=True):
         standing = WorkerGroup(materials, run, resources, "search")
-    standing.run(trial, decided=True)

@@ -141,6 +141,8 @@ def stages(prepared: Prepared) -> None:
         begin_run(prepared)
     else:
         with cluster.joined():
+            asked = config.resources
+            cluster.wait_for_place(asked.workers_per_trial, asked.cpus_per_worker, asked.gpus_per_worker, say)
             cluster.check_shared({"output": run.root, "MINITRON_SEARCH_CACHE": configuration.cache_folder()})
             begin_run(prepared)
             resolved = resolved_precision(config.precision)
@@ -191,13 +193,12 @@ def search_and_retrain(prepared: Prepared, resolved: Precision) -> None:
         return {"tokens": tokens, "flops": flops}
 
     if "search" in config.stages:
-        asked = config.search.concurrency
-        concurrency = slots if asked == "auto" else min(asked, slots)
-        say(f"search: {config.search.trials} of {len(space):,} legal architectures, {concurrency} trials at once")
+        room = cluster.Room(config.search.concurrency, resources)
+        say(f"search: {config.search.trials} of {len(space):,} legal architectures, {room()} trials at once")
         if config.search.trials >= len(space):
             say(f"search: the space is small: all {len(space):,} of its architectures are tried")
         with stage(run, "search", computed):
-            best = run_search(search, materials, concurrency, say)
+            best = run_search(search, materials, room, say)
     else:
         best = search.best()
     if "retrain" in config.stages:

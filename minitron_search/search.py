@@ -11,6 +11,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from minitron_search.architecture import Architecture
+from minitron_search.cluster import Membership
 from minitron_search.evidence import evidence
 from minitron_search.kept_actors import kept_actors
 from minitron_search.launchers import tune_function
@@ -19,7 +20,7 @@ from minitron_search.run_directory import FINISHED
 from minitron_search.search_state import Search
 from minitron_search.study import LiveStudy
 from minitron_search.trial import Trial
-from minitron_search.worker_group import close_groups, free_abandoned_groups, free_groups
+from minitron_search.worker_group import close_groups, free_groups, make_room
 from minitron_search.workload import search_phases
 
 TRIAL_RESTARTS = 1  # of a trial whose process died
@@ -27,9 +28,9 @@ TRIAL_MEMORY = 300 * 2**20  # a Tune trial that only waits for its workers asks 
 
 
 def run_search(
-    search: Search, materials: ray.ObjectRef, concurrency: int, progress: Callable[[str], None]
+    search: Search, materials: ray.ObjectRef, room: Callable[[], int], progress: Callable[[str], None]
 ) -> list[Architecture]:
-    """Run what is left of the search; returns the promoted architectures, best first.
+    """Run what is left of the search, `room()` trials at once; returns the promoted architectures, best first.
 
     Raises KeyboardInterrupt after Ctrl-C, with every finished row kept.
     """
@@ -42,7 +43,7 @@ def run_search(
             resources = {"CPU": config.resources.cpus_per_worker}
             if config.resources.gpus_per_worker:
                 resources["GPU"] = config.resources.gpus_per_worker
-        proposals = Proposals(search, first)
+        proposals = Proposals(search, first, room)
         # Tune looks for result files that nobody here writes, and says so for every trial
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
         tuner = tune.Tuner(
@@ -51,7 +52,6 @@ def run_search(
                 search_alg=proposals,
                 scheduler=ruling(search),
                 num_samples=-1,
-                max_concurrent_trials=concurrency,
                 reuse_actors=True,
                 trial_name_creator=_id_of,
                 trial_dirname_creator=_id_of,
@@ -83,11 +83,13 @@ def run_search(
 class Proposals(Searcher):
     """Hands Tune the search's next trial; where that depends on trials that are running, Tune asks again."""
 
-    def __init__(self, search: Search, first: Trial):
+    def __init__(self, search: Search, first: Trial, room: Callable[[], int]):
         super().__init__(metric="objective", mode="min")
-        self.search, self.ahead, self.ended = search, [first], False
+        self.search, self.ahead, self.room, self.ended = search, [first], room, False
 
     def suggest(self, trial_id: str) -> Any:
+        if not self.ahead and len(self.search.alive) >= self.room():
+            return None
         trial = self.ahead.pop() if self.ahead else self.search.next_trial()
         if trial is None and not self.search.alive:
             self.ended = True
@@ -114,6 +116,7 @@ class Bookkeeping(tune.Callback):
         self.search, self.study, self.progress = search, study, progress
         self.began = time.monotonic()
         self.tokens = 0
+        self.membership = Membership()
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         ours: Trial = trial.config["trial"]
@@ -144,7 +147,17 @@ class Bookkeeping(tune.Callback):
             self.progress(f"{self._place(ours)} failed: {self.search.failures[ours.id]}")
 
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
-        free_abandoned_groups()  # at every step, some ten a second: Ray ends a group a while after it was killed
+        for kind, about in self.membership.changes():
+            self.search.run.event(kind, **about)
+            self.progress(f"cluster: {kind.replace('_', ' ')}: {about['node']}")
+        # at every step, some ten a second: Ray ends a group a while after it was killed
+        make_room(self.search.run, "search")
+
+    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        ours: Trial = trial.config["trial"]
+        message = _cause(trial)
+        self.search.run.event("trial_restarted", trial=ours.id, message=message)
+        self.progress(f"{self._place(ours)} is started again: {message}")
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         ours: Trial = trial.config["trial"]

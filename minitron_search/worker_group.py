@@ -5,8 +5,10 @@ short trial trains for no longer than that. So a group is started once for every
 trial when it has ended one. Ray Train restarts a group that lost a worker, which then goes on with the trial it
 had, from that trial's last checkpoint.
 
-A group's folder is its mailbox: `00000-<trial>.job`, `00001-...`, each with a `.done` beside it when it has ended.
-The folder above holds the groups of one stage, and `closed` when no more trials will come to any of them.
+A group's folder is its mailbox: `00000-<trial>.job`, `00001-...`, each with a `.taken` and a `.done` beside it when it
+has begun and ended, and `left` when the group takes no more. The folder above holds the groups of one stage, `closed`
+when no more trials will come to any of them, and `wanted` while one of them waits for a place in the cluster: after the
+loss of a node there may be none but that of a group that has nothing to do.
 """
 
 import threading
@@ -39,6 +41,7 @@ from minitron_search.trial import Trial
 WORKER_RESTARTS = 2  # of a group whose worker died
 POLL_S = 0.02
 LOOK_S, QUIET_LOOKS = 0.2, 5
+IDLE_S = 2.0  # without a trial, then a group gives its place to one that waits; between two trials are some 0.1 s
 
 
 class Trainer(TorchTrainer):
@@ -79,15 +82,17 @@ class WorkerGroup:
         )
         self.ended = in_background(trainer.fit)
 
-    def run(self, trial: Trial, *, decided: bool) -> None:
-        """Run one trial to its end; raises what ended the group before."""
+    def run(self, trial: Trial, *, decided: bool) -> bool:
+        """Run one trial to its end; raises what ended the group before. False where the group had left: then the trial
+        has not begun."""
         job = self.folder / f"{len(list(self.folder.glob('*.job'))):05d}-{trial.id}.job"
         write(job, ray.cloudpickle.dumps((trial, decided)))
         while not job.with_suffix(".done").exists():
             if self.ended.done():
                 self.ended.result()
-                raise RuntimeError("its worker group ended before it")
+                return job.with_suffix(".done").exists()
             time.sleep(POLL_S)
+        return True
 
     def close(self) -> None:
         """No trial will follow in any group of the stage; returns when this one has given back what it occupies."""
@@ -109,8 +114,10 @@ def _worker(config: dict[str, Any]) -> None:
     rank, folder = context.get_world_rank(), Path(config["folder"])
     materials = ray.get(config["materials"][0])
     number = len(list(folder.glob("*.done")))  # a restarted group goes on with the job it had
-    while job := next_job(folder, number):
+    while job := next_job(folder, number, rank):
         trial, decided = ray.cloudpickle.loads(job.read_bytes())
+        if rank == 0:
+            materials.run.event("trial_placed", trial=trial.id, node=ray.util.get_node_ip_address())
         run_to_end(materials, trial, decided=decided, rank=rank, world_size=context.get_world_size())
         if rank == 0:
             job.with_suffix(".done").touch()
@@ -118,25 +125,40 @@ def _worker(config: dict[str, Any]) -> None:
         number += 1
 
 
-def next_job(folder: Path, number: int) -> Path | None:
-    """The file of job `number`, when it is there; None when no more will come."""
-    while True:
+def next_job(folder: Path, number: int, rank: int) -> Path | None:
+    """The file of job `number`, when it is there; None when no more will come, or another group is to have the place.
+    The first process says which, and the others do as it does."""
+    began = time.monotonic()
+    while not (folder / "left").exists():
         closed = (folder.parent / "closed").exists()  # looked at first: it is written after the last job
-        if found := list(folder.glob(f"{number:05d}-*.job")):
-            return found[0]
-        if closed:
-            return None
+        if found := list(folder.glob(f"{number:05d}-*.{'taken' if rank else 'job'}")):
+            job = found[0].with_suffix(".job")
+            job.with_suffix(".taken").touch()
+            return job
+        idle = time.monotonic() - began > IDLE_S
+        if rank == 0 and (closed or (idle and (folder.parent / "wanted").exists())):
+            (folder / "left").touch()
         time.sleep(POLL_S)
+    return None
 
 
-def free_abandoned_groups() -> None:
+def make_room(run: RunDirectory, stage: str) -> None:
     """Give back what is still occupied by every group whose controller was killed, or the process above it, however
-    far its start had come: Ray ends such a group and keeps its placement until the job ends."""
+    far its start had come: Ray ends such a group and keeps its placement until the job ends. Where a group waits for a
+    place, those of the stage that have nothing to do hear of it."""
+    wanted, waiting = run.scratch / "groups" / stage / "wanted", False
     for packed in state._connect_and_get_accessor().get_placement_group_table():
         about = PlacementGroupTableData.FromString(packed)
-        by_actor = not ray.ActorID(about.creator_actor_id).is_nil()  # of the driver's, Tune's own, none is alive either
-        if by_actor and about.creator_actor_dead and about.state != PlacementGroupTableData.REMOVED:
+        if ray.ActorID(about.creator_actor_id).is_nil():  # one of the driver's, Tune's own
+            continue
+        if about.creator_actor_dead and about.state != PlacementGroupTableData.REMOVED:
             remove_placement_group(PlacementGroup(PlacementGroupID(about.placement_group_id)))
+        elif about.state in (PlacementGroupTableData.PENDING, PlacementGroupTableData.RESCHEDULING):
+            waiting = True
+    if waiting and wanted.parent.exists():
+        wanted.touch()
+    elif not waiting:
+        wanted.unlink(missing_ok=True)
 
 
 def free_groups() -> None:

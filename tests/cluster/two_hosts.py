@@ -1,0 +1,330 @@
+"""A search on two hosts of one's own, brought up as a user brings them up, one of which loses power on the way.
+
+    python -m tests.cluster.two_hosts [--launcher train | inline] [--power-cuts stays-away comes-back] [--folder DIR]
+
+On a laptop and two hosts, which are namespaces of this machine (see `hosts`):
+
+    ray up clusters/on-prem.yaml                     from the checkout, token authentication on
+    ray dashboard clusters/on-prem.yaml              since the dashboard listens on the head's loopback alone
+    ray job submit --address http://127.0.0.1:8265 --working-dir . -- python -m minitron_search.run --config ...
+    the worker loses power while a trial trains on it, and stays away: the head ends the search by itself
+    a second job; the worker loses power, comes back, joins again, and trains on
+    ray down clusters/on-prem.yaml
+
+and the same search on the laptop, without a cluster: it has the same rows, number by number.
+
+What differs from two real hosts: of the project's file the addresses, user and key are filled in, and each host says it
+has one CPU; installing the environment twice would take minutes, so each finds it installed (this machine's, read-only)
+and `clusters/node.sh` has little left to do; Ray gives up a silent host after 25 s and not after 65.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.cluster.hosts import ROOT, Machine, Network, address, missing
+from tests.runs import rows, tiny_inputs
+
+HEAD, WORKER = 11, 12
+HOSTS = {HEAD: "head", WORKER: "worker"}
+ADDRESSES = {address(number) for number in HOSTS}
+CLUSTER_FILE = ROOT / "clusters" / "on-prem.yaml"
+CHECKOUT, SHARED = "/srv/checkout", "/srv/shared"  # the laptop sees the one, all three see the other
+CACHE = "/root/.cache"  # where node.sh has a host keep its caches
+CACHE_IS_SHARED = True  # False: each host has one of its own
+DASHBOARD = "http://127.0.0.1:8265"
+POWER_CUTS = ("stays-away", "comes-back")
+TRAINS = ("ray::RayTrainWorker", "ray::ImplicitFunc")  # what Ray calls the processes of trials
+STEP_TOKENS = 256
+# seconds: for two hosts to be nodes; from a job's start to a trial on the worker; until its loss is noticed; until it
+# is a node again; until a job has ended; until no Ray process is left. Many times what they take on a quiet machine.
+UP_S, TRIAL_S, LOST_S, BACK_S, END_S, DOWN_S = 120, 240, 90, 180, 400, 120
+# Of Ray's own patience: with hosts that say nothing, and of a worker with a head that has gone.
+PATIENCE = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "4",
+    "AUTOSCALER_HEARTBEAT_TIMEOUT_S": "15",
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+}
+# the newer autoscaler never starts the workers of a `local` provider
+LAPTOP_S = {"RAY_UP_enable_autoscaler_v2": "0", "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+ALIVE = f"""
+from ray.util.state import list_nodes
+print(*(node.node_ip for node in list_nodes({DASHBOARD!r}, filters=[("state", "=", "ALIVE")])))
+"""
+
+
+def configuration(folder: Path) -> dict[str, Any]:
+    """`tiny_inputs` in `folder`, as the machines see it; what is proposed does not depend on who is first."""
+    found = tiny_inputs(folder)
+    found["teacher"]["model"] = f"{SHARED}/teacher"
+    found["corpus"]["train"] = found["corpus"]["validation"] = f"{SHARED}/text.txt"
+    found["stages"] = ["importance", "search"]
+    found["search"] = {"trials": 8, "rungs": [steps * STEP_TOKENS for steps in (25, 125, 225)], "reduction_factor": 2,
+                       "sampler": "random", "controls": False}  # fmt: skip
+    found["distillation"] = {"batch_tokens": STEP_TOKENS}
+    return found
+
+
+def cluster_file(template: str) -> str:
+    """The project's file for hosts of one's own, for these hosts."""
+    file = yaml.safe_load(template)
+    file["provider"] |= {"head_ip": address(HEAD), "worker_ips": [address(WORKER)]}
+    file["auth"] |= {"ssh_user": "root", "ssh_private_key": "/srv/key"}
+    small = "--num-cpus=1 --object-store-memory=200000000"
+    for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
+        file[commands] = [line.replace("ray start", f"ray start {small}") for line in file[commands]]
+    return yaml.safe_dump(file, sort_keys=False)
+
+
+class Cluster:
+    """Two hosts, and a laptop with the checkout, the cluster file, a key and a token. `shared`: what all see."""
+
+    def __init__(self, folder: Path, network: Network):
+        self.folder, self.network, self.laptop, self.shared = folder, network, network.laptop, folder / "shared"
+        self._write(folder / "laptop" / "cluster.yaml", cluster_file(CLUSTER_FILE.read_text()))
+        self._write(folder / "laptop" / ".ray" / "auth_token", uuid.uuid4().hex)
+        for number, name in HOSTS.items():
+            lines = [f"export {name}={value}\n" for name, value in {**PATIENCE, "HF_HUB_OFFLINE": "1"}.items()]
+            self._write(folder / name / ".bashrc", "".join(lines))
+            installed(folder / name / "venv")
+            self.boot(number)
+
+    def _write(self, path: Path, text: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def boot(self, number: int) -> None:
+        cache = {CACHE: self.shared / "cache"} if CACHE_IS_SHARED else {}
+        self.network.boot(number, {SHARED: self.shared, **cache})
+
+    def typed(self, *command: str) -> list[str]:
+        """To be run on the laptop, in the checkout."""
+        return ["env", f"--chdir={CHECKOUT}", *command]
+
+    def up(self) -> None:
+        self.laptop.run(*self.typed("ray", "up", "-y", "--no-config-cache", "/root/cluster.yaml"), **LAPTOP_S)
+        forward = self.typed("ray", "dashboard", "--no-config-cache", "/root/cluster.yaml")
+        self.laptop.start(*forward, log=self.folder / "dashboard.log", **LAPTOP_S)
+        self.wait_for_nodes()
+
+    def down(self) -> None:
+        self.laptop.run(*self.typed("ray", "down", "-y", "/root/cluster.yaml"), **LAPTOP_S)
+
+    def wait_for_nodes(self) -> None:
+        deadline, found = time.monotonic() + UP_S, ""
+        while set(found.split()) != ADDRESSES:
+            assert time.monotonic() < deadline, f"nodes after {UP_S} s: {found}"
+            time.sleep(0.5)
+            with suppress(RuntimeError):  # the dashboard, and the way to it, take some seconds
+                found = self.laptop.run("python", "-c", ALIVE, **LAPTOP_S)
+
+    def processes(self) -> dict[str, list[str]]:
+        """Ray's, by host."""
+        named = {host.name: set(host.processes().values()) for host in self.network.hosts.values()}
+        return {host: sorted(name for name in names if "ray" in name) for host, names in named.items()}
+
+
+def installed(venv: Path) -> None:
+    """This machine's environment, as clusters/node.sh leaves one: it has then nothing to install."""
+    venv.mkdir(parents=True)
+    for entry in Path(sys.prefix).iterdir():
+        if not entry.name.startswith("."):
+            (venv / entry.name).symlink_to(entry)
+    stamp = 'cat pyproject.toml constraints.txt - <<< " " | sha256sum'
+    done = subprocess.run(["bash", "-c", stamp], cwd=ROOT, check=True, capture_output=True, text=True)
+    (venv / ".installed").write_text(done.stdout)
+
+
+class Job:
+    """A search, submitted from the laptop: what it prints is in `log`, its run directory is `output`."""
+
+    def __init__(self, cluster: Cluster, name: str, launcher: str):
+        self.cluster, self.output, self.log = cluster, cluster.shared / name, cluster.folder / f"{name}.log"
+        self.process = cluster.laptop.start(
+            *cluster.typed("ray", "job", "submit", "--address", DASHBOARD, "--working-dir", ".", "--", *search(name)),
+            "--resources.launcher", launcher, log=self.log, PYTHONUNBUFFERED="1", **LAPTOP_S,
+        )  # fmt: skip
+
+    def until(self, what: str, happened: Callable[[], Any], seconds: float) -> Any:
+        """What `happened` returns, once that is something."""
+        deadline = time.monotonic() + seconds
+        while not (found := happened()):
+            if self.process.poll() is not None:
+                raise AssertionError(f"the job ended before {what}:\n{self.log.read_text()}")
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{seconds:g} s, and not yet: {what}\n{self.log.read_text()}")
+            time.sleep(0.05)
+        return found
+
+    def end(self) -> None:
+        """Wait for its end, which is to be a good one."""
+        try:
+            status = self.process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"no end in {END_S} s:\n{self.log.read_text()}") from None
+        assert status == 0, self.log.read_text()
+
+    def events(self, kind: str, **fields: Any) -> list[dict[str, Any]]:
+        return [line for line in lines(self.output / "events.jsonl")
+                if line["event"] == kind and fields.items() <= line.items()]  # fmt: skip
+
+    def trains_on(self, node: str) -> str | None:
+        """A trial that has finished a rung, and is some steps on its way to the next one there."""
+        last = {event["trial"]: event["node"] for event in self.events("trial_placed")}
+        for trial in [trial for trial, at in last.items() if at == node]:
+            kinds = [line["kind"] for line in lines(self.output / "trials" / trial / "metrics.jsonl")]
+            if "rung" in kinds and kinds[-1] == "step":
+                return trial
+        return None
+
+
+def search(name: str) -> list[str]:
+    """The command; its run directory is `name` in the shared folder."""
+    module = ["python", "-m", "minitron_search.run"]
+    return [*module, "--config", f"{SHARED}/search.yaml", "--output", f"{SHARED}/{name}"]
+
+
+def lines(log: Path) -> list[dict[str, Any]]:
+    """Those that are whole."""
+    text = log.read_text() if log.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def finished(output: Path) -> dict[tuple[str, int], float]:
+    """LM loss by trial and rung, of every rung in the trials' own logs."""
+    found = {}
+    for log in (output / "trials").glob("search-*/metrics.jsonl"):
+        for line in lines(log):
+            if line["kind"] == "rung":
+                assert (line["trial"], line["rung"]) not in found, "a finished rung was computed again"
+                found[line["trial"], line["rung"]] = line["lm_loss"]
+    return found
+
+
+def searched(output: Path) -> list[dict[str, Any]]:
+    """The search's rows, but for times."""
+    return [row for row in rows(output) if row["arm"] == "search"]
+
+
+def alone(cluster: Cluster) -> list[dict[str, Any]]:
+    """The rows of the same search on the laptop, without a cluster."""
+    cluster.laptop.run(
+        *cluster.typed(*search("alone"), "--resources.launcher", "inline"), timeout=END_S,
+        RAY_OVERRIDE_RESOURCES='{"CPU": 1}',  # how many threads compute the importance decides how it is rounded
+        OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", MINITRON_SEARCH_CACHE="/root/cache",
+    )  # fmt: skip
+    return searched(cluster.shared / "alone")
+
+
+def search_through_a_power_cut(
+    cluster: Cluster, launcher: str, power_cut: str, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Its rows; no finished one is lost or computed again."""
+    worker, comes_back = address(WORKER), power_cut == "comes-back"
+    job = Job(cluster, f"{launcher}-{power_cut}", launcher)
+    trial = job.until("a trial trains on the worker", lambda: job.trains_on(worker), TRIAL_S)
+    before = finished(job.output)
+    say(f"the worker loses power; {trial} trains on it; {len(before)} rungs are finished")
+    cluster.network.cut_power(WORKER)
+    with waiting(cluster.network.hosts[HEAD], comes_back):
+        lost = job.until("the loss is a row of events.jsonl", lambda: job.events("node_lost", node=worker), LOST_S)[0]
+        say(f"the driver has seen it: {lost['message']}")
+        if comes_back:
+            cluster.boot(WORKER)
+            back = job.until("the worker is a node again", lambda: job.events("node_joined", node=worker), BACK_S)[0]
+            say(f"it is back, {back['time'] - lost['time']:.0f} s later")
+    job.end()
+    placed = job.events("trial_placed")
+    assert {event["node"] for event in placed} == ADDRESSES
+    assert comes_back == any(event["node"] == worker and event["time"] > lost["time"] for event in placed)
+    assert len(nodes := [event["node"] for event in placed if event["trial"] == trial]) > 1
+    reached = finished(job.output)
+    assert before.items() <= reached.items()
+    table = searched(job.output)
+    assert {(row["trial"], row["rung"]): row["lm_loss"] for row in table} == reached
+    say(f"the search has ended, {len(table)} rows; {trial} ran on {', '.join(nodes)}")
+    return table
+
+
+@contextmanager
+def waiting(host: Machine, do: bool) -> Iterator[None]:
+    """What trains on `host` stands still meanwhile: it would end a search this short by itself."""
+    training = [process for process, name in host.processes().items() if do and name.startswith(TRAINS)]
+    for process in training:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in training:
+            process.resume()
+
+
+@contextmanager
+def two_hosts(folder: Path) -> Iterator[Cluster]:
+    """All three, booted. Nothing is left of them afterwards but `folder`."""
+    shared = folder / "shared"
+    (shared / "cache").mkdir(parents=True)
+    (shared / "search.yaml").write_text(yaml.safe_dump(configuration(shared)))
+    with Network(folder, HOSTS, {SHARED: shared, CHECKOUT: ROOT}) as network:
+        yield Cluster(folder, network)
+
+
+def scenario(folder: Path, launcher: str, power_cuts: list[str], say: Callable[[str], None]) -> None:
+    began = time.monotonic()
+
+    def told(line: str) -> None:
+        say(f"{time.monotonic() - began:6.1f} s  {line}")
+
+    with two_hosts(folder) as cluster:
+        told("two hosts and a laptop are up")
+        theirs = alone(cluster)
+        told(f"a search on the laptop alone has ended, {len(theirs)} rows")
+        cluster.up()
+        told("ray up: both hosts are nodes")
+        for power_cut in power_cuts:
+            if WORKER not in cluster.network.hosts:
+                cluster.boot(WORKER)
+                cluster.wait_for_nodes()
+                told("the worker is a node again")
+            ours = search_through_a_power_cut(cluster, launcher, power_cut, lambda line: told(f"{launcher}: {line}"))
+            assert ours == theirs
+            told(f"{launcher}: every row is the same as on the laptop alone")
+        cluster.down()
+        told(f"ray down; left: {cluster.processes()}")
+        deadline = time.monotonic() + DOWN_S
+        while any(cluster.processes().values()):
+            assert time.monotonic() < deadline, cluster.processes()
+            time.sleep(0.5)
+        told("no process of Ray is left")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--launcher", choices=["train", "inline"], default="train")
+    parser.add_argument("--power-cuts", choices=POWER_CUTS, nargs="+", default=POWER_CUTS)
+    parser.add_argument("--folder", type=Path, help="a new one, kept; default: a temporary one")
+    options = parser.parse_args(arguments)
+    if reason := missing():
+        print(f"skipped: {reason}")
+        return 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary) / "hosts"
+        scenario(folder.absolute(), options.launcher, options.power_cuts, lambda line: print(line, flush=True))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
