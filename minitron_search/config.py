@@ -496,8 +496,9 @@ class Config(Section):
             object.__setattr__(self, "output", f"runs/{self.name}")
         scheme = re.match(r"([a-z0-9]+)://", self.output)
         if scheme and scheme[1] not in ("file", *SCHEMES):
+            known = ", ".join(f"{name}://" for name in SCHEMES)
             raise ValueError(f"output: {self.output!r}: {scheme[1]} is no file system of pyarrow's; valid: a folder, "
-                             f"as in runs/{self.name}, or {', '.join(f'{name}://' for name in SCHEMES)}...")  # fmt: skip
+                             f"as in runs/{self.name}, or {known}...")  # fmt: skip
         return self
 
     @model_validator(mode="after")

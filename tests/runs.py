@@ -71,22 +71,24 @@ class Command:
         }
         self.environment.pop("RAY_ADDRESS", None)
 
-    def start(self, output: Path, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
+    def start(self, output: Path | str, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
+        """`output` is a folder or an address."""
+        place = output if isinstance(output, str) else os.path.relpath(output, self.folder)
         return subprocess.Popen(
             [sys.executable, "-m", "minitron_search.run", "--config", str(self.file),
-             "--output", os.path.relpath(output, self.folder), *arguments],
+             "--output", place, *arguments],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env={**self.environment, **environment}, cwd=self.folder,
         )  # fmt: skip
 
-    def run(self, output: Path, *arguments: str) -> str:
+    def run(self, output: Path | str, *arguments: str) -> str:
         """Run to the end; what it printed."""
         process = self.start(output, *arguments)
         printed, _ = process.communicate(timeout=600)
         assert process.returncode == 0, printed
         return printed
 
-    def interrupt(self, output: Path, at: str, how: signal.Signals, *arguments: str) -> int:
+    def interrupt(self, output: Path | str, at: str, how: signal.Signals, *arguments: str) -> int:
         """Run until a printed line holds `at`, then send `how`; the exit status."""
         process = self.start(output, *arguments)
         assert process.stdout is not None
