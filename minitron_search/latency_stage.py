@@ -12,7 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from minitron_search.architecture import Architecture
-from minitron_search.cluster import on_all_cpus
+from minitron_search.cluster import UnfitError, on_all_cpus
 from minitron_search.config import Config, Resources
 from minitron_search.console import say
 from minitron_search.latency import LatencyTable, Pass, measure
@@ -23,21 +23,23 @@ from minitron_search.run_directory import RunDirectory
 from minitron_search.search_space import SearchSpace
 
 
-def hold_to_speed(prepared: Prepared, resolved: Precision) -> Prepared:
-    """`prepared` with its space within the budgets on speed, if there are any. A run that goes on takes the table it
-    has, so that its space stays the same.
+def hold_to_speed(prepared: Prepared, resolved: Precision) -> tuple[Prepared, dict[str, Any]]:
+    """`prepared` with its space within the budgets on speed, and what was measured for them, {} where there are none. A
+    run that goes on takes the tables it has, so that its space stays the same.
 
-    Raises ValueError, with the reachable range, where no architecture is within them.
+    Raises UnfitError, with the reachable range, where no architecture is within them.
     """
-    run, space = prepared.run, prepared.space
+    space = prepared.space
     if not space.unmeasured:
-        return prepared
-    if not run.latency.exists():
+        return prepared, {}
+    found = prepared.run.read_latency()
+    if not found:
         say(f"latency: measuring for {' and '.join(space.unmeasured)}")
         found = on_all_cpus(measure_tables, *asked_of(space), resolved, prepared.config.resources)
-        run.write_latency(found)
-        run.event("latency_measured", seconds=found["seconds"], on=found["on"])
-    return replace(prepared, space=held(space, run.read_latency()))
+    try:
+        return replace(prepared, space=held(space, found)), found
+    except ValueError as error:
+        raise UnfitError(error) from None
 
 
 def held_here(config: Config, space: SearchSpace) -> SearchSpace:

@@ -144,10 +144,13 @@ def stages(prepared: Prepared) -> None:
             asked = config.resources
             cluster.wait_for_place(asked.workers_per_trial, asked.cpus_per_worker, asked.gpus_per_worker, say)
             cluster.check_shared({"output": run.root, "MINITRON_SEARCH_CACHE": configuration.cache_folder()})
-            begin_run(prepared)
             resolved = resolved_precision(config.precision)
+            prepared, speeds = hold_to_speed(prepared, resolved)
+            begin_run(prepared)
             run.write_environment({**environment(prepared), "precision": resolved})
-            prepared = hold_to_speed(prepared, resolved)
+            if speeds and not run.latency.exists():
+                run.write_latency(speeds)
+                run.event("latency_measured", seconds=speeds["seconds"], on=speeds["on"])
             write_forecast(prepared, resolved)
             if correction_tokens(config):
                 with stage(run, "correction"):

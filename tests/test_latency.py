@@ -9,6 +9,7 @@ import pytest
 
 from minitron_search import latency, latency_stage
 from minitron_search.architecture import Architecture
+from minitron_search.cluster import UnfitError
 from minitron_search.config import parse
 from minitron_search.families import is_expressible, whole
 from minitron_search.latency import (
@@ -224,14 +225,15 @@ def asked(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_run_measures_once_and_goes_on_with_what_it_measured(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = latency_stage.hold_to_speed(asked, "float32")
-    found = asked.run.read_latency()
+    first, found = latency_stage.hold_to_speed(asked, "float32")
+    assert not asked.run.root.exists(), "a run begins when its space is known"
+    asked.run.write_latency(found)
     assert found["on"] == "1 CPU thread" and found["precision"] == "float32"
     assert len(found["tables"][0]["whole"]) == 2  # the smallest is the least deep
     assert all(row["summed_ms"] > 0 < row["measured_ms"] for row in found["tables"][0]["whole"])
     monkeypatch.setattr(latency_stage, "on_all_cpus", lambda *_: pytest.fail("measured again"))
     monkeypatch.setattr(latency_stage, "measure_tables", lambda *_: pytest.fail("measured again"))
-    again = latency_stage.hold_to_speed(asked, "float32")
+    again, _ = latency_stage.hold_to_speed(asked, "float32")
     there = latency_stage.held_here(asked.config, asked.space)
     for held in (again.space, there):
         assert [a.id for a in held.architectures()] == [a.id for a in first.space.architectures()]
@@ -246,4 +248,12 @@ def test_a_dry_run_measures_here_and_says_so(asked: Any, capsys: pytest.CaptureF
 
 def test_without_a_budget_on_speed_nothing_is_measured() -> None:
     plain = SimpleNamespace(space=space({"params": {"target": 11_000, "tolerance": 0.9}}), run=None)
-    assert latency_stage.hold_to_speed(plain, "float32") is plain
+    held, measured = latency_stage.hold_to_speed(plain, "float32")
+    assert held is plain and measured == {}
+
+
+def test_a_speed_that_nothing_reaches_is_refused_before_the_run_begins(asked: Any) -> None:
+    asked.space.budget.latency_ms.target = 1e-9
+    with pytest.raises(UnfitError, match="latency_ms"):
+        latency_stage.hold_to_speed(asked, "float32")
+    assert not asked.run.root.exists()
