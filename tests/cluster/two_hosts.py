@@ -7,6 +7,7 @@ On a laptop and two hosts, which are namespaces of this machine (see `hosts`):
     ray up clusters/on-prem.yaml                     from the checkout, token authentication on
     ray dashboard clusters/on-prem.yaml              since the dashboard listens on the head's loopback alone
     ray job submit --address http://127.0.0.1:8265 --working-dir . -- python -m minitron_search.run --config ...
+    a job whose run directory the worker would not see is refused
     the worker loses power while a trial trains on it, and stays away: the head ends the search by itself
     a second job; the worker loses power, comes back, joins again, and trains on
     ray down clusters/on-prem.yaml
@@ -151,11 +152,12 @@ def installed(venv: Path) -> None:
 class Job:
     """A search, submitted from the laptop: what it prints is in `log`, its run directory is `output`."""
 
-    def __init__(self, cluster: Cluster, name: str, launcher: str):
+    def __init__(self, cluster: Cluster, name: str, launcher: str, folder: str = SHARED):
         self.cluster, self.output, self.log = cluster, cluster.shared / name, cluster.folder / f"{name}.log"
+        submit = ["ray", "job", "submit", "--address", DASHBOARD, "--working-dir", ".", "--"]
         self.process = cluster.laptop.start(
-            *cluster.typed("ray", "job", "submit", "--address", DASHBOARD, "--working-dir", ".", "--", *search(name)),
-            "--resources.launcher", launcher, log=self.log, PYTHONUNBUFFERED="1", **LAPTOP_S,
+            *cluster.typed(*submit, *search(f"{folder}/{name}", launcher)), log=self.log, PYTHONUNBUFFERED="1",
+            **LAPTOP_S,
         )  # fmt: skip
 
     def until(self, what: str, happened: Callable[[], Any], seconds: float) -> Any:
@@ -169,13 +171,12 @@ class Job:
             time.sleep(0.05)
         return found
 
-    def end(self) -> None:
-        """Wait for its end, which is to be a good one."""
+    def ended(self) -> int:
+        """Waits for its end; its exit status."""
         try:
-            status = self.process.wait(END_S)
+            return self.process.wait(END_S)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"no end in {END_S} s:\n{self.log.read_text()}") from None
-        assert status == 0, self.log.read_text()
 
     def events(self, kind: str, **fields: Any) -> list[dict[str, Any]]:
         return [line for line in lines(self.output / "events.jsonl")
@@ -191,10 +192,10 @@ class Job:
         return None
 
 
-def search(name: str) -> list[str]:
-    """The command; its run directory is `name` in the shared folder."""
-    module = ["python", "-m", "minitron_search.run"]
-    return [*module, "--config", f"{SHARED}/search.yaml", "--output", f"{SHARED}/{name}"]
+def search(output: str, launcher: str) -> list[str]:
+    """The command."""
+    module = ["python", "-m", "minitron_search.run", "--config", f"{SHARED}/search.yaml"]
+    return [*module, "--output", output, "--resources.launcher", launcher]
 
 
 def lines(log: Path) -> list[dict[str, Any]]:
@@ -222,7 +223,7 @@ def searched(output: Path) -> list[dict[str, Any]]:
 def alone(cluster: Cluster) -> list[dict[str, Any]]:
     """The rows of the same search on the laptop, without a cluster."""
     cluster.laptop.run(
-        *cluster.typed(*search("alone"), "--resources.launcher", "inline"), timeout=END_S,
+        *cluster.typed(*search(f"{SHARED}/alone", "inline")), timeout=END_S,
         RAY_OVERRIDE_RESOURCES='{"CPU": 1}',  # how many threads compute the importance decides how it is rounded
         OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", MINITRON_SEARCH_CACHE="/root/cache",
     )  # fmt: skip
@@ -246,7 +247,7 @@ def search_through_a_power_cut(
             cluster.boot(WORKER)
             back = job.until("the worker is a node again", lambda: job.events("node_joined", node=worker), BACK_S)[0]
             say(f"it is back, {back['time'] - lost['time']:.0f} s later")
-    job.end()
+    assert job.ended() == 0, job.log.read_text()
     placed = job.events("trial_placed")
     assert {event["node"] for event in placed} == ADDRESSES
     assert comes_back == any(event["node"] == worker and event["time"] > lost["time"] for event in placed)
@@ -257,6 +258,14 @@ def search_through_a_power_cut(
     assert {(row["trial"], row["rung"]): row["lm_loss"] for row in table} == reached
     say(f"the search has ended, {len(table)} rows; {trial} ran on {', '.join(nodes)}")
     return table
+
+
+def refuse_a_folder_of_one_host(cluster: Cluster) -> None:
+    """Output that only the head would see: said before anything is written, and the job has failed."""
+    job = Job(cluster, "unshared", "train", "/root")
+    assert job.ended() != 0
+    assert "output: /root/unshared is on this machine alone" in job.log.read_text()
+    assert not (cluster.folder / HOSTS[HEAD] / "unshared").exists()
 
 
 @contextmanager
@@ -294,6 +303,8 @@ def scenario(folder: Path, launcher: str, power_cuts: list[str], say: Callable[[
         told(f"a search on the laptop alone has ended, {len(theirs)} rows")
         cluster.up()
         told("ray up: both hosts are nodes")
+        refuse_a_folder_of_one_host(cluster)
+        told("a run directory that only the head would see was refused")
         for power_cut in power_cuts:
             if WORKER not in cluster.network.hosts:
                 cluster.boot(WORKER)
