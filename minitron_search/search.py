@@ -114,7 +114,7 @@ class Bookkeeping(tune.Callback):
 
     def __init__(self, search: Search, study: LiveStudy, progress: Callable[[str], None]):
         self.search, self.study, self.progress = search, study, progress
-        self.began = time.monotonic()
+        self.began = 0.0  # to train: rungs at 0 tokens come before
         self.tokens = 0
         self.membership = Membership()
 
@@ -170,10 +170,12 @@ class Bookkeeping(tune.Callback):
 
     def _pace(self, row: dict[str, Any]) -> str:
         """Training speed of all trials together, and the time left at it in the plain case."""
+        if not row["tokens"]:
+            return "as it is"
+        if not self.tokens:
+            self.began = time.monotonic() - row["seconds"]
         before = self.search.rows[row["trial"]].get(row["rung"] - 1, {"tokens": 0})
         self.tokens += row["tokens"] - before["tokens"]
-        if not self.tokens:  # a rung at 0 tokens
-            return "as it is"
         speed = self.tokens / (time.monotonic() - self.began)
         phases = search_phases(self.search.config, self.search.config.search.trials)
         left = max(0, sum(phase.trials * phase.tokens for phase in phases) - sum(
