@@ -6,7 +6,6 @@ the key, the value given and what would have been valid.
 
 import difflib
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from minitron_search.folders import SCHEMES
 from minitron_search.loop_settings import Loss
 
 STAGES = ("importance", "depth", "search", "retrain", "report")
@@ -22,12 +22,6 @@ STAGES = ("importance", "depth", "search", "retrain", "report")
 MEASURED = ("lm_loss", "kl", "winogrande_margin")
 OF_SHAPE = ("params", "non_embedding_params", "memory_bytes")
 SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")  # of pyarrow's file systems
-
-
-def cache_folder() -> Path:
-    """Where what is computed once is kept: `$MINITRON_SEARCH_CACHE`, else `~/.cache/minitron_search`."""
-    return Path(os.environ.get("MINITRON_SEARCH_CACHE", "~/.cache/minitron_search")).expanduser().absolute()
 
 
 def _number(value: Any) -> Any:

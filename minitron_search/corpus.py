@@ -25,8 +25,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from minitron_search.config import cache_folder
 from minitron_search.embedded.docstrings import documents as docstring_documents
+from minitron_search.folders import cache_folder
 from minitron_search.teacher import file_hash, near_names
 
 Windows = np.ndarray  # int32 (count, sequence_length)

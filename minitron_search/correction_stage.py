@@ -19,7 +19,6 @@ import ray
 import torch
 from filelock import FileLock
 
-from minitron_search import config as configuration
 from minitron_search import retraining
 from minitron_search.architecture import digest
 from minitron_search.cluster import on_all_cpus, slots
@@ -27,6 +26,7 @@ from minitron_search.console import say
 from minitron_search.correction import LORA_ALPHA, LORA_RANK, merged
 from minitron_search.correction_settings import Correction
 from minitron_search.families import sizes, whole
+from minitron_search.folders import cache_folder
 from minitron_search.loop_settings import LoopSettings, Precision
 from minitron_search.materials import asked_once, plain_copy
 from minitron_search.preparation import Prepared
@@ -55,7 +55,7 @@ def correct_teacher(prepared: Prepared, resolved: Precision) -> Prepared:
     workers = 1 if resources.launcher == "inline" else retraining.gang(config, gangs).workers_per_trial
     model = prepared.teaching
     made_of = made_from(model.fingerprint, prepared.corpus.train, asked, settings, workers)
-    folder = configuration.cache_folder() / "corrected" / digest(made_of)
+    folder = cache_folder() / "corrected" / digest(made_of)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         new = not folder.exists()
@@ -100,7 +100,7 @@ def _make(
     shutil.rmtree(work.scratch, ignore_errors=True)  # of one that was killed
     say(f"correction: {asked.method}, {settings.total_tokens:,} tokens of the text that students are distilled on")
     key = digest([model.fingerprint, "as it is"])
-    plain = configuration.cache_folder() / "permuted" / key / resolved
+    plain = cache_folder() / "permuted" / key / resolved
     computing = on_all_cpus(plain_copy, model.folder, plain, resolved)
     dims, corpus = sizes(model.config), prepared.corpus
     asked_of = Request(key, f"{corpus.id} validation", corpus.validation, resolved, dims["hidden"], dims["vocab"])

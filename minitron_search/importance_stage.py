@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from minitron_search import config as configuration
 from minitron_search import precision
 from minitron_search.architecture import digest
 from minitron_search.cluster import in_parts, on_all_cpus
 from minitron_search.config import ImportanceConfig
 from minitron_search.console import say
+from minitron_search.folders import cache_folder
 from minitron_search.importance import Importance, Partial, combined, partial_sums
 from minitron_search.loop_settings import Precision
 from minitron_search.preparation import Prepared, importance_seed
@@ -35,7 +35,7 @@ def measure_importance(prepared: Prepared, resolved: Precision) -> None:
     content = hashlib.sha256(np.ascontiguousarray(windows).tobytes()).hexdigest()
     settings = [asked.model_dump(), importance_seed(config), resolved, smallest.to_dict()]
     key = digest([FORMULA, torch.__version__, prepared.teacher_fingerprint, content, list(windows.shape), *settings])
-    kept = configuration.cache_folder() / "importance" / f"{key}.safetensors"
+    kept = cache_folder() / "importance" / f"{key}.safetensors"
     if kept.exists():
         say("importance: measured before on the same teacher, windows and settings")
     else:

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from minitron_search import config as configuration
 from minitron_search import precision, teacher_cache
 from minitron_search.architecture import digest
 from minitron_search.cluster import in_parts, on_all_cpus
 from minitron_search.console import say
 from minitron_search.distillation_loss import next_tokens, token_losses
+from minitron_search.folders import cache_folder
 from minitron_search.importance import Importance
 from minitron_search.loop_settings import Precision
 from minitron_search.preparation import Prepared, lines_up, train_request
@@ -49,7 +49,7 @@ def _materials(prepared: Prepared, resolved: Precision) -> tuple[Materials, dict
     found = Importance.load(prepared.run.importance)
     rankings = found.rankings(prepared.space.teacher.num_key_value_heads)
     key = digest([prepared.teacher_fingerprint, importance_id(prepared.run)])
-    folder, teacher = configuration.cache_folder() / "permuted" / key, prepared.teacher_folder
+    folder, teacher = cache_folder() / "permuted" / key, prepared.teacher_folder
     if found.rotation is not None:
         teacher = on_all_cpus(rotate_teacher, teacher, found.rotation, folder / "rotated")
     pruned = stored = on_all_cpus(permute_teacher, teacher, rankings, folder / "stored")

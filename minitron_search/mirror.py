@@ -16,7 +16,8 @@ from pathlib import Path, PurePosixPath
 from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, FileType, copy_files
 
-from minitron_search.run_directory import RunDirectory, is_uri
+from minitron_search.folders import is_uri
+from minitron_search.run_directory import RunDirectory
 
 LOOK_S = 2.0  # between two looks at what has changed here
 BACK_OFF_S = (1.0, 60.0)  # after a failure: the first wait, which doubles, and the longest
@@ -65,7 +66,6 @@ class Mirror:
         """Make the working copy what storage holds, unless it is storage's own with what came after."""
         names = self._names()
         if not names or self._is_ahead(names):
-            self._whole = {folder for folder in _whole_folders(self.run.root) if self._marked(folder) in names}
             return
         shutil.rmtree(self.run.root, ignore_errors=True)
         for name in names:
@@ -75,8 +75,6 @@ class Mirror:
             here = self.run.root / name
             here.parent.mkdir(parents=True, exist_ok=True)
             copy_files(self._at(name), str(here), source_filesystem=self.there)
-        self._kept = self._here()
-        self._whole = _whole_folders(self.run.root)
 
     def _is_ahead(self, names: set[PurePosixPath]) -> bool:
         """Whether the log of events here begins with the one there."""
@@ -148,6 +146,11 @@ class Mirror:
 
     # Meanwhile
 
+    def _take_stock(self) -> None:
+        """What is whole there already, of what is here and of what no longer is."""
+        marks = [name for name in self._names() if name.suffix == WHOLE]
+        self._whole = {mark.with_suffix("") for mark in marks}
+
     @contextmanager
     def kept(self, progress: Callable[[str], None]) -> Iterator[None]:
         """Push while the block runs, and what is left at its end; storage may fail for a while.
@@ -155,6 +158,7 @@ class Mirror:
         Raises RuntimeError when it is gone for `PATIENCE_S` at the end; the working copy is left, and the next
         `--resume` on this machine puts it there.
         """
+        self._take_stock()
         over = threading.Event()
         thread = threading.Thread(target=self._push_until, args=(over, progress), daemon=True)
         thread.start()

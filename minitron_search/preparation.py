@@ -19,16 +19,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from minitron_search import __version__, precision
 from minitron_search import config as configuration
 from minitron_search.architecture import parameter_count
-from minitron_search.config import Axes, Budget, Config, Space, Target, cache_folder
+from minitron_search.config import Axes, Budget, Config, Space, Target
 from minitron_search.corpus import Corpus, load_corpus
 from minitron_search.correction import norm_weights
 from minitron_search.depth import in_layers
 from minitron_search.evaluation import check_tasks
 from minitron_search.families import family_of, sizes, weights, whole
+from minitron_search.folders import cache_folder, working_folder
 from minitron_search.loop_settings import Precision
 from minitron_search.mirror import mirror_of
 from minitron_search.rotation import rotated_config
-from minitron_search.run_directory import RunDirectory, working_folder
+from minitron_search.run_directory import RunDirectory
 from minitron_search.search_space import SearchSpace
 from minitron_search.teacher import fingerprint, load_tokenizer, teacher_config, teacher_folder
 from minitron_search.teacher_cache import Request, cache_bytes, free_bytes

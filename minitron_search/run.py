@@ -32,6 +32,7 @@ from minitron_search.correction_stage import correct_teacher  # noqa: E402
 from minitron_search.depth_recommendation import best_blocks  # noqa: E402
 from minitron_search.depth_stage import measure_depth  # noqa: E402
 from minitron_search.evidence import evidence  # noqa: E402
+from minitron_search.folders import cache_folder  # noqa: E402
 from minitron_search.forecast import comparison, dry_run, intermediate_advice  # noqa: E402
 from minitron_search.forecast_stage import costs_of, write_forecast  # noqa: E402
 from minitron_search.importance_stage import measure_importance  # noqa: E402
@@ -143,7 +144,7 @@ def stages(prepared: Prepared) -> None:
         with cluster.joined():
             asked = config.resources
             cluster.wait_for_place(asked.workers_per_trial, asked.cpus_per_worker, asked.gpus_per_worker, say)
-            cluster.check_shared({"output": run.root, "MINITRON_SEARCH_CACHE": configuration.cache_folder()})
+            cluster.check_shared({"output": run.root, "MINITRON_SEARCH_CACHE": cache_folder()})
             resolved = resolved_precision(config.precision)
             prepared, speeds = hold_to_speed(prepared, resolved)
             begin_run(prepared)

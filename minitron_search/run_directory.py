@@ -14,7 +14,6 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from minitron_search.config import SCHEMES, cache_folder
+from minitron_search.folders import working_folder
 
 AXES = (
     "hidden_size",
@@ -250,19 +249,6 @@ class RunDirectory:
 
     def read_trials(self) -> list[dict[str, Any]]:
         return pq.read_table(self.trials_table).to_pylist() if self.trials_table.exists() else []
-
-
-def is_uri(output: str) -> bool:
-    return output.partition("://")[0] in SCHEMES
-
-
-def working_folder(output: str) -> Path:
-    """Where a run is worked on; of one in storage, its copy in the cache. Absolute: a Ray Train worker has a working
-    directory of its own."""
-    if not is_uri(output):
-        return Path(output.removeprefix("file://")).absolute()
-    address = output.partition("?")[0].rstrip("/")
-    return cache_folder() / "runs" / f"{address.rpartition('/')[2]}-{sha256(address.encode()).hexdigest()[:10]}"
 
 
 def stage_seconds(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:

@@ -14,8 +14,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from minitron_search.config import cache_folder
 from minitron_search.embedded import teacher as embedded
+from minitron_search.folders import cache_folder
 from minitron_search.run_directory import replace_text
 
 # What from_pretrained reads, without the copies in other formats that many repositories hold beside it.

@@ -33,9 +33,9 @@ from filelock import FileLock
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from minitron_search import config
 from minitron_search.distillation_loss import TopK
 from minitron_search.families import final_hidden, head_logits
+from minitron_search.folders import cache_folder
 from minitron_search.loop_settings import Precision
 from minitron_search.precision import autocast
 
@@ -94,7 +94,7 @@ class Built(NamedTuple):
 def cache_path(request: Request) -> Path:
     """The folder of the cache, named by the content of all that makes it."""
     key = hashlib.sha256(json.dumps(_made_from(request), sort_keys=True).encode()).hexdigest()[:32]
-    return config.cache_folder() / "teacher_cache" / key
+    return cache_folder() / "teacher_cache" / key
 
 
 def cache_bytes(request: Request) -> int:

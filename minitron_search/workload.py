@@ -13,8 +13,9 @@ from transformers import PretrainedConfig
 
 from minitron_search import depth, teacher_cache
 from minitron_search.architecture import Architecture, forward_flops
-from minitron_search.config import Config, WinograndeConfig, cache_folder
+from minitron_search.config import Config, WinograndeConfig
 from minitron_search.families import sizes, sizes_of, weights
+from minitron_search.folders import cache_folder
 from minitron_search.search_space import COORDINATES, SearchSpace
 from minitron_search.trial_settings import CONTROLS, correction_tokens
 from minitron_search.winogrande import HUB, load_examples

@@ -13,6 +13,7 @@ from minitron_search import config as configuration
 from minitron_search import importance_stage, materials
 from minitron_search.architecture import parameter_count
 from minitron_search.families import sizes, weights
+from minitron_search.folders import cache_folder
 from minitron_search.importance import Importance, measure
 from minitron_search.importance_stage import PART, measure_importance
 from minitron_search.materials import make_materials
@@ -49,6 +50,7 @@ def prepared(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
                 "axes": {"hidden_size": {"low": 16, "high": 24, "step": 4}, "num_attention_heads": {"choices": [2, 4]}},
             },
             "search": {"rungs": [64, 128]},
+            "distillation": {"batch_tokens": 64},
             "retraining": {"tokens": 256},
             "importance": importance,
         }  # fmt: skip
@@ -122,7 +124,7 @@ def test_rounds_compose_an_order_of_the_searched_axes(prepared: Callable[..., Pr
     measure_importance(ready, "float32")
     found = Importance.load(ready.run.importance)
     assert found.order is not None and sorted(found.order.hidden.tolist()) == list(range(24))
-    cache = configuration.cache_folder() / "importance"
+    cache = cache_folder() / "importance"
     assert [path.suffix for path in cache.iterdir()] == [".safetensors"]  # the trims in between are gone
     made = make_materials(ready, "float32")
     trim(made.teacher_folder, ready.space.smallest_and_largest()[0])

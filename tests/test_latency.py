@@ -253,7 +253,9 @@ def test_without_a_budget_on_speed_nothing_is_measured() -> None:
 
 
 def test_a_speed_that_nothing_reaches_is_refused_before_the_run_begins(asked: Any) -> None:
-    asked.space.budget.latency_ms.target = 1e-9
+    budget = {"latency_ms": {"target": 1e-9, "tolerance": 0.1, "batch_size": 1, "context_length": 8}}
+    config = parse({"space": {"budget": budget, "axes": {"hidden_size": {"choices": [12, 24]}}}})
+    asked.space = SearchSpace(config.space, TEACHER)
     with pytest.raises(UnfitError, match="latency_ms"):
         latency_stage.hold_to_speed(asked, "float32")
     assert not asked.run.root.exists()

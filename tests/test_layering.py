@@ -78,8 +78,10 @@ def test_ray_is_imported_only_where_work_is_placed(name: str) -> None:
 @pytest.mark.parametrize("path", ANALYSIS, ids=lambda path: path.stem)
 def test_analysis_reads_run_directories_with_neither_torch_nor_ray(path: Path) -> None:
     assert not top_level(path) & {"torch", "ray", "transformers"}
-    assert of_package(path) <= {"minitron_search.run_directory"}
-    assert not of_package(PACKAGE["minitron_search.run_directory"])
+    assert of_package(path) <= {"minitron_search.run_directory", "minitron_search.mirror"}
+    for name in ("run_directory", "mirror"):
+        read = of_package(PACKAGE[f"minitron_search.{name}"])
+        assert read <= {"minitron_search.folders", "minitron_search.run_directory"}
 
 
 def test_the_run_directory_needs_neither_torch_nor_ray() -> None:

@@ -10,8 +10,9 @@ import pytest
 from pyarrow.fs import FileSystem
 
 from minitron_search import mirror as module
+from minitron_search.folders import is_uri, working_folder
 from minitron_search.mirror import Mirror
-from minitron_search.run_directory import RunDirectory, is_uri, working_folder
+from minitron_search.run_directory import RunDirectory
 
 
 @pytest.fixture
@@ -105,10 +106,29 @@ def test_a_folder_that_is_not_whole_there_does_not_come_back(tmp_path: Path, run
     assert not other.best().exists() and (other.checkpoint("a") / "step-00000008" / "weights").exists()
     mirror(there, run).pull()  # here is what wrote it: it is whole, and put there again
     assert run.best().exists()
-    kept = mirror(there, run)
-    kept.pull()
-    kept.push()
+    with mirror(there, run).kept(lambda said: None):
+        pass
     assert (there / "best.whole").exists()
+
+
+def test_a_run_that_goes_on_puts_no_whole_folder_there_again_and_takes_away_what_is_gone(
+    run: RunDirectory, there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(run)
+    mirror(there, run).push()
+    shutil.rmtree(run.checkpoint("a") / "step-00000008")
+    put = list[str]()
+    original = Mirror._put
+
+    def counted(self: Mirror, file: Path, name: Any) -> None:
+        put.append(str(name))
+        original(self, file, name)
+
+    monkeypatch.setattr(Mirror, "_put", counted)
+    with mirror(there, run).kept(lambda said: None):
+        pass
+    assert put and not any(name.startswith("best") for name in put)
+    assert contents(there) == contents(run.root)
 
 
 @pytest.mark.parametrize("ahead", ["here", "there"])

@@ -57,6 +57,7 @@ def test_a_second_driver_goes_on_from_the_bucket_alone(tmp_path: Path, address: 
         table = pq.read_table(file).to_pylist()
     assert [{key: value for key, value in row.items() if key not in TIMES} for row in table] == rows(unbroken)
 
+    (tmp_path / "downloaded").mkdir()
     copy_files(f"{base}/best", str(tmp_path / "downloaded"), source_filesystem=there)
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "downloaded")
     assert student.num_parameters() == next(row["params"] for row in table if row["arm"] == "retrained")

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from minitron_search.config import cache_folder
+from minitron_search.folders import cache_folder
 from minitron_search.run_directory import replace_text
 
 # Required dependencies, direct or through one of ours, so that every installation has the same text. Not

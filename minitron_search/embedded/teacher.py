@@ -24,7 +24,7 @@ import torch
 from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
-from minitron_search.config import cache_folder
+from minitron_search.folders import cache_folder
 from minitron_search.memory import release_memory
 
 NAME = "smollm2-135m"

@@ -1,0 +1,25 @@
+"""Where things are kept: what is computed once, and the folder that a run is worked on in."""
+
+import os
+from hashlib import sha256
+from pathlib import Path
+
+SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")  # of pyarrow's file systems
+
+
+def cache_folder() -> Path:
+    """Where what is computed once is kept: `$MINITRON_SEARCH_CACHE`, else `~/.cache/minitron_search`."""
+    return Path(os.environ.get("MINITRON_SEARCH_CACHE", "~/.cache/minitron_search")).expanduser().absolute()
+
+
+def is_uri(output: str) -> bool:
+    return output.partition("://")[0] in SCHEMES
+
+
+def working_folder(output: str) -> Path:
+    """Where a run is worked on; of one in storage, its copy in the cache. Absolute: a Ray Train worker has a working
+    directory of its own."""
+    if not is_uri(output):
+        return Path(output.removeprefix("file://")).absolute()
+    address = output.partition("?")[0].rstrip("/")
+    return cache_folder() / "runs" / f"{address.rpartition('/')[2]}-{sha256(address.encode()).hexdigest()[:10]}"
