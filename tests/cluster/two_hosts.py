@@ -49,7 +49,7 @@ TRAINS = ("ray::RayTrainWorker", "ray::ImplicitFunc")  # what Ray calls the proc
 STEP_TOKENS = 256
 # seconds: for two hosts to be nodes; from a job's start to a trial on the worker; until its loss is noticed; until it
 # is a node again; until a job has ended; until no Ray process is left. Many times what they take on a quiet machine.
-UP_S, TRIAL_S, LOST_S, BACK_S, END_S, DOWN_S = 120, 240, 90, 180, 400, 120
+UP_S, TRIAL_S, LOST_S, BACK_S, END_S, DOWN_S = 300, 300, 120, 300, 600, 120
 # Of Ray's own patience: with hosts that say nothing, and of a worker with a head that has gone.
 PATIENCE = {
     "RAY_health_check_period_ms": "1000",
@@ -127,10 +127,14 @@ class Cluster:
     def wait_for_nodes(self) -> None:
         deadline, found = time.monotonic() + UP_S, ""
         while set(found.split()) != ADDRESSES:
-            assert time.monotonic() < deadline, f"nodes after {UP_S} s: {found}"
+            assert time.monotonic() < deadline, f"nodes after {UP_S} s: {found}\n{self.autoscaler()}"
             time.sleep(0.5)
             with suppress(RuntimeError):  # the dashboard, and the way to it, take some seconds
                 found = self.laptop.run("python", "-c", ALIVE, **LAPTOP_S)
+
+    def autoscaler(self) -> str:
+        """What it last said, on the head."""
+        return self.network.ssh(HEAD, "tail -n 60 /tmp/ray/session_latest/logs/monitor.*")
 
     def processes(self) -> dict[str, list[str]]:
         """Ray's, by host."""
