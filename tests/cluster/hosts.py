@@ -226,7 +226,10 @@ def _mounts(home: Path, mounts: Mapping[str, Path | None], hides: Sequence[Path]
     lines = ["mount -t tmpfs -o mode=755 tmpfs /srv", "mkdir /srv/.aside"]
     lines += [_bind(source, shlex.quote(str(source)), place) for source, place in aside.items()]
     for cover in [*(place for place in PRIVATE if place != "/srv"), *hides]:
-        lines.append(f"mount -t tmpfs -o mode=1777 tmpfs {shlex.quote(str(cover))}")
+        at = shlex.quote(str(cover))
+        lines.append(
+            f"mkdir -p {at}; mount -t tmpfs -o mode=1777 tmpfs {at}"
+        )  # a checkout may be in /tmp, covered by now
     lines.append(f"mount --bind {aside[home]} /root")
     for source, place in [*((folder, str(folder)) for folder in python), *((of, at) for at, of in given.items())]:
         lines.append(_bind(source, aside[source], shlex.quote(place)))
