@@ -29,7 +29,10 @@ PROGRAMS = {"ip": "iproute2", "rsync": "rsync", "sshd": "openssh-server", "ssh":
             "ssh-keygen": "openssh-client", "unshare": "util-linux", "nsenter": "util-linux"}  # fmt: skip
 SSHD = ("-D", "-e", "-f", "/dev/null", "-o", "PidFile=none", "-o", "UsePAM=no", "-o", "UseDNS=no",
         "-o", "PermitRootLogin=yes", "-o", "PasswordAuthentication=no")  # fmt: skip
-START_S = 20
+# on the laptop
+SSH = ("ssh", "-i", "/srv/key", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null",
+       "-o", "LogLevel=ERROR", "-o", "ConnectTimeout=5")  # fmt: skip
+START_S = 60
 
 
 def missing() -> str | None:
@@ -174,15 +177,13 @@ class Network:
         self.hosts.pop(number).kill()
 
     def ssh(self, number: int, command: str, timeout: float = 60) -> str:
-        options = ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR",
-                   "-o", "ConnectTimeout=2"]  # fmt: skip
-        return self.laptop.run("ssh", "-i", "/srv/key", *options, f"root@{address(number)}", command, timeout=timeout)
+        return self.laptop.run(*SSH, f"root@{address(number)}", command, timeout=timeout)
 
     def _wait_for_sshd(self, number: int) -> None:
         deadline = time.monotonic() + START_S
         while True:
             try:
-                self.ssh(number, "true", timeout=5)
+                self.ssh(number, "true", timeout=10)
                 return
             except RuntimeError:
                 if time.monotonic() > deadline:

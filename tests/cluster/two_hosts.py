@@ -5,7 +5,7 @@
 On a laptop and two hosts, which are namespaces of this machine (see `hosts`):
 
     ray up clusters/on-prem.yaml                     from the checkout, token authentication on
-    ray dashboard clusters/on-prem.yaml              since the dashboard listens on the head's loopback alone
+    ssh -N -L 8265:127.0.0.1:8265 HEAD               since the dashboard listens on the head's loopback alone
     ray job submit --address http://127.0.0.1:8265 --working-dir . -- python -m minitron_search.run --config ...
     a job whose run directory the worker would not see is refused
     the worker loses power while a trial trains on it, and stays away: the head ends the search by itself
@@ -33,7 +33,7 @@ from typing import Any
 
 import yaml
 
-from tests.cluster.hosts import ROOT, Machine, Network, address, missing
+from tests.cluster.hosts import ROOT, SSH, Machine, Network, address, missing
 from tests.runs import rows, tiny_inputs
 
 HEAD, WORKER = 11, 12
@@ -117,8 +117,9 @@ class Cluster:
 
     def up(self) -> None:
         self.laptop.run(*self.typed("ray", "up", "-y", "--no-config-cache", "/root/cluster.yaml"), **LAPTOP_S)
-        forward = self.typed("ray", "dashboard", "--no-config-cache", "/root/cluster.yaml")
-        self.laptop.start(*forward, log=self.folder / "dashboard.log", **LAPTOP_S)
+        # what `ray dashboard` does, which gives up where the head is busy for 15 s
+        forward = [*SSH, "-N", "-L", "8265:127.0.0.1:8265", f"root@{address(HEAD)}"]
+        self.laptop.start(*forward, log=self.folder / "dashboard.log")
         self.wait_for_nodes()
 
     def down(self) -> None:
