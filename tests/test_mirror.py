@@ -64,16 +64,22 @@ def test_what_is_here_comes_back_on_an_empty_machine(tmp_path: Path, run: RunDir
     assert not other.scratch.exists()
 
 
-def test_only_what_changed_is_put_there_again(run: RunDirectory, there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(run)
-    kept, put = mirror(there, run), list[str]()
-    original = Mirror._put
+@pytest.fixture
+def put(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of what is put there from now on."""
+    names, original = list[str](), Mirror._put
 
-    def counted(self: Mirror, file: Path, name: Any) -> None:
-        put.append(str(name))
+    def noted(self: Mirror, file: Path, name: Any) -> None:
+        names.append(str(name))
         original(self, file, name)
 
-    monkeypatch.setattr(Mirror, "_put", counted)
+    monkeypatch.setattr(Mirror, "_put", noted)
+    return names
+
+
+def test_only_what_changed_is_put_there_again(run: RunDirectory, there: Path, put: list[str]) -> None:
+    fill(run)
+    kept = mirror(there, run)
     kept.push()
     assert len(put) == len(contents(run.root))
     put.clear()
@@ -112,19 +118,12 @@ def test_a_folder_that_is_not_whole_there_does_not_come_back(tmp_path: Path, run
 
 
 def test_a_run_that_goes_on_puts_no_whole_folder_there_again_and_takes_away_what_is_gone(
-    run: RunDirectory, there: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunDirectory, there: Path, put: list[str]
 ) -> None:
     fill(run)
     mirror(there, run).push()
     shutil.rmtree(run.checkpoint("a") / "step-00000008")
-    put = list[str]()
-    original = Mirror._put
-
-    def counted(self: Mirror, file: Path, name: Any) -> None:
-        put.append(str(name))
-        original(self, file, name)
-
-    monkeypatch.setattr(Mirror, "_put", counted)
+    put.clear()
     with mirror(there, run).kept(lambda said: None):
         pass
     assert put and not any(name.startswith("best") for name in put)
