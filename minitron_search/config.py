@@ -299,7 +299,7 @@ class Search(Section):
     controls: whether the winner's shape is also trained pruned at random and from random weights, to the last rung.
     """
 
-    trials: Count = 18
+    trials: Count = 12
     sampler: Literal["tpe", "random", "grid", "nsga2", "nsga3", "gp"] = "tpe"
     objective: Annotated[str | tuple[str, ...], BeforeValidator(_one_or_several)] = "lm_loss"
     rungs: Annotated[tuple[CountOrZero, ...], BeforeValidator(_listed), Field(min_length=1)] = (0, 4_000, 12_000)

@@ -11,7 +11,6 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from minitron_search.architecture import Architecture
-from minitron_search.cluster import Membership
 from minitron_search.evidence import evidence
 from minitron_search.kept_actors import kept_actors
 from minitron_search.launchers import tune_function
@@ -58,7 +57,7 @@ def run_search(
             ),
             run_config=tune.RunConfig(
                 name="search",
-                storage_path=str(run.scratch.absolute()),
+                storage_path=run.ray_storage,
                 failure_config=tune.FailureConfig(max_failures=TRIAL_RESTARTS),
                 callbacks=[Bookkeeping(search, study, progress)],
                 verbose=0,
@@ -116,7 +115,6 @@ class Bookkeeping(tune.Callback):
         self.search, self.study, self.progress = search, study, progress
         self.began = 0.0  # to train: rungs at 0 tokens come before
         self.tokens = 0
-        self.membership = Membership()
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         ours: Trial = trial.config["trial"]
@@ -147,9 +145,6 @@ class Bookkeeping(tune.Callback):
             self.progress(f"{self._place(ours)} failed: {self.search.failures[ours.id]}")
 
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
-        for kind, about in self.membership.changes():
-            self.search.run.event(kind, **about)
-            self.progress(f"cluster: {kind.replace('_', ' ')}: {about['node']}")
         # at every step, some ten a second: Ray ends a group a while after it was killed
         make_room(self.search.run, "search")
 

@@ -215,7 +215,7 @@ def test_layers_of_several_kinds_are_each_measured() -> None:
 def asked(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A run whose space has a budget on speed, and tasks that run here."""
     budget = {"latency_ms": {"target": 1_000, "tolerance": 0.99999, "batch_size": 1, "context_length": 8}}
-    monkeypatch.setattr(latency_stage, "on_all_cpus", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(latency_stage, "on_all_cpus", lambda depot, function, *arguments: function(*arguments))
     monkeypatch.setattr(latency, "ROUNDS", 1)
     monkeypatch.setattr(latency_stage, "replace", lambda made, **given: SimpleNamespace(**{**vars(made), **given}))
     axes = {"hidden_size": {"choices": [12, 24]}, "drop_block": {"lengths": [0, 1]}}
