@@ -38,8 +38,7 @@ def main(folder: str) -> None:
         )
         trial = replace(trial, initialization="random")
         run.start_trial(trial.id, trial.describe())
-        asked = settings.resources
-        slots = cluster.slots(asked.workers_per_trial, asked.cpus_per_worker, asked.gpus_per_worker)
+        slots = cluster.slots(settings.resources)
         retraining.retrain(settings, trial, materials, slots, say, run)
     control = next(row for row in run.metrics(trial.id) if row["kind"] == "rung")
     print(f"{best}: validation LM loss, nats per token +- standard error ({control['lm_loss_n']} windows)")

@@ -124,54 +124,59 @@ def _about(node: dict[str, Any]) -> dict[str, Any]:
     return {**about, **{name: node["Resources"].get(name, 0) for name in ("CPU", "GPU")}}
 
 
-def wait_for_place(workers: int, cpus: int, gpus: float, progress: Callable[[str], None]) -> None:
-    """Until one trial of `workers` workers fits: a cluster that scales from zero adds a node for what it is asked.
+def wait_for_place(resources: Resources, progress: Callable[[str], None]) -> None:
+    """Until one trial fits: a cluster that scales from zero adds a node for what it is asked.
 
     Raises UnfitError where none has come within `PLACE_S`, or could: an embedded Ray has this machine and no other.
     """
     if not os.environ.get("RAY_ADDRESS"):
-        slots(workers, cpus, gpus)
+        slots(resources)
         return
-    wanted = placement_group([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}] * workers)
+    wanted = placement_group([resources.of_worker()] * resources.workers_per_trial)
     began = time.monotonic()
     while not wanted.wait(PROGRESS_S):
         if time.monotonic() - began > PLACE_S:
             remove_placement_group(wanted)
-            have = ray.cluster_resources()
-            raise UnfitError(f"resources: no place for a trial of {workers} workers with {cpus} CPUs and {gpus:g} GPUs "
-                             f"each within {PLACE_S / 60:.0f} minutes, in a cluster of {have.get('CPU', 0):g} CPUs and "
-                             f"{have.get('GPU', 0):g} GPUs; valid: fewer workers_per_trial, cpus_per_worker or "
-                             "gpus_per_worker, or nodes that have them")  # fmt: skip
-        progress(f"cluster: waiting for a place for {workers} workers of {cpus} CPUs and {gpus:g} GPUs")
+            raise _unfit(resources, f"has found no place within {PLACE_S / 60:.0f} minutes, in")
+        progress(f"cluster: waiting for a place for {_described(resources)}")
     remove_placement_group(wanted)
 
 
-def slots(workers_per_trial: int, cpus_per_worker: int, gpus_per_worker: float) -> int:
-    """How many trials of this size the cluster can run at once, as it is now. A worker has what it needs on one node;
-    the workers of a trial may be on several.
+def slots(resources: Resources) -> int:
+    """How many trials the cluster can run at once, as it is now. A worker has what it needs on one node; the workers of
+    a trial may be on several.
 
     Raises UnfitError when not even one fits.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fitting = sum(_workers(node, cpus_per_worker, gpus_per_worker) for node in nodes) // workers_per_trial
+    fitting = sum(_workers(node, resources.of_worker()) for node in nodes) // resources.workers_per_trial
     if fitting < 1:
-        have = ray.cluster_resources()
-        raise UnfitError(
-            f"resources: a trial of {workers_per_trial} workers with {cpus_per_worker} CPUs and "
-            f"{gpus_per_worker:g} GPUs each does not fit the cluster's {have.get('CPU', 0):g} CPUs and "
-            f"{have.get('GPU', 0):g} GPUs; valid: fewer workers_per_trial, cpus_per_worker or gpus_per_worker"
-        )
+        raise _unfit(resources, "does not fit")
     return fitting
 
 
-def _workers(node: dict[str, float], cpus: int, gpus: float) -> int:
+def _workers(node: dict[str, float], asked: dict[str, float]) -> int:
     """How many workers fit a node: those that share a GPU are on one, a worker of several has whole ones."""
-    fitting = int(node.get("CPU", 0) // cpus)
-    if not gpus:
-        return fitting
-    has = int(node.get("GPU", 0))
-    of_gpus = has * int(1 / gpus + 1e-6) if gpus < 1 else int(has // gpus)  # 1 // 0.1 is 9
-    return min(fitting, of_gpus)
+    fitting = min(int(node.get(name, 0) / share) for name, share in asked.items() if name != "GPU")
+    if gpus := asked.get("GPU"):
+        has = int(node.get("GPU", 0))
+        fitting = min(fitting, has * int(1 / gpus + 1e-6) if gpus < 1 else int(has // gpus))  # 1 // 0.1 is 9
+    return fitting
+
+
+def _described(resources: Resources) -> str:
+    kind = f" of kind {resources.accelerator_type}" if resources.accelerator_type else ""
+    return (f"{resources.workers_per_trial} workers with {resources.cpus_per_worker} CPUs and "
+            f"{resources.gpus_per_worker:g} GPUs{kind} each")  # fmt: skip
+
+
+def _unfit(resources: Resources, how: str) -> UnfitError:
+    have = ray.cluster_resources()
+    kinds = [name.partition(":")[2] for name in have if name.startswith("accelerator_type:")]
+    gpus = f"{have.get('GPU', 0):g} GPUs{' of kind ' + ', '.join(kinds) if kinds else ''}"
+    cluster = f"the cluster's {have.get('CPU', 0):g} CPUs and {gpus}"
+    return UnfitError(f"resources: a trial of {_described(resources)} {how} {cluster}; valid: fewer workers_per_trial, "
+                      "cpus_per_worker or gpus_per_worker, or nodes that have them")  # fmt: skip
 
 
 class Room:
@@ -186,7 +191,7 @@ class Room:
         if isinstance(self.asked, int) and os.environ.get("RAY_ADDRESS"):
             return self.asked
         if time.monotonic() - self.looked >= LOOK_S:
-            self.looked, of = time.monotonic(), self.resources
+            self.looked = time.monotonic()
             with suppress(UnfitError):  # the nodes that held one have gone: it waits for others
-                self.now = slots(of.workers_per_trial, of.cpus_per_worker, of.gpus_per_worker)
+                self.now = slots(self.resources)
         return self.now if self.asked == "auto" else min(int(self.asked), self.now)

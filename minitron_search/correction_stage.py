@@ -52,7 +52,7 @@ def correct_teacher(prepared: Prepared, resolved: Precision) -> Prepared:
         return prepared
     settings = correction_settings(config, asked, resolved)
     resources = config.resources
-    gangs = slots(resources.workers_per_trial, resources.cpus_per_worker, resources.gpus_per_worker)
+    gangs = slots(resources)
     workers = 1 if resources.launcher == "inline" else retraining.gang(config, gangs).workers_per_trial
     model = prepared.teaching
     made_of = made_from(model.fingerprint, prepared.corpus.train, asked, settings, workers)

@@ -98,7 +98,8 @@ def make_job(prepared: Prepared, resolved: str) -> tuple[Job, int]:
     """The job on this cluster, and how many pieces of it may run at once."""
     config = prepared.config
     cpus, gpus = config.resources.cpus_per_worker, worker_gpus(config)
-    fitting = cluster.slots(1, cpus, gpus)
+    one = config.resources.model_copy(update={"workers_per_trial": 1, "gpus_per_worker": gpus})
+    fitting = cluster.slots(one)
     workers = fitting if config.depth.workers == "auto" else min(config.depth.workers, fitting)
     element = 2 if resolved == "bfloat16" else 4
     job = Job(

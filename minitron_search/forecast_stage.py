@@ -30,7 +30,9 @@ def write_forecast(prepared: Prepared, resolved: Precision) -> None:
     speed = stated(config)
     if speed is None:
         hidden_size = prepared.teaching.config.hidden_size
-        speed = on_all_cpus(run.depot, measure, config, costs, hidden_size, resolved, at_once)
+        speed = on_all_cpus(
+            run.depot, measure, config, costs, hidden_size, resolved, at_once, kind=asked.accelerator_type
+        )
     found = {name: about._asdict() for name, about in forecast(costs, speed, machine).items()}
     run.write_forecast({**found, **known})
     seconds = sum(about["seconds"] for about in run.read_forecast().values())

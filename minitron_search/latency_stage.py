@@ -37,7 +37,7 @@ def hold_to_speed(prepared: Prepared, resolved: Precision) -> tuple[Prepared, di
     if not found:
         say(f"latency: measuring for {' and '.join(space.unmeasured)}")
         asked = (*asked_of(space), resolved, prepared.config.resources)
-        found = on_all_cpus(prepared.run.depot, measure_tables, *asked)
+        found = on_all_cpus(prepared.run.depot, measure_tables, *asked, kind=prepared.config.resources.accelerator_type)
     try:
         return replace(prepared, space=held(space, found)), found
     except ValueError as error:

@@ -23,7 +23,16 @@ def tune_function(
     materials: ray.ObjectRef, run: RunDirectory, resources: Resources
 ) -> Callable[[dict[str, Any]], None]:
     """What Ray Tune runs for one trial; its configuration is {"trial": Trial}."""
-    work = inline if resources.launcher == "inline" else through_train
+    return followed(inline if resources.launcher == "inline" else through_train, materials, run, resources)
+
+
+def followed(
+    work: Callable[[ray.ObjectRef, RunDirectory, Resources, Trial], None],
+    materials: ray.ObjectRef,
+    run: RunDirectory,
+    resources: Resources,
+) -> Callable[[dict[str, Any]], None]:
+    """`work`, and its rungs reported as they are logged."""
 
     def placed(config: dict[str, Any]) -> None:
         trial = config["trial"]

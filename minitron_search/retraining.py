@@ -50,10 +50,13 @@ def retrain(
             group.run(trial, decided=False)
             group.close()
 
-    cpus, gpus = (config.resources.cpus_per_worker, config.resources.gpus_per_worker) if inline else (0, 0)
+    asked = config.resources.of_worker() if inline else {}
+    cpus, gpus = asked.pop("CPU", 0), asked.pop("GPU", 0)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     place: Any = "DEFAULT" if inline else here  # what only waits for a group is on no node that goes
-    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=TASK_RESTARTS, scheduling_strategy=place)(placed)
+    task = ray.remote(
+        num_cpus=cpus, num_gpus=gpus, resources=asked, max_retries=TASK_RESTARTS, scheduling_strategy=place
+    )(placed)
     running = task.remote([materials])
     log = run.follow(trial.id)
     while not ray.wait([running], timeout=PROGRESS_S)[0]:

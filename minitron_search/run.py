@@ -143,8 +143,7 @@ def stages(prepared: Prepared) -> None:
         begin_run(prepared)
     else:
         with cluster.joined():
-            asked = config.resources
-            cluster.wait_for_place(asked.workers_per_trial, asked.cpus_per_worker, asked.gpus_per_worker, say)
+            cluster.wait_for_place(config.resources, say)
             prepared = connected(prepared)
             resolved = resolved_precision(config.precision)
             prepared, speeds = hold_to_speed(prepared, resolved)
@@ -232,8 +231,7 @@ def retrain(prepared: Prepared, search: Search, architecture: Architecture, rank
     run.event("trial_started", trial=trial.id)
     on_all_cpus(run.depot, retraining.score_now, materials, before)
     if not run.best(rank).exists():
-        asked = config.resources  # nodes may have come and gone since the search began
-        slots = cluster.slots(asked.workers_per_trial, asked.cpus_per_worker, asked.gpus_per_worker)
+        slots = cluster.slots(config.resources)  # nodes may have come and gone since the search began
         try:
             retraining.retrain(config, trial, materials, slots, say, run)
         except RuntimeError:  # one that diverged is a row that says so

@@ -39,12 +39,12 @@ def run_search(
     if first is not None:
         resources: dict[str, float] = {"memory": TRIAL_MEMORY}
         if config.resources.launcher == "inline":
-            resources = {"CPU": config.resources.cpus_per_worker}
-            if config.resources.gpus_per_worker:
-                resources["GPU"] = config.resources.gpus_per_worker
+            resources = config.resources.of_worker()
         proposals = Proposals(search, first, room)
-        # Tune looks for result files that nobody here writes, and says so for every trial
+        # Tune looks for result files that nobody here writes, and says so for every trial; of a trial that fails its
+        # controller prints thirty lines, and `Bookkeeping` the one that says why
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
+        logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)
         tuner = tune.Tuner(
             tune.with_resources(tune_function(materials, run, config.resources), resources),
             tune_config=tune.TuneConfig(
@@ -193,4 +193,4 @@ def _cause(trial: Any) -> str:
     """The last line of what a trial died of; Tune has written it to a file by now, and not yet to storage."""
     error = Path(trial.error_file)
     lines = error.read_text().strip().splitlines() if error.is_file() else []
-    return lines[-1] if lines else "its process died"
+    return lines[-1].strip() if lines else "its process died"

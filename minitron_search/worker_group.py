@@ -68,10 +68,7 @@ class WorkerGroup:
             scaling_config=ScalingConfig(
                 num_workers=resources.workers_per_trial,
                 use_gpu=resources.gpus_per_worker > 0,
-                resources_per_worker={
-                    "CPU": resources.cpus_per_worker,
-                    **({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
-                },
+                resources_per_worker=resources.of_worker(),
             ),
             run_config=RunConfig(
                 name=name,

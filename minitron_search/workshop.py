@@ -19,9 +19,10 @@ from minitron_search.trial_run import Materials
 RETRIES = 1  # of what ran on a node that was lost: on another one, which fetches what it needs
 
 
-def on_all_cpus(depot: Depot | None, function: Callable, *arguments: Any) -> Any:
-    """Run `function` as one Ray task on every CPU of the node, and on a GPU where it has one."""
-    node = _workshop()
+def on_all_cpus(depot: Depot | None, function: Callable, *arguments: Any, kind: str | None = None) -> Any:
+    """Run `function` as one Ray task on every CPU of the node, and on a GPU where it has one; `kind` of GPU, where one
+    is asked for."""
+    node = _workshop(kind)
     cpus, gpus = _cpus(node), min(1, int(node.get("GPU", 0)))
 
     def placed(*given: Any) -> Any:
@@ -68,14 +69,16 @@ def resolved_precision(asked: str) -> Precision:
     return ray.get(_task(precision.resolve, node, 1, min(1, int(node.get("GPU", 0)))).remote(asked))
 
 
-def _workshop() -> dict[str, Any]:
+def _workshop(kind: str | None = None) -> dict[str, Any]:
     """The resources of the node, and its `id`: this one for a task, which is there already; else the one with the most
     GPUs, then CPUs, and of equals the first, which is the same as long as none of them goes."""
     context = ray.get_runtime_context()
     if context.worker.mode == ray.WORKER_MODE:
         here = context.get_node_id()
         return {"id": here, **next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)}
-    nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeID"])
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    of_kind = [node for node in alive if f"accelerator_type:{kind}" in node["Resources"]]
+    nodes = sorted(of_kind or alive, key=lambda node: node["NodeID"])
     best = max(nodes, key=lambda node: (node["Resources"].get("GPU", 0), node["Resources"].get("CPU", 0)))
     return {"id": best["NodeID"], **best["Resources"]}
 

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import psutil
 import yaml
 
 from minitron_search.folders import is_uri, working_folder
@@ -282,12 +283,18 @@ def search_through_a_power_cut(
     before = finished(job.output)
     say(f"the worker loses power; {trial} trains on it; {len(before)} rungs are finished")
     cluster.network.cut_power(WORKER)
-    with waiting(cluster.network.hosts[HEAD], comes_back):
-        lost = job.until("the loss is a row of events.jsonl", lambda: job.events("node_lost", node=worker), LOST_S)[0]
+    with StandingStill(cluster.network.hosts[HEAD]) as head:
+
+        def noticed(kind: str) -> list[dict[str, Any]]:
+            if comes_back:
+                head.look()
+            return job.events(kind, node=worker)
+
+        lost = job.until("the loss is a row of events.jsonl", lambda: noticed("node_lost"), LOST_S)[0]
         say(f"the driver has seen it: {lost['message']}")
         if comes_back:
             cluster.boot(WORKER)
-            back = job.until("the worker is a node again", lambda: job.events("node_joined", node=worker), BACK_S)[0]
+            back = job.until("the worker is a node again", lambda: noticed("node_joined"), BACK_S)[0]
             say(f"it is back, {back['time'] - lost['time']:.0f} s later")
     assert job.ended() == 0, job.log.read_text()
     placed = job.events("trial_placed")
@@ -310,17 +317,27 @@ def refuse_a_folder_of_one_host(cluster: Cluster) -> None:
     assert not (cluster.folder / HOSTS[HEAD] / "unshared").exists()
 
 
-@contextmanager
-def waiting(host: Machine, do: bool) -> Iterator[None]:
-    """What trains on `host` stands still meanwhile: it would end a search this short by itself."""
-    training = [process for process, name in host.processes().items() if do and name.startswith(TRAINS)]
-    for process in training:
-        process.suspend()
-    try:
-        yield
-    finally:
-        for process in training:
-            process.resume()
+class StandingStill:
+    """What trains on `host` does not, until this is left: it would end a search this short by itself. `look` finds what
+    has begun to since, and is called often."""
+
+    def __init__(self, host: Machine):
+        self.host, self.stopped = host, set[psutil.Process]()
+
+    def look(self) -> None:
+        for process, name in self.host.processes().items():
+            if name.startswith(TRAINS) and process not in self.stopped:
+                with suppress(psutil.NoSuchProcess):
+                    process.suspend()
+                    self.stopped.add(process)
+
+    def __enter__(self) -> "StandingStill":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.stopped:
+            with suppress(psutil.NoSuchProcess):  # its group was half on the host that was lost
+                process.resume()
 
 
 @contextmanager
