@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.state import state  # the public API lists no draining nodes
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -93,7 +94,9 @@ def blind_node(folder: Path) -> str | None:
 
 @contextmanager
 def watched(run: RunDirectory, progress: Callable[[str], None]) -> Iterator[None]:
-    """While the block runs, nodes that come and go are events of `run`, `node_lost` and `node_joined`, and are told."""
+    """While the block runs, nodes that come and go are events of `run` and are told: `node_joined`, `node_leaving`
+    after a notice (clusters/spot_notice.py), `node_lost`."""
+    leaving: set[str] = set()
     over, known = threading.Event(), {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
     def look() -> None:
@@ -101,7 +104,10 @@ def watched(run: RunDirectory, progress: Callable[[str], None]) -> Iterator[None
         while not over.wait(LOOK_S):
             nodes = {node["NodeID"]: node for node in ray.nodes()}
             alive = {name for name, node in nodes.items() if node["Alive"]}
-            for kind, changed in (("node_lost", known - alive), ("node_joined", alive - known)):
+            told = {name for name in draining() if name in nodes} - leaving
+            leaving.update(told)
+            changes = ("node_lost", known - alive), ("node_joined", alive - known), ("node_leaving", told)
+            for kind, changed in changes:
                 for name in sorted(changed):
                     about = _about(nodes[name])
                     run.event(kind, **about)
@@ -115,6 +121,11 @@ def watched(run: RunDirectory, progress: Callable[[str], None]) -> Iterator[None
     finally:
         over.set()
         watch.join()
+
+
+def draining() -> dict[str, int]:
+    """Nodes that take no more work, by id: until when, in Unix milliseconds, 0 where nobody said."""
+    return state.get_draining_nodes()
 
 
 def _about(node: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +159,8 @@ def slots(resources: Resources) -> int:
 
     Raises UnfitError when not even one fits.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    going = draining()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node.get("NodeID") not in going]
     fitting = sum(_workers(node, resources.of_worker()) for node in nodes) // resources.workers_per_trial
     if fitting < 1:
         raise _unfit(resources, "does not fit")

@@ -1,6 +1,8 @@
 """How many trials fit which nodes, and where what is computed beside them runs: on simulated nodes, by real Ray."""
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from minitron_search import cluster
 from minitron_search import config as configuration
@@ -41,12 +44,14 @@ def test_slots_are_counted_node_by_node(
     monkeypatch: pytest.MonkeyPatch, have: list[dict[str, float]], asked: dict[str, Any], fitting: int
 ) -> None:
     monkeypatch.setattr(cluster.ray, "nodes", lambda: [*nodes(*have), {"Alive": False, "Resources": {"CPU": 99}}])
+    monkeypatch.setattr(cluster, "draining", lambda: {})
     assert slots(Resources(**asked)) == fitting
 
 
 def test_what_fits_nowhere_is_told_with_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     have = {"CPU": 8.0, "GPU": 1.0, "accelerator_type:L4": 1.0}
     monkeypatch.setattr(cluster.ray, "nodes", lambda: nodes(have))
+    monkeypatch.setattr(cluster, "draining", lambda: {})
     monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: have)
     with pytest.raises(
         UnfitError, match="1 GPUs of kind H100 each does not fit the cluster's 8 CPUs and 1 GPUs of kind L4"
@@ -120,12 +125,32 @@ def test_nodes_that_come_and_go_are_events(three_nodes: Cluster, tmp_path: Path)
     with cluster.watched(run, said.append):
         node = three_nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20)
         wait_for(lambda: said)
-        three_nodes.remove_node(node, allow_graceful=True)
+        before = slots(Resources())
+        there = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+        ray.remote(num_cpus=1, max_retries=0, scheduling_strategy=there)(busy).remote()  # idle it would end at once
+        wait_for(lambda: ray.available_resources().get("CPU") == 5)
+        drain(three_nodes.address, node.node_id)
         wait_for(lambda: len(said) > 1)
-    joined, lost = run.events()
-    assert (joined["event"], lost["event"]) == ("node_joined", "node_lost")
-    assert joined["node_id"] == lost["node_id"] and joined["CPU"] == 1 and lost["message"]
-    assert said[0].startswith("cluster: node joined: ") and said[1].startswith("cluster: node lost: ")
+        assert slots(Resources()) == before - 1 == 5
+        three_nodes.remove_node(node, allow_graceful=True)
+        wait_for(lambda: len(said) > 2)
+    joined, leaving, lost = run.events()
+    assert [event["event"] for event in run.events()] == ["node_joined", "node_leaving", "node_lost"]
+    assert joined["node_id"] == leaving["node_id"] == lost["node_id"] and joined["CPU"] == 1 and lost["message"]
+    assert [line.partition(": 1")[0] for line in said] == [
+        "cluster: node joined", "cluster: node leaving", "cluster: node lost"
+    ]  # fmt: skip
+
+
+def busy() -> None:
+    time.sleep(600)
+
+
+def drain(address: str, node: str) -> None:
+    """As clusters/spot_notice.py does."""
+    told = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot notice"]
+    command = [str(Path(sys.executable).parent / "ray"), "drain-node", "--address", address, "--node-id", node, *told]
+    subprocess.run([*command, "--deadline-remaining-seconds", "120"], check=True, capture_output=True, timeout=60)
 
 
 def wait_for(happened: Any) -> None:
