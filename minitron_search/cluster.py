@@ -16,6 +16,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from minitron_search.config import Resources
+from minitron_search.folders import cache_folder
 from minitron_search.run_directory import RunDirectory
 
 # Set before Ray starts: read by the driver, and inherited by the processes of an embedded start.
@@ -52,7 +53,9 @@ def joined() -> Iterator[None]:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING, log_to_driver=False, runtime_env={"env_vars": ENVIRONMENT})
+        # caches are in the same place on every node, which is the driver's
+        everywhere = {**ENVIRONMENT, "MINITRON_SEARCH_CACHE": str(cache_folder())}
+        ray.init(logging_level=logging.WARNING, log_to_driver=False, runtime_env={"env_vars": everywhere})
     else:
         ray.init(
             address="local",
