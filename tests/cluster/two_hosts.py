@@ -57,7 +57,7 @@ boto3.client("s3", endpoint_url="http://127.0.0.1:{PORT}", region_name="us-east-
 """
 DASHBOARD = "http://127.0.0.1:8265"
 POWER_CUTS = ("stays-away", "comes-back")
-TRAINS = ("ray::RayTrainWorker", "ray::ImplicitFunc")  # what Ray calls the processes of trials
+TRAINS = {"train": "ray::RayTrainWorker", "inline": "ray::ImplicitFunc"}  # what Ray calls those that train
 STEP_TOKENS = 256
 # seconds: for two hosts to be nodes; from a job's start to a trial on the worker; until its loss is noticed; until it
 # is a node again; until a job has ended; until no Ray process is left. Many times what they take on a quiet machine.
@@ -86,6 +86,7 @@ def configuration(folder: Path) -> dict[str, Any]:
     found["corpus"]["train"] = found["corpus"]["validation"] = f"{SHARED}/text.txt"
     found["stages"] = ["importance", "search", "retrain"]
     found["retraining"] = {"tokens": 20 * STEP_TOKENS}
+    found["resources"] = {"strategy": "fsdp2"}  # of the retraining: its shards are on both hosts
     found["search"] = {"trials": 8, "rungs": [steps * STEP_TOKENS for steps in (25, 125, 225)], "reduction_factor": 2,
                        "sampler": "random", "controls": False}  # fmt: skip
     found["distillation"] = {"batch_tokens": STEP_TOKENS}
@@ -279,11 +280,18 @@ def search_through_a_power_cut(
     """Its rows; no finished one is lost or computed again."""
     worker, comes_back = address(WORKER), power_cut == "comes-back"
     job = Job(cluster, f"{launcher}-{power_cut}", launcher, folder)
+    with StandingStill(cluster.network.hosts[HEAD], launcher) as head:
+
+        def placed() -> list[dict[str, Any]]:
+            head.look()
+            return job.events("trial_placed", node=worker)
+
+        job.until("a trial is placed on the worker", placed, TRIAL_S)
     trial = job.until("a trial trains on the worker", lambda: job.trains_on(worker), TRIAL_S)
     before = finished(job.output)
     say(f"the worker loses power; {trial} trains on it; {len(before)} rungs are finished")
     cluster.network.cut_power(WORKER)
-    with StandingStill(cluster.network.hosts[HEAD]) as head:
+    with StandingStill(cluster.network.hosts[HEAD], launcher) as head:
 
         def noticed(kind: str) -> list[dict[str, Any]]:
             if comes_back:
@@ -321,12 +329,12 @@ class StandingStill:
     """What trains on `host` does not, until this is left: it would end a search this short by itself. `look` finds what
     has begun to since, and is called often."""
 
-    def __init__(self, host: Machine):
-        self.host, self.stopped = host, set[psutil.Process]()
+    def __init__(self, host: Machine, launcher: str):
+        self.host, self.trains, self.stopped = host, TRAINS[launcher], set[psutil.Process]()
 
     def look(self) -> None:
         for process, name in self.host.processes().items():
-            if name.startswith(TRAINS) and process not in self.stopped:
+            if name.startswith(self.trains) and process not in self.stopped:
                 with suppress(psutil.NoSuchProcess):
                     process.suspend()
                     self.stopped.add(process)
