@@ -86,7 +86,6 @@ def configuration(folder: Path) -> dict[str, Any]:
     found["corpus"]["train"] = found["corpus"]["validation"] = f"{SHARED}/text.txt"
     found["stages"] = ["importance", "search", "retrain"]
     found["retraining"] = {"tokens": 20 * STEP_TOKENS}
-    found["resources"] = {"strategy": "fsdp2"}  # of the retraining: its shards are on both hosts
     found["search"] = {"trials": 8, "rungs": [steps * STEP_TOKENS for steps in (25, 125, 225)], "reduction_factor": 2,
                        "sampler": "random", "controls": False}  # fmt: skip
     found["distillation"] = {"batch_tokens": STEP_TOKENS}
@@ -231,7 +230,10 @@ class Job:
 def search(output: str, launcher: str) -> list[str]:
     """The command."""
     module = ["python", "-m", "minitron_search.run", "--config", f"{SHARED}/search.yaml"]
-    return [*module, "--output", output, "--resources.launcher", launcher]
+    shards = (
+        ["--resources.strategy", "fsdp2"] if launcher == "train" else []
+    )  # of the retraining: they are on both hosts
+    return [*module, "--output", output, "--resources.launcher", launcher, *shards]
 
 
 def lines(log: Path) -> list[dict[str, Any]]:
