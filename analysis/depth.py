@@ -103,14 +103,9 @@ def _band(figure: go.Figure, rows: pd.DataFrame, colour: str, group: str) -> Non
     figure.add_scatter(
         x=[*rows["start"], *rows["start"][::-1]],
         y=[*(rows["value"] + error), *(rows["value"] - error)[::-1]],
-        fill="toself", fillcolor=_faint(colour), line={"width": 0}, mode="lines",
+        fill="toself", fillcolor=palette.faint(colour), line={"width": 0}, mode="lines",
         hoverinfo="skip", showlegend=False, legendgroup=group,
     )  # fmt: skip
-
-
-def _faint(colour: str) -> str:
-    red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
-    return f"rgba({red},{green},{blue},0.18)"
 
 
 def _level(

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from analysis import palette
-from analysis.cards import Card, depth_card
+from analysis.card import Card
+from analysis.cards import depth_card
 from analysis.page import page
 from analysis.run_data import load_run
 from minitron_search.run_directory import RunDirectory

@@ -1,4 +1,4 @@
-"""Parameters against validation LM loss, and the Pareto front of the highest rung that candidates share."""
+"""What a candidate costs against its validation LM loss, and the Pareto front of the highest rung that several share."""
 
 from typing import NamedTuple
 
@@ -10,22 +10,45 @@ from analysis import formatting as f
 from analysis import palette
 from analysis.run_data import CONTROLS, RunData, candidates, common_rung, last_rungs
 
-FAR = {"untrained": "untrained trim", "random_pruned": "random pruning", "random_init": "random weights"}
+FAR = {
+    "untrained": "untrained trim",
+    "random_pruned": "random pruning",
+    "random_init": "random weights",
+    "random_pruned_retrained": "random pruning, retrained",
+    "random_init_retrained": "random weights, retrained",
+}
 
 
-class SizeAndLossInfo(NamedTuple):
+class Axis(NamedTuple):
+    """A column of the trials table as a cost: how it is shown, and whether more of it is better."""
+
+    column: str
+    title: str
+    unit: float
+    more_is_better: bool = False
+
+
+AXES = (
+    Axis("params", "parameters (millions)", 1e6),
+    Axis("non_embedding_params", "non-embedding parameters (millions)", 1e6),
+    Axis("memory_bytes", "memory of the weights (MiB)", 2**20),
+    Axis("tokens_per_second", "speed (tokens per second)", 1.0, True),
+)
+
+
+class ParetoInfo(NamedTuple):
     """points: last scored rung of every trial: rows of the trials table, and its hover label
-    front:      rows of `front_rung` that no row of the same rung beats in both size and loss, smallest first
+    level:      the candidates' rows of `rung`, at equal tokens: what fronts are made of
     diverged:   trials whose last rung has no finite LM loss
     """
 
     points: pd.DataFrame
-    front: pd.DataFrame
-    front_rung: float | None
+    level: pd.DataFrame
+    rung: float | None
     diverged: int
 
 
-def size_and_loss_info(run: RunData) -> SizeAndLossInfo:
+def pareto_info(run: RunData) -> ParetoInfo:
     last = last_rungs(run.trials)
     scored = last[np.isfinite(last["lm_loss"]) & np.isfinite(last["params"])]
     points = scored.assign(hover=[f.hover(row) for row in scored.to_dict("records")])
@@ -33,21 +56,31 @@ def size_and_loss_info(run: RunData) -> SizeAndLossInfo:
     level = candidates(run.trials)
     level = level[(level["rung"] == rung) & np.isfinite(level["lm_loss"])] if rung is not None else level.iloc[:0]
     diverged = last[(last["status"] != "failed") & ~np.isfinite(last["lm_loss"])]
-    return SizeAndLossInfo(points, pareto_front(level), rung, len(diverged))
+    return ParetoInfo(points, level, rung, len(diverged))
 
 
-def pareto_front(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows that no other row equals or beats in both `params` and `lm_loss`, smallest first."""
-    rows = rows.sort_values(["params", "lm_loss"])
+def pareto_front(rows: pd.DataFrame, axis: Axis = AXES[0]) -> pd.DataFrame:
+    """Rows that no other row equals or beats in both `axis` and `lm_loss`, cheapest first."""
+    rows = rows[np.isfinite(rows[axis.column])].sort_values(
+        [axis.column, "lm_loss"], ascending=[not axis.more_is_better, True]
+    )
     return rows[rows["lm_loss"] < rows["lm_loss"].cummin().shift(fill_value=np.inf)]
 
 
-def size_and_loss_plot(info: SizeAndLossInfo) -> go.Figure:
-    figure = palette.new_figure(480)
-    front = info.front
+def measured_axes(info: ParetoInfo) -> list[Axis]:
+    """Those that a candidate has a number on."""
+    searched = candidates(info.points)
+    return [axis for axis in AXES if np.isfinite((searched if len(searched) else info.points)[axis.column]).any()]
+
+
+def pareto_plot(info: ParetoInfo, axis: Axis = AXES[0]) -> go.Figure:
+    first = axis == AXES[0]
+    figure = palette.new_figure(480 if first else 340, showlegend=first)  # the small ones share its legend
+    front = pareto_front(info.level, axis)
+    info = info._replace(points=info.points[np.isfinite(info.points[axis.column])])
     if len(front) > 1:
         figure.add_scatter(
-            x=front["params"] / 1e6,
+            x=front[axis.column] / axis.unit,
             y=front["lm_loss"],
             mode="lines+markers",
             marker={"size": 4},
@@ -66,6 +99,7 @@ def size_and_loss_plot(info: SizeAndLossInfo) -> go.Figure:
         colour, symbol = palette.STATUS.get(status, palette.STATUS["running"])
         _add_points(
             figure,
+            axis,
             rows,
             f"{status} at {f.tokens(rows['tokens'].max())} tokens",
             colour,
@@ -76,22 +110,26 @@ def size_and_loss_plot(info: SizeAndLossInfo) -> go.Figure:
         "untrained": (FAR["untrained"], palette.UNTRAINED, 10),
         "random_pruned": (FAR["random_pruned"], palette.RANDOM_PRUNED, 10),
         "random_init": (FAR["random_init"], palette.RANDOM_INIT, 10),
+        "random_pruned_retrained": (FAR["random_pruned_retrained"], palette.RANDOM_PRUNED, 13),
+        "random_init_retrained": (FAR["random_init_retrained"], palette.RANDOM_INIT, 13),
         "retrained": ("retrained", palette.RETRAINED, 13),
         "teacher": ("teacher", palette.TEACHER, 16),
     }
     for arm, (name, (colour, symbol), size) in named.items():
         rows = info.points[info.points["arm"] == arm]
         if len(rows):
-            _add_points(figure, rows, name, colour, symbol, size)
-    figure.update_xaxes(title_text="parameters (millions)")
+            _add_points(figure, axis, rows, name, colour, symbol, size)
+    figure.update_xaxes(title_text=axis.title)
     figure.update_yaxes(title_text="validation LM loss (nats per token)")
-    _keep_in_focus(figure, info.points)
+    _keep_in_focus(figure, axis, info.points)
     return figure
 
 
-def _add_points(figure: go.Figure, rows: pd.DataFrame, name: str, colour: str, symbol: str, size: int) -> None:
+def _add_points(
+    figure: go.Figure, axis: Axis, rows: pd.DataFrame, name: str, colour: str, symbol: str, size: int
+) -> None:
     figure.add_scatter(
-        x=rows["params"] / 1e6,
+        x=rows[axis.column] / axis.unit,
         y=rows["lm_loss"],
         error_y={"array": rows["lm_loss_stderr"], "thickness": 1, "width": 0, "color": colour},
         mode="markers",
@@ -102,7 +140,7 @@ def _add_points(figure: go.Figure, rows: pd.DataFrame, name: str, colour: str, s
     )
 
 
-def _keep_in_focus(figure: go.Figure, points: pd.DataFrame) -> None:
+def _keep_in_focus(figure: go.Figure, axis: Axis, points: pd.DataFrame) -> None:
     """An untrained trim or a random student can be several nats off: say where it lies, and keep the scale for the
     others."""
     others = points[~points["arm"].isin(list(FAR))]
@@ -118,7 +156,7 @@ def _keep_in_focus(figure: go.Figure, points: pd.DataFrame) -> None:
     figure.update_yaxes(range=[low - 0.08 * span, high + 0.16 * span])
     for line, row in enumerate(off.to_dict("records")):  # those of one shape are above each other
         figure.add_annotation(
-            x=row["params"] / 1e6,
+            x=row[axis.column] / axis.unit,
             y=1,
             yref="y domain",
             yanchor="top",
@@ -130,21 +168,26 @@ def _keep_in_focus(figure: go.Figure, points: pd.DataFrame) -> None:
         )
 
 
-def size_and_loss_count(info: SizeAndLossInfo) -> str:
+def pareto_count(info: ParetoInfo) -> str:
     windows = info.points["lm_loss_n"].max()
     text = (
         f"n = {f.plural(candidates(info.points)['trial'].nunique(), 'candidate')}, each scored on the same "
         f"{f.integer(windows)} validation windows, so differences are known better than the bars (± one "
-        "standard error) suggest."
+        "standard error) suggest. Speed is of one forward pass on a trial’s own threads, timed while other trials ran."
     )
     if info.diverged:
         text += f" Not drawn: {f.plural(info.diverged, 'trial')} without a finite LM loss."
     return text
 
 
-def size_and_loss_data(info: SizeAndLossInfo) -> pd.DataFrame:
-    on_front = set(zip(info.front["trial"], info.front["rung"], strict=True))
-    return info.points.drop(columns="hover").assign(
-        on_front=[pair in on_front for pair in zip(info.points["trial"], info.points["rung"], strict=True)],
-        control=info.points["arm"].isin(CONTROLS),
+def pareto_data(info: ParetoInfo, axis: Axis = AXES[0]) -> pd.DataFrame:
+    """A row per point, and one per row of the front that its trial has since left behind."""
+    front = pareto_front(info.level, axis)
+    on_front = set(zip(front["trial"], front["rung"], strict=True))
+    last = set(zip(info.points["trial"], info.points["rung"], strict=True))
+    passed = front[[pair not in last for pair in zip(front["trial"], front["rung"], strict=True)]]
+    rows = pd.concat([info.points.drop(columns="hover"), passed], ignore_index=True)
+    return rows.assign(
+        on_front=[pair in on_front for pair in zip(rows["trial"], rows["rung"], strict=True)],
+        control=rows["arm"].isin(CONTROLS),
     )

@@ -1,0 +1,325 @@
+"""`python -m analysis.ablation_report FOLDER` -> FOLDER/report.html: the arms of an ablation against its baseline.
+
+FOLDER holds ablation.json and a run directory per arm, finished, going, failed or not begun.
+"""
+
+import argparse
+import html
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from analysis import comparison, configuration, differences, health, palette
+from analysis import formatting as f
+from analysis.card import Card, Panel
+from analysis.cards import made
+from analysis.page import page
+from analysis.report import written
+from analysis.run_data import RunData, candidates, load_run
+from analysis.static_figures import write_figures
+from analysis.tables import plain_table
+from analysis.trials_table import trials_table_html, trials_table_of
+from minitron_search.run_directory import RunDirectory, replace_text, stage_seconds
+
+UNSCORED = ("teacher", "untrained")  # arms of a run that no ablation is about, unless one has that name
+
+
+class Ablation(NamedTuple):
+    """What ablation.json asks, and the arms that have begun, each a run of its arm's name. `broken`: arm -> why its
+    folder could not be read."""
+
+    name: str
+    question: str
+    figure: str
+    baseline: str
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
+    tokens: int
+    runs: dict[str, RunData]
+    broken: dict[str, str]
+
+
+def load_ablation(folder: Path) -> Ablation:
+    """Raises ValueError where `folder` has no readable ablation.json."""
+    path = folder / "ablation.json"
+    try:
+        asked: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        arms = tuple(str(arm) for arm in asked["arms"])
+        about = {
+            "name": str(asked["name"]), "question": str(asked.get("question") or ""),
+            "figure": str(asked.get("figure") or ""), "baseline": str(asked["baseline"]), "arms": arms,
+            "seeds": tuple(int(seed) for seed in asked["seeds"]), "tokens": int(asked["tokens"]),
+        }  # fmt: skip
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: {type(error).__name__}: {error}; an ablation's folder holds ablation.json with name, question, "
+            "figure, baseline, arms, seeds and tokens, and a run directory per arm"
+        ) from None
+    runs, broken = {}, {}
+    for arm in arms:
+        if not (folder / arm).is_dir():
+            continue
+        try:
+            runs[arm] = load_run(RunDirectory(folder / arm))._replace(name=arm)
+        except ValueError as error:
+            broken[arm] = str(error)
+    return Ablation(**about, runs=runs, broken=broken)
+
+
+def students(run: RunData) -> pd.DataFrame:
+    """The rows of the trials table that an arm is about: its own name's, else its candidates', else all that were
+    trained. At one token count, one row a seed: of several, the lowest LM loss."""
+    scored = run.trials[np.isfinite(run.trials["lm_loss"])]
+    own = scored[scored["arm"] == run.name]
+    if own.empty:
+        own = candidates(scored)
+    if own.empty:
+        own = scored[~scored["arm"].isin(UNSCORED)]
+    return own.sort_values("lm_loss").drop_duplicates(["seed", "tokens"]).sort_values(["seed", "tokens"])
+
+
+def compared_at(ablation: Ablation) -> tuple[float | None, dict[str, pd.DataFrame]]:
+    """The largest token count that every arm with a student reached with the baseline, and their rows there."""
+    of = {arm: rows for arm, run in ablation.runs.items() if len(rows := students(run))}
+    if ablation.baseline not in of:
+        return None, {}
+    shared = set.intersection(*(set(rows["tokens"]) for rows in of.values()))
+    if not shared:
+        return None, {}
+    tokens = max(shared)
+    return tokens, {arm: rows[rows["tokens"] == tokens] for arm, rows in of.items()}
+
+
+def question_card(ablation: Ablation) -> Card:
+    title = "The question"
+    read = "What was varied, and how far each arm is. All arms have the same tokens, seeds and validation text."
+    tokens, rows = compared_at(ablation)
+    lines = []
+    for arm in ablation.arms:
+        of = students(ablation.runs[arm]) if arm in ablation.runs else pd.DataFrame(columns=["tokens", "seed"])
+        last = of[of["tokens"] == of["tokens"].max()]
+        lines.append([
+            arm + (" (baseline)" if arm == ablation.baseline else ""), state(ablation, arm),
+            f"{last['seed'].nunique()} of {len(ablation.seeds)}", f.tokens(of["tokens"].max()) if len(of) else f.MISSING,
+            f.plus_minus(last["lm_loss"].mean(), last["lm_loss"].std(), 4) if len(of) else f.MISSING,
+        ])  # fmt: skip
+    words = [ablation.question, f"Of the paper: {ablation.figure}." if ablation.figure else ""]
+    body = "".join(f'<p class="outcome">{html.escape(line)}</p>' for line in words if line)
+    if tokens is not None and tokens < ablation.tokens:
+        body += (
+            f'<p class="warning" role="note">Not finished: compared below at {f.tokens(tokens)} of '
+            f"{f.tokens(ablation.tokens)} tokens, the most that every arm begun so far has reached.</p>"
+        )
+    heads = ("arm", "state", "seeds", "tokens", "LM loss ± standard deviation of seeds")
+    sample = (
+        f"n = {f.plural(len(ablation.arms), 'arm')}, {f.plural(len(ablation.seeds), 'seed')} each, "
+        f"{f.tokens(ablation.tokens)} tokens a student. LM loss in nats per token."
+    )
+    return Card(title, read, sample, body + plain_table(heads, lines, (0, 1)))
+
+
+def state(ablation: Ablation, arm: str) -> str:
+    if arm in ablation.broken:
+        return "unreadable"
+    if arm not in ablation.runs:
+        return "not begun"
+    kinds = [event["event"] for event in ablation.runs[arm].events]
+    last = max((place for place, kind in enumerate(kinds) if kind == "run_started"), default=0)
+    if "run_failed" in kinds[last:]:
+        return "failed"
+    if "run_finished" in kinds[last:]:
+        return "finished"
+    done = students(ablation.runs[arm])
+    done = done[done["tokens"] >= ablation.tokens]
+    return "all students scored" if set(ablation.seeds) <= set(done["seed"]) else "not finished"
+
+
+def differences_card(ablation: Ablation) -> Card:
+    title = "Paired differences"
+    read = (
+        f"Every arm minus {ablation.baseline}, on the same windows: right of the line is worse. Blue: how sure it is "
+        "for "
+        "these students on other text. Orange: for students of other seeds on this text. A difference to be trusted "
+        "withstands both."
+    )
+    tokens, rows = compared_at(ablation)
+    if tokens is None:
+        return Card(title, read, reason=f"{ablation.baseline} and the other arms have no student at equal tokens yet.")
+    runs = [ablation.runs[arm] for arm in rows]
+    if other := configuration.other_windows(runs):
+        return Card(title, read, reason=f"The arms differ in {', '.join(other)}: their windows are not the same.")
+    losses = {arm: differences.window_losses(ablation.runs[arm], of) for arm, of in rows.items()}
+    table = differences.differences(losses, ablation.baseline)
+    if table.empty:
+        return Card(title, read, reason="No other arm has scored the same windows yet.")
+    words = "".join(f"<li>{html.escape(line)}</li>" for line in differences.in_words(table, ablation.baseline))
+    body = f"<ul>{words}</ul>"
+    lines = differences.differences_html_rows(table)
+    sample = (
+        f"n = {int(table['windows'].max())} windows and up to {f.plural(int(table['seeds'].max()), 'shared seed')}, at "
+        f"{f.tokens(tokens)} tokens; nats per token. Intervals are Student’s, 95%, of paired differences, each arm by "
+        "itself: no correction for their number."
+    )
+    panel = Panel("differences", differences.forest_plot(table, ablation.baseline), table)
+    return Card(title, read, sample, body + plain_table(differences.HEADS, lines), (panel,))
+
+
+def curves_card(ablation: Ablation) -> Card:
+    title = "LM loss by tokens"
+    read = "The mean over seeds of each arm, at every token count it was scored at; the band is from its lowest seed to its highest."
+    figure, data = palette.new_figure(440), []
+    for place, arm in enumerate(ablation.arms):
+        if arm not in ablation.runs or not len(rows := students(ablation.runs[arm])):
+            continue
+        of = rows.groupby("tokens")["lm_loss"].agg(["mean", "min", "max", "count"]).reset_index()
+        colour, dash = palette.series(place)
+        name = f.in_figure(arm)
+        if (of["count"] > 1).any():
+            figure.add_scatter(
+                x=[*of["tokens"], *of["tokens"][::-1]], y=[*of["max"], *of["min"][::-1]], fill="toself",
+                fillcolor=palette.faint(colour), line={"width": 0}, mode="lines", hoverinfo="skip", showlegend=False,
+                legendgroup=name,
+            )  # fmt: skip
+        figure.add_scatter(
+            x=of["tokens"], y=of["mean"], mode="lines+markers", name=name, legendgroup=name,
+            line={"color": colour, "dash": dash, "width": 2.2}, marker={"color": colour, "size": 6}, hoverinfo="text",
+            hovertext=[
+                f"<b>{name}</b><br>{f.tokens(row['tokens'])} tokens<br>LM loss {f.fixed(row['mean'], 4)} "
+                f"({f.fixed(row['min'], 4)} to {f.fixed(row['max'], 4)}, {f.plural(int(row['count']), 'seed')})"
+                for row in of.to_dict("records")
+            ],
+        )  # fmt: skip
+        data.append(of.assign(arm=arm))
+    if not data:
+        return Card(title, read, reason="No student has been scored yet.")
+    _teacher(figure, ablation)
+    figure.update_xaxes(title_text="tokens a student has seen", tickformat="~s")
+    figure.update_yaxes(title_text="validation LM loss (nats per token)")
+    both = pd.concat(data, ignore_index=True)
+    sample = f"n = {f.plural(int(both['count'].max()), 'seed')} at most at a point."
+    return Card(title, read, sample, panels=(Panel("lm_loss_by_tokens", figure, both),))
+
+
+def _teacher(figure: go.Figure, ablation: Ablation) -> None:
+    losses = [run.trials.loc[run.trials["arm"] == "teacher", "lm_loss"].min() for run in ablation.runs.values()]
+    known = [loss for loss in losses if np.isfinite(loss)]
+    if known:
+        figure.add_hline(
+            y=known[0], line={"color": palette.INK, "width": 1, "dash": "dot"},
+            annotation={"text": f"teacher {f.fixed(known[0], 3)}", "font": {"size": 12, "color": palette.INK}},
+        )  # fmt: skip
+
+
+def trials_card(ablation: Ablation) -> Card:
+    title = "Students"
+    read = "One row per trial of every arm at its last rung. Click a heading to sort."
+    runs = list(ablation.runs.values())
+    if not runs or (info := trials_table_of(runs)).rows.empty:
+        return Card(title, read, reason="No trial has a row yet.")
+    sample = f"n = {f.plural(len(info.rows), 'trial')}; ± is one standard error over windows or examples."
+    return Card(title, read, sample, trials_table_html(info, "arm of the ablation"), data=(("trials", info.all_rungs),))
+
+
+def cost_card(ablation: Ablation) -> Card:
+    title = "Cost"
+    read = "What each arm took; time in stages is wall time, and what was in the cache already cost nothing again."
+    rows = []
+    for arm, run in ablation.runs.items():
+        last = run.trials.groupby("trial")["tokens"].max()
+        stages = stage_seconds(run.events)
+        flops = [event["flops"] for event in run.events if event["event"] == "stage_finished" and event.get("flops")]
+        rows.append({
+            "arm": arm, "trials": len(last), "tokens": float(last.sum()), "trial_seconds": run.trials["seconds"].sum(),
+            "stage_seconds": sum(stages.values()) if stages else float("nan"),
+            "flops": float(sum(flops)) if flops else float("nan"),
+        })  # fmt: skip
+    if not rows:
+        return Card(title, read, reason="No arm has begun.")
+    table = pd.DataFrame(rows)
+    lines = [
+        [row["arm"], f.integer(row["trials"]), f.tokens(row["tokens"]), f.duration(row["trial_seconds"]),
+         f.duration(row["stage_seconds"]), f.MISSING if f.missing(row["flops"]) else f"{row['flops']:.3g}"]
+        for row in rows
+    ]  # fmt: skip
+    heads = ("arm", "trials", "tokens trained on", "training and scoring", "all stages", "FLOPs")
+    return Card(title, read, f"n = {f.plural(len(rows), 'arm')}.", plain_table(heads, lines), data=(("cost", table),))
+
+
+def configuration_card(ablation: Ablation) -> Card:
+    title = "Differences of configuration"
+    read = "Every setting that is not the same in all arms: the one that was varied, and nothing else."
+    if len(ablation.runs) < 2:
+        return Card(title, read, reason="Fewer than two arms have begun.")
+    return comparison.configuration_card(list(ablation.runs.values()))._replace(title=title, how_to_read=read)
+
+
+def health_card(ablation: Ablation) -> Card:
+    title, read = "Health", "What was looked for in each arm, and what was found."
+    broken = "".join(f"<li>{html.escape(f'{arm}: {why}')}</li>" for arm, why in ablation.broken.items())
+    body = f'<ul class="warning">{broken}</ul>' if broken else ""
+    if not ablation.runs:
+        return Card(title, read, body=body) if body else Card(title, read, reason="No arm has begun.")
+    card = comparison.health_card(list(ablation.runs.values()))
+    return card._replace(how_to_read=read, sample=f"n = {f.plural(len(ablation.runs), 'arm')}.", body=body + card.body)
+
+
+CARDS: list[Callable[[Ablation], Card]] = [
+    question_card,
+    differences_card,
+    curves_card,
+    trials_card,
+    cost_card,
+    health_card,
+    configuration_card,
+]
+
+
+def write_ablation_report(folder: Path) -> Path:
+    """Write `report.html` in `folder` from what its arms have left so far, and return its path.
+
+    Raises ValueError where there is no readable ablation.json.
+    """
+    path, ablation = folder / "report.html", load_ablation(folder)
+    replace_text(path, page(ablation.name, facts(ablation), made(CARDS, ablation), written(), "report of an ablation"))
+    return path
+
+
+def facts(ablation: Ablation) -> list[str]:
+    ended = [run for run in ablation.runs.values() if run.events]
+    begun = [health.health_info(run).events for run in ended]
+    return [
+        ablation.figure,
+        f"{f.plural(len(ablation.arms), 'arm')}, {f.plural(len(ablation.seeds), 'seed')} each, "
+        f"{f.tokens(ablation.tokens)} tokens a student",
+        health.span(pd.concat(begun)) if begun else "",
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m analysis.ablation_report", description="Write FOLDER/report.html.")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="the folder of an ablation, finished or not")
+    parser.add_argument(
+        "--figures", action="store_true", help="also every figure as SVG and PNG, in FOLDER/report_figures"
+    )
+    chosen = parser.parse_args(arguments)
+    try:
+        print(write_ablation_report(chosen.folder))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if chosen.figures:
+        folder = chosen.folder / "report_figures"
+        drawn, reason = write_figures(made(CARDS, load_ablation(chosen.folder)), folder)
+        print(f"{folder}: {f.plural(len(drawn), 'file')}" if drawn else f"no static figures: {reason}",
+              file=sys.stdout if drawn else sys.stderr)  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

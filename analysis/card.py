@@ -1,0 +1,28 @@
+"""What the page is made of: cards, and the figures on them."""
+
+from typing import NamedTuple
+
+import pandas as pd
+import plotly.graph_objects as go
+
+
+class Panel(NamedTuple):
+    """One figure of a card and the data behind it, which the page offers as `<name>.csv`; `wide` takes a whole row."""
+
+    name: str
+    figure: go.Figure
+    data: pd.DataFrame
+    heading: str = ""
+    wide: bool = False
+
+
+class Card(NamedTuple):
+    """sample: n and units. body: HTML with every word from the run escaped. reason: why there is no more."""
+
+    title: str
+    how_to_read: str
+    sample: str = ""
+    body: str = ""
+    panels: tuple[Panel, ...] = ()
+    data: tuple[tuple[str, pd.DataFrame], ...] = ()  # downloads that belong to no figure
+    reason: str = ""

@@ -1,0 +1,158 @@
+"""Students of several runs, or arms of an ablation, on the same validation windows: paired differences in LM loss."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from scipy import stats
+
+from analysis import formatting as f
+from analysis import palette
+from analysis.run_data import RunData
+
+LEVEL = 0.95
+BySeed = Mapping[int, np.ndarray]  # LM loss of every validation window, (windows,), by seed
+
+
+def window_losses(run: RunData, rows: pd.DataFrame) -> dict[int, np.ndarray]:
+    """Of rows of the trials table, one a seed; a row of an older version, which logged no windows, is left out."""
+    found = {}
+    for trial, rung, seed in zip(rows["trial"], rows["rung"], rows["seed"], strict=True):
+        if values := run.scores.get((trial, int(rung)), {}).get("lm_loss"):
+            found[-1 if f.missing(seed) else int(seed)] = np.array(values, float)
+    return found
+
+
+def paired(baseline: BySeed, other: BySeed) -> dict[str, Any] | None:
+    """`other` minus `baseline`, nats per token, over the seeds both have, or, where they share none, over all of each.
+
+    difference, low, high, p: over windows, each the mean over seeds: these very students on other text of this kind.
+    seeds_low, seeds_high, seeds_p: over seeds, each the mean over windows: other students on this text; NaN for fewer
+    than two shared seeds. Intervals are Student's, 95%. None where the windows are not as many.
+    """
+    shared = sorted(baseline.keys() & other.keys())
+    if not baseline or not other:
+        return None
+    both = [np.stack([of[seed] for seed in shared or sorted(of)]) for of in (baseline, other)]
+    if both[0].shape[1] != both[1].shape[1]:
+        return None
+    one, two = both
+    found = {"difference": float((two.mean(0) - one.mean(0)).mean()), "windows": one.shape[1], "seeds": len(shared)}
+    for name, (a, b) in {
+        "": (one.mean(0), two.mean(0)),
+        "seeds_": (one.mean(1), two.mean(1)) if len(shared) > 1 else (np.empty(0), np.empty(0)),
+    }.items():
+        if len(a) > 1 and (b - a).std() > 0:
+            test = stats.ttest_rel(b, a)
+            low, high = test.confidence_interval(LEVEL)
+            found |= {f"{name}low": float(low), f"{name}high": float(high), f"{name}p": float(test.pvalue)}
+        else:
+            found |= {f"{name}low": float("nan"), f"{name}high": float("nan"), f"{name}p": float("nan")}
+    return found
+
+
+def differences(students: Mapping[str, BySeed], baseline: str) -> pd.DataFrame:
+    """A row per student besides the baseline that can be paired with it, in the order given."""
+    rows = [
+        {"arm": name, **test}
+        for name, losses in students.items()
+        if name != baseline and (test := paired(students[baseline], losses)) is not None
+    ]
+    columns = ["arm", "difference", "low", "high", "p", "seeds_low", "seeds_high", "seeds_p", "windows", "seeds"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def forest_plot(table: pd.DataFrame, baseline: str) -> go.Figure:
+    """A row per arm: the interval over windows, thick, and below it the one over seeds, thin."""
+    figure = palette.new_figure(130 + 46 * len(table))
+    places = np.arange(len(table), dtype=float)
+    for name, low, high, shift, colour, symbol, width in (
+        ("over windows: other text", "low", "high", -0.1, palette.BLUE, "circle", 2.6),
+        ("over seeds: another training", "seeds_low", "seeds_high", 0.18, palette.ORANGE, "diamond", 1.6),
+    ):
+        rows = table[low].notna() | (low == "low")
+        of, at = table[rows], places[rows.to_numpy()]
+        if len(of):
+            figure.add_scatter(
+                x=of["difference"], y=at + shift, mode="markers", name=name,
+                marker={"color": colour, "symbol": symbol, "size": 10 if width > 2 else 8},
+                error_x={"type": "data", "symmetric": False, "array": of[high] - of["difference"],
+                         "arrayminus": of["difference"] - of[low], "thickness": width, "width": 4, "color": colour},
+                hovertext=[_label(row, low, high) for row in of.to_dict("records")], hoverinfo="text",
+            )  # fmt: skip
+    figure.add_vline(0, line_color=palette.INK, line_width=1)
+    figure.update_yaxes(
+        tickvals=places, ticktext=[f.in_figure(name) for name in table["arm"]], showgrid=False,
+        range=[len(table) - 0.5, -0.5], tickfont={"size": 13, "color": palette.INK},
+    )  # fmt: skip
+    figure.update_xaxes(title_text=f"LM loss minus that of {f.in_figure(baseline)}, nats per token (95% interval)")
+    return figure
+
+
+def _label(row: Mapping[str, Any], low: str, high: str) -> str:
+    n = f"{row['windows']} windows" if low == "low" else f"{row['seeds']} seeds"
+    return f"<b>{f.in_figure(row['arm'])}</b><br>{interval(row, low, high)} nats per token, n = {n}"
+
+
+def interval(row: Mapping[str, Any], low: str = "low", high: str = "high") -> str:
+    """`+0.120 (0.100 to 0.140)`."""
+    value = f"{row['difference']:+.3f}".replace("-", "−")
+    if f.missing(row[low]):
+        return value
+    return f"{value} ({f.fixed(row[low], 3)} to {f.fixed(row[high], 3)})"
+
+
+def in_words(table: pd.DataFrame, baseline: str) -> list[str]:
+    """A sentence per arm that a reader could repeat. `low` > 0 says that both intervals leave out zero."""
+    found = []
+    for row in table.to_dict("records"):
+        lows = [row[key] for key in ("low", "seeds_low") if not f.missing(row[key])]
+        highs = [row[key] for key in ("high", "seeds_high") if not f.missing(row[key])]
+        if not lows:
+            sure = "one window tells nothing about others"
+        elif min(lows) > 0 or max(highs) < 0:
+            sure = "no interval holds zero"
+        elif row["low"] > 0 or row["high"] < 0:
+            sure = "other text would say the same, another training might not"
+        else:
+            sure = "it could be chance"
+        if row["seeds"] < 2 and lows:
+            sure += "; one seed, so what another training would give is not known"
+        where = "above" if row["difference"] > 0 else "below"
+        found.append(
+            f"{row['arm']}: {abs(row['difference']):.3f} nats per token {where} {baseline}"
+            + (f", 95% {f.fixed(row['low'], 3)} to {f.fixed(row['high'], 3)} over windows" if lows else "")
+            + f": {sure}."
+        )
+    return found
+
+
+def differences_html_rows(table: pd.DataFrame) -> list[list[str]]:
+    return [
+        [
+            str(row["arm"]), interval(row), _p(row["p"]),
+            f.MISSING if f.missing(row["seeds_low"]) else f"{f.fixed(row['seeds_low'], 3)} to {f.fixed(row['seeds_high'], 3)}",
+            _p(row["seeds_p"]), str(row["windows"]), str(row["seeds"]),
+        ]
+        for row in table.to_dict("records")
+    ]  # fmt: skip
+
+
+HEADS = ("arm", "difference (95% over windows)", "p over windows", "95% over seeds", "p over seeds", "windows",
+         "shared seeds")  # fmt: skip
+
+
+def _p(value: float) -> str:
+    return f.MISSING if f.missing(value) else f"{value:.2g}"
+
+
+def labelled(runs: Sequence[RunData]) -> list[RunData]:
+    """Runs with names of their own: a second of one name is `name (2)`."""
+    seen: dict[str, int] = {}
+    found = []
+    for run in runs:
+        seen[run.name] = seen.get(run.name, 0) + 1
+        found.append(run if seen[run.name] == 1 else run._replace(name=f"{run.name} ({seen[run.name]})"))
+    return found
