@@ -106,7 +106,8 @@ def question_card(ablation: Ablation) -> Card:
         last = of[of["tokens"] == of["tokens"].max()]
         lines.append([
             arm + (" (baseline)" if arm == ablation.baseline else ""), state(ablation, arm),
-            f"{last['seed'].nunique()} of {len(ablation.seeds)}", f.tokens(of["tokens"].max()) if len(of) else f.MISSING,
+            f"{last['seed'].nunique()} of {len(ablation.seeds)}",
+            f.tokens(of["tokens"].max()) if len(of) else f.MISSING,
             f.plus_minus(last["lm_loss"].mean(), last["lm_loss"].std(), 4) if len(of) else f.MISSING,
         ])  # fmt: skip
     words = [ablation.question, f"Of the paper: {ablation.figure}." if ablation.figure else ""]
@@ -143,10 +144,9 @@ def state(ablation: Ablation, arm: str) -> str:
 def differences_card(ablation: Ablation) -> Card:
     title = "Paired differences"
     read = (
-        f"Every arm minus {ablation.baseline}, on the same windows: right of the line is worse. Blue: how sure it is "
-        "for "
-        "these students on other text. Orange: for students of other seeds on this text. A difference to be trusted "
-        "withstands both."
+        f"Every arm minus {ablation.baseline}, on the same windows: right of the line, or above it, is worse. Blue: "
+        "how sure it is for these students on other text. Orange: for students of other seeds on this text. A "
+        "difference to be trusted withstands both."
     )
     tokens, rows = compared_at(ablation)
     if tokens is None:
@@ -154,8 +154,8 @@ def differences_card(ablation: Ablation) -> Card:
     runs = [ablation.runs[arm] for arm in rows]
     if other := configuration.other_windows(runs):
         return Card(title, read, reason=f"The arms differ in {', '.join(other)}: their windows are not the same.")
-    losses = {arm: differences.window_losses(ablation.runs[arm], of) for arm, of in rows.items()}
-    table = differences.differences(losses, ablation.baseline)
+    by_tokens = differences_by_tokens(ablation, list(rows))
+    table = by_tokens[by_tokens["tokens"] == tokens].drop(columns="tokens").reset_index(drop=True)
     if table.empty:
         return Card(title, read, reason="No other arm has scored the same windows yet.")
     words = "".join(f"<li>{html.escape(line)}</li>" for line in differences.in_words(table, ablation.baseline))
@@ -166,13 +166,62 @@ def differences_card(ablation: Ablation) -> Card:
         f"{f.tokens(tokens)} tokens; nats per token. Intervals are Student’s, 95%, of paired differences, each arm by "
         "itself: no correction for their number."
     )
-    panel = Panel("differences", differences.forest_plot(table, ablation.baseline), table)
-    return Card(title, read, sample, body + plain_table(differences.HEADS, lines), (panel,))
+    forest = differences.forest_plot(table, ablation.baseline)
+    panels = [Panel("differences", forest, table, f"At {f.tokens(tokens)} tokens", columns=6)]
+    if by_tokens["tokens"].nunique() > 1:
+        figure = by_tokens_plot(ablation, by_tokens)
+        panels.append(Panel("differences_by_tokens", figure, by_tokens, "By tokens", columns=6))
+    return Card(title, read, sample, body + plain_table(differences.HEADS, lines), tuple(panels))
+
+
+def differences_by_tokens(ablation: Ablation, arms: list[str]) -> pd.DataFrame:
+    """`differences.differences` at every token count of the baseline, with the arms that have it, and `tokens`."""
+    of = {arm: students(ablation.runs[arm]) for arm in arms}
+    tables = []
+    for tokens in sorted(of[ablation.baseline]["tokens"].unique()):
+        losses = {
+            arm: differences.window_losses(ablation.runs[arm], rows[rows["tokens"] == tokens])
+            for arm, rows in of.items()
+        }
+        tables.append(differences.differences(losses, ablation.baseline).assign(tokens=tokens))
+    return pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
+
+
+def by_tokens_plot(ablation: Ablation, table: pd.DataFrame) -> go.Figure:
+    """The band is the wider of the two intervals at each point."""
+    figure = palette.new_figure(360)
+    for place, arm in enumerate(ablation.arms):
+        rows = table[table["arm"] == arm].sort_values("tokens")
+        if rows.empty:
+            continue
+        colour, dash = palette.series(place)
+        low, high = rows[["low", "seeds_low"]].min(axis=1), rows[["high", "seeds_high"]].max(axis=1)
+        name = f.in_figure(arm)
+        figure.add_scatter(
+            x=[*rows["tokens"], *rows["tokens"][::-1]], y=[*high, *low[::-1]], fill="toself", mode="lines",
+            fillcolor=palette.faint(colour), line={"width": 0}, hoverinfo="skip", showlegend=False, legendgroup=name,
+        )  # fmt: skip
+        figure.add_scatter(
+            x=rows["tokens"], y=rows["difference"], mode="lines+markers", name=name, legendgroup=name,
+            line={"color": colour, "dash": dash, "width": 2.2}, marker={"color": colour, "size": 6}, hoverinfo="text",
+            hovertext=[
+                f"<b>{name}</b><br>{f.tokens(row['tokens'])} tokens<br>{differences.interval(row)} nats per token over "
+                f"{row['windows']} windows"
+                for row in rows.to_dict("records")
+            ],
+        )  # fmt: skip
+    figure.add_hline(0, line_color=palette.INK, line_width=1)
+    figure.update_xaxes(title_text="tokens a student has seen", tickformat="~s")
+    figure.update_yaxes(title_text="LM loss minus the baseline’s<br>(nats per token; band: the wider interval)")
+    return figure
 
 
 def curves_card(ablation: Ablation) -> Card:
     title = "LM loss by tokens"
-    read = "The mean over seeds of each arm, at every token count it was scored at; the band is from its lowest seed to its highest."
+    read = (
+        "The mean over seeds of each arm, at every token count it was scored at; the band is from its lowest seed to "
+        "its highest."
+    )
     figure, data = palette.new_figure(440), []
     for place, arm in enumerate(ablation.arms):
         if arm not in ablation.runs or not len(rows := students(ablation.runs[arm])):

@@ -7,13 +7,14 @@ import plotly.graph_objects as go
 
 
 class Panel(NamedTuple):
-    """One figure of a card and the data behind it, which the page offers as `<name>.csv`; `wide` takes a whole row."""
+    """One figure of a card and the data behind it, which the page offers as `<name>.csv`. `columns`: of the six
+    that the card is wide; a card with one figure gives it all."""
 
     name: str
     figure: go.Figure
     data: pd.DataFrame
     heading: str = ""
-    wide: bool = False
+    columns: int = 3
 
 
 class Card(NamedTuple):

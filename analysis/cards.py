@@ -48,8 +48,8 @@ def pareto_card(run: RunData) -> Card:
             f"pareto_{axis.column}",
             pareto.pareto_plot(info, axis),
             pareto.pareto_data(info, axis),
-            axis.title[0].upper() + axis.title[1:],
-            wide=axis == pareto.AXES[0],
+            axis.name,
+            columns=6 if axis == pareto.AXES[0] else 2,
         )
         for axis in pareto.measured_axes(info)
     )
@@ -68,10 +68,10 @@ def convergence_card(run: RunData) -> Card:
     panels = []
     if len(found.rows):
         figure, data = convergence.convergence_plot(found), convergence.convergence_data(found)
-        panels.append(Panel("convergence", figure, data, "The best so far", wide=True))
+        panels.append(Panel("convergence", figure, data, "The best so far", columns=6))
     if len(info.steps) or len(info.rungs):
         figure, data = loss_curves.loss_curves_plot(info), loss_curves.loss_curves_data(info)
-        panels.append(Panel("loss_curves", figure, data, "Loss against tokens", wide=True))
+        panels.append(Panel("loss_curves", figure, data, "Loss against tokens", columns=6))
     if not panels:
         return Card(title, read, reason="No trial has logged a training step or finished a rung yet.")
     return Card(title, read, loss_curves.loss_curves_count(info), panels=tuple(panels))
@@ -158,7 +158,7 @@ def axes_card(run: RunData) -> Card:
     if len(info.rows) < 2 or not info.varied:
         return Card(title, read, reason="All scored candidates have one shape: no axis varies.")
     panels = [
-        Panel("parallel_coordinates", search_axes.parallel_plot(info), info.rows, "Parallel coordinates", wide=True)
+        Panel("parallel_coordinates", search_axes.parallel_plot(info), info.rows, "Parallel coordinates", columns=6)
     ]
     body = ""
     if len(info.rows) < search_axes.FEWEST:
@@ -191,9 +191,10 @@ def evidence_card(run: RunData) -> Card:
         panels.append(Panel("controls", evidence.controls_plot(beside), beside, "Controls"))
     if len(table) and table[f"{objective}_minus_best"].notna().any():
         panels.append(Panel("finalists", evidence.differences_plot(table, objective), table, "Finalists"))
-    if not panels and not found["words"]:
+    words = evidence.split_words(found)[1]
+    if not panels and not words:
         return Card(title, read, reason="The search ended with one architecture and no controls: nothing to compare.")
-    return Card(title, read, evidence.sample(run, table), evidence.body(found), tuple(panels))
+    return Card(title, read, evidence.sample(run, table), evidence.body({"words": words}), tuple(panels))
 
 
 def agreement_card(run: RunData) -> Card:
@@ -219,7 +220,8 @@ def agreement_card(run: RunData) -> Card:
         for place, (before, after, rows) in enumerate(info.pairs)
     )
     data = (("rungs", info.tests),) if len(info.tests) else ()
-    body = rank_agreement.agreement_html(info)
+    words = evidence.split_words(run.evidence)[0] if run.evidence else []
+    body = evidence.body({"words": words}) + rank_agreement.agreement_html(info)
     return Card(title, read, rank_agreement.agreement_count(info), body, panels, data)
 
 

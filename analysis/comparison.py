@@ -52,8 +52,8 @@ def summary_card(runs: Runs) -> Card:
             row["run"], row["architecture"] or f.MISSING, f.millions(row["best_params"]),
             f.plus_minus(row["teacher_lm_loss"], row["teacher_lm_loss_stderr"], 3),
             f.plus_minus(row["best_lm_loss"], row["best_lm_loss_stderr"], 3), f.tokens(row["best_tokens"]),
-            f.plus_minus(row["retrained_lm_loss"], row["retrained_lm_loss_stderr"], 3), f.tokens(row["retrained_tokens"]),
-            f.integer(row["candidates"]), f.duration(3600 * row["hours"]),
+            f.plus_minus(row["retrained_lm_loss"], row["retrained_lm_loss_stderr"], 3),
+            f.tokens(row["retrained_tokens"]), f.integer(row["candidates"]), f.duration(3600 * row["hours"]),
         ]
         for row in table.to_dict("records")
     ]  # fmt: skip
@@ -69,8 +69,8 @@ def warning(runs: Runs) -> str:
     if not other:
         return ""
     return (
-        f'<p class="warning" role="note">These runs differ in {html.escape(", ".join(other))}: their validation windows are '
-        "not the same, so their losses are not to be compared, and are not paired below.</p>"
+        f'<p class="warning" role="note">These runs differ in {html.escape(", ".join(other))}: their validation '
+        "windows are not the same, so their losses are not to be compared, and are not paired below.</p>"
     )
 
 
@@ -83,7 +83,8 @@ def pareto_card(runs: Runs) -> Card:
     infos = [pareto.pareto_info(run) for run in runs]
     panels = []
     for axis in pareto.AXES:
-        figure, rows = palette.new_figure(440 if axis == pareto.AXES[0] else 340), []
+        first = axis == pareto.AXES[0]
+        figure, rows = palette.new_figure(440 if first else 320, showlegend=first), []
         for place, (run, info) in enumerate(zip(runs, infos, strict=True)):
             level = info.level[np.isfinite(info.level[axis.column])]
             if level.empty:
@@ -92,8 +93,8 @@ def pareto_card(runs: Runs) -> Card:
             colour, dash = palette.series(place)
             name = f.in_figure(run.name)
             figure.add_scatter(
-                x=level[axis.column] / axis.unit, y=level["lm_loss"], mode="markers", legendgroup=name, showlegend=False,
-                marker={"color": colour, "size": 6, "symbol": "circle-open"}, hoverinfo="text",
+                x=level[axis.column] / axis.unit, y=level["lm_loss"], mode="markers", legendgroup=name,
+                showlegend=False, marker={"color": colour, "size": 6, "symbol": "circle-open"}, hoverinfo="text",
                 hovertext=[f"<b>{name}</b><br>{f.hover(row)}" for row in level.to_dict("records")],
             )  # fmt: skip
             figure.add_scatter(
@@ -105,9 +106,8 @@ def pareto_card(runs: Runs) -> Card:
         if rows:
             figure.update_xaxes(title_text=axis.title)
             figure.update_yaxes(title_text="validation LM loss (nats per token)")
-            heading = axis.title[0].upper() + axis.title[1:]
-            wide = axis == pareto.AXES[0]
-            panels.append(Panel(f"pareto_{axis.column}", figure, pd.concat(rows), heading, wide))
+            wide = 6 if first else 2
+            panels.append(Panel(f"pareto_{axis.column}", figure, pd.concat(rows), axis.name, wide))
     if not panels:
         return Card(title, read, reason="No run has a candidate that finished a rung with a finite LM loss yet.")
     n = ", ".join(f"{len(info.level)} of {run.name}" for run, info in zip(runs, infos, strict=True))
@@ -172,7 +172,10 @@ def depth_card(runs: Runs) -> Card:
 
 def importance_card(runs: Runs) -> Card:
     title = "Importance"
-    read = "Block importance of every single layer, a colour a run: a low point is a layer that changes the residual stream little."
+    read = (
+        "Block importance of every single layer, a colour a run: a low point is a layer that changes the residual "
+        "stream little."
+    )
     figure, rows = palette.new_figure(340), []
     for place, run in enumerate(runs):
         if run.importance is not None:
@@ -193,7 +196,7 @@ def importance_card(runs: Runs) -> Card:
 
 def axes_card(runs: Runs) -> Card:
     title = "Axes of the search"
-    read = "Which axis went with the LM loss in each run: PED-ANOVA’s share, with the 95% interval over resampled candidates."
+    read = "Which axis went with the LM loss in each run: PED-ANOVA’s share, and its 95% interval over resamples."
     tables = []
     for run in runs:
         info = search_axes.axes_info(run)
@@ -330,29 +333,24 @@ def spend_card(runs: Runs) -> Card:
 
 def health_card(runs: Runs) -> Card:
     title, read = "Health", "What was looked for in each run, and what was found; details are in its own report."
-    found = [(run.name, check) for run in runs for check in health.health_info(run).checks]
-    names = list(dict.fromkeys(check.name for _, check in found))
-    heads = "".join(f'<th scope="col">{html.escape(run.name)}</th>' for run in runs)
-    by = {(name, check.name): check for name, check in found}
-    body = "".join(
-        f'<tr><th scope="row">{html.escape(name)}</th>'
-        + "".join(
-            f'<td><span class="mark {health.MARKS[by[run.name, name].well][0]}">'
-            f"{html.escape(by[run.name, name].found)}</span></td>"
-            for run in runs
+    found = [(run.name, health.health_info(run)) for run in runs]
+    rows = ""
+    for name, info in found:
+        amiss = [check for check in info.checks if check.well is False]
+        unknown = [check.name for check in info.checks if check.well is None]
+        cells = "".join(
+            f'<div class="mark look">{html.escape(check.name)}: {html.escape(check.found)}</div>' for check in amiss
         )
-        + "</tr>"
-        for name in names
-    )
+        known = len(info.checks) - len(amiss) - len(unknown)
+        cells += f'<div class="mark well">{f.plural(known, "other check")}</div>' if known else ""
+        cells += f'<div class="mark unknown">not known: {html.escape(", ".join(unknown))}</div>' if unknown else ""
+        rows += f'<tr><th scope="row">{html.escape(name)}</th><td>{cells}</td></tr>'
     failed = "".join(
-        f"<li>{html.escape(f'{run.name}: {trial}: {message}')}</li>"
-        for run in runs for trial, message in health.health_info(run).failed
+        f"<li>{html.escape(f'{name}: {trial}: {message}')}</li>"
+        for name, info in found for trial, message in info.failed
     )  # fmt: skip
     failures = f'<h3>Failed trials</h3><ul class="warning">{failed}</ul>' if failed else ""
-    table = (
-        f'<div class="scroll"><table class="plain wrapped"><thead><tr><td></td>{heads}</tr></thead><tbody>{body}</tbody>'
-        f"</table></div>"
-    )
+    table = f'<div class="scroll"><table class="plain wrapped"><tbody>{rows}</tbody></table></div>'
     return Card(title, read, f"n = {f.plural(len(runs), 'run')}.", table + failures)
 
 

@@ -10,6 +10,8 @@ from analysis import formatting as f
 from analysis import palette
 from analysis.run_data import RunData, candidates
 
+MOST = 0.75  # of the finished rungs are inside the axis whatever they are
+
 
 class ConvergenceInfo(NamedTuple):
     """rows: one per finished rung of a candidate, in the order they ended: of the trials table, and
@@ -66,8 +68,9 @@ def convergence_plot(info: ConvergenceInfo) -> go.Figure:
             marker={"color": colour, "size": 6, "symbol": "circle-open"}, hovertext=about, hoverinfo="text",
         )  # fmt: skip
         figure.add_scatter(
-            x=[*rows["place"], last], y=[*rows["best"], rows["best"].iloc[-1]], mode="lines", name=f"best so far at {name}",
-            legendgroup=name, line={"color": colour, "width": 2.4, "shape": "hv"}, hoverinfo="skip",
+            x=[*rows["place"], last], y=[*rows["best"], rows["best"].iloc[-1]], mode="lines",
+            name=f"best so far at {name}", legendgroup=name, hoverinfo="skip",
+            line={"color": colour, "width": 2.4, "shape": "hv"},
         )  # fmt: skip
     chosen = info.rows[info.rows["trial"].isin(info.promoted)]
     if len(chosen):
@@ -83,15 +86,16 @@ def convergence_plot(info: ConvergenceInfo) -> go.Figure:
 
 
 def _leave_out(figure: go.Figure, rows: pd.DataFrame) -> None:
-    """A few candidates can be several nats off: the axis ends above most of the others, and says how many are beyond."""
-    low, middle, high = rows["lm_loss"].quantile([0, 0.5, 0.95])
+    """A few candidates can be several nats off: the axis ends above the others, and says how many are beyond."""
+    low, high = rows["lm_loss"].quantile([0, MOST])
     beyond = rows["lm_loss"] > high
     if rows["lm_loss"].max() <= high + 0.5 * max(high - low, 0.1):
         return
     figure.update_yaxes(range=[low - 0.06 * (high - low), high + 0.1 * (high - low)])
     figure.add_annotation(
         xref="x domain", x=1, xanchor="right", yref="y domain", y=1, yanchor="top", showarrow=False,
-        text=f"{beyond.sum()} above, up to {f.fixed(rows['lm_loss'].max(), 2)} ↑", font={"size": 12, "color": palette.INK},
+        text=f"{beyond.sum()} above, up to {f.fixed(rows['lm_loss'].max(), 2)} ↑",
+        font={"size": 12, "color": palette.INK},
     )  # fmt: skip
 
 

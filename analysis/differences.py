@@ -68,6 +68,7 @@ def forest_plot(table: pd.DataFrame, baseline: str) -> go.Figure:
     """A row per arm: the interval over windows, thick, and below it the one over seeds, thin."""
     figure = palette.new_figure(130 + 46 * len(table))
     places = np.arange(len(table), dtype=float)
+    apart = 1.0 if table["seeds_low"].notna().any() else 0.0  # where both are drawn, one is above the other
     for name, low, high, shift, colour, symbol, width in (
         ("over windows: other text", "low", "high", -0.1, palette.BLUE, "circle", 2.6),
         ("over seeds: another training", "seeds_low", "seeds_high", 0.18, palette.ORANGE, "diamond", 1.6),
@@ -76,7 +77,7 @@ def forest_plot(table: pd.DataFrame, baseline: str) -> go.Figure:
         of, at = table[rows], places[rows.to_numpy()]
         if len(of):
             figure.add_scatter(
-                x=of["difference"], y=at + shift, mode="markers", name=name,
+                x=of["difference"], y=at + apart * shift, mode="markers", name=name,
                 marker={"color": colour, "symbol": symbol, "size": 10 if width > 2 else 8},
                 error_x={"type": "data", "symmetric": False, "array": of[high] - of["difference"],
                          "arrayminus": of["difference"] - of[low], "thickness": width, "width": 4, "color": colour},
@@ -133,7 +134,8 @@ def differences_html_rows(table: pd.DataFrame) -> list[list[str]]:
     return [
         [
             str(row["arm"]), interval(row), _p(row["p"]),
-            f.MISSING if f.missing(row["seeds_low"]) else f"{f.fixed(row['seeds_low'], 3)} to {f.fixed(row['seeds_high'], 3)}",
+            f.MISSING if f.missing(row["seeds_low"]) else
+            f"{f.fixed(row['seeds_low'], 3)} to {f.fixed(row['seeds_high'], 3)}",
             _p(row["seeds_p"]), str(row["windows"]), str(row["seeds"]),
         ]
         for row in table.to_dict("records")
@@ -148,11 +150,9 @@ def _p(value: float) -> str:
     return f.MISSING if f.missing(value) else f"{value:.2g}"
 
 
-def labelled(runs: Sequence[RunData]) -> list[RunData]:
-    """Runs with names of their own: a second of one name is `name (2)`."""
-    seen: dict[str, int] = {}
-    found = []
-    for run in runs:
-        seen[run.name] = seen.get(run.name, 0) + 1
-        found.append(run if seen[run.name] == 1 else run._replace(name=f"{run.name} ({seen[run.name]})"))
-    return found
+def labelled(runs: Sequence[RunData], folders: Sequence[str]) -> list[RunData]:
+    """Runs with names of their own: where several have one name, with that of their folder, or a number, behind it."""
+    names = [run.name for run in runs]
+    names = [f"{name} ({of})" if names.count(name) > 1 else name for name, of in zip(names, folders, strict=True)]
+    names = [f"{name} {at}" if names.count(name) > 1 else name for at, name in enumerate(names, 1)]
+    return [run._replace(name=name) for run, name in zip(runs, names, strict=True)]

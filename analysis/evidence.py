@@ -75,6 +75,13 @@ def rungs(found: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def split_words(found: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Its sentences: those on how rungs foretold each other, and the others."""
+    starts = tuple(f"{of['before']} to {of['after']}, " for of in found["rungs"]) + ("Only what a rung let go on",)
+    of_rungs = [line for line in found["words"] if line.startswith(starts)]
+    return of_rungs, [line for line in found["words"] if line not in of_rungs]
+
+
 def body(found: Mapping[str, Any]) -> str:
     return "".join(f"<p>{html.escape(line)}</p>" for line in found["words"])
 

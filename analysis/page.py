@@ -76,9 +76,9 @@ def panel_html(panel: Panel) -> str:
     if panel.heading:
         caption = f"<figcaption>{html.escape(panel.heading)}{csv_link(panel.name, panel.data)}</figcaption>"
     height = panel.figure.layout.height
-    wide = ' class="wide"' if panel.wide else ""
     return (
-        f'<figure{wide}>{caption}<div class="plot" id="{panel.name}" style="height:{height}px"></div>'
+        f'<figure data-columns="{panel.columns}">{caption}'
+        f'<div class="plot" id="{panel.name}" style="height:{height}px"></div>'
         f'<script type="application/json">{embedded(panel.figure.to_json())}</script></figure>'
     )
 

@@ -1,4 +1,4 @@
-"""What a candidate costs against its validation LM loss, and the Pareto front of the highest rung that several share."""
+"""What a candidate costs against its validation LM loss; Pareto fronts at the highest rung that several share."""
 
 from typing import NamedTuple
 
@@ -19,20 +19,25 @@ FAR = {
 }
 
 
+STOPPED = ("circle-open", "diamond-open", "square-open", "triangle-up-open")  # by rung: tokens are told by the shape
+MOST = 0.75  # of the candidates are inside the axis whatever they are
+
+
 class Axis(NamedTuple):
-    """A column of the trials table as a cost: how it is shown, and whether more of it is better."""
+    """A column of the trials table as a cost: how it is called and shown, and whether more of it is better."""
 
     column: str
+    name: str
     title: str
     unit: float
     more_is_better: bool = False
 
 
 AXES = (
-    Axis("params", "parameters (millions)", 1e6),
-    Axis("non_embedding_params", "non-embedding parameters (millions)", 1e6),
-    Axis("memory_bytes", "memory of the weights (MiB)", 2**20),
-    Axis("tokens_per_second", "speed (tokens per second)", 1.0, True),
+    Axis("params", "Parameters", "parameters (millions)", 1e6),
+    Axis("non_embedding_params", "Non-embedding parameters", "non-embedding parameters (millions)", 1e6),
+    Axis("memory_bytes", "Memory", "memory of the weights (MiB)", 2**20),
+    Axis("tokens_per_second", "Speed", "speed (tokens per second)", 1.0, True),
 )
 
 
@@ -84,8 +89,8 @@ def pareto_plot(info: ParetoInfo, axis: Axis = AXES[0]) -> go.Figure:
             y=front["lm_loss"],
             mode="lines+markers",
             marker={"size": 4},
-            line={"color": palette.BLUE, "width": 1.5, "shape": "hv"},
-            opacity=0.55,
+            line={"color": palette.BLUE, "width": 2, "shape": "hv"},
+            opacity=0.8,
             hoverinfo="skip",
             name=f"Pareto front at {f.tokens(front['tokens'].max())} tokens",
         )
@@ -97,6 +102,8 @@ def pareto_plot(info: ParetoInfo, axis: Axis = AXES[0]) -> go.Figure:
     ):
         rows = searched[(searched["rung"] == rung) & (searched["status"] == status)]
         colour, symbol = palette.STATUS.get(status, palette.STATUS["running"])
+        if status == "stopped":
+            symbol = STOPPED[int(rung) % len(STOPPED)]
         _add_points(
             figure,
             axis,
@@ -141,31 +148,48 @@ def _add_points(
 
 
 def _keep_in_focus(figure: go.Figure, axis: Axis, points: pd.DataFrame) -> None:
-    """An untrained trim or a random student can be several nats off: say where it lies, and keep the scale for the
-    others."""
-    others = points[~points["arm"].isin(list(FAR))]
-    far = points[points["arm"].isin(list(FAR))]
-    if others.empty or far.empty:
+    """The axes are those of most candidates: what lies far off (an untrained trim by nats, the teacher by its size) is
+    named at the edge it lies beyond, and a double click shows all."""
+    near = points[~points["arm"].isin([*FAR, "teacher"])]
+    if near.empty:
         return
-    stderr = others["lm_loss_stderr"].fillna(0)
-    low, high = (others["lm_loss"] - stderr).min(), (others["lm_loss"] + stderr).max()
+    x, y = near[axis.column] / axis.unit, near["lm_loss"]
+    teacher = points[points["arm"] == "teacher"]
+    low = min([y.min(), *teacher["lm_loss"]])
+    high = max([y.quantile(MOST), *y[near["status"].isin(["promoted", "complete"])]])
     span = max(high - low, 0.1)
-    off = far[far["lm_loss"] > high + 0.5 * span]
-    if off.empty:
-        return
-    figure.update_yaxes(range=[low - 0.08 * span, high + 0.16 * span])
-    for line, row in enumerate(off.to_dict("records")):  # those of one shape are above each other
+    high = y.max() if y.max() <= high + 0.5 * span else high
+    far = points[points["arm"].isin(list(FAR)) & (points["lm_loss"] > high + 0.5 * span)]
+    above = int((y > high).sum())
+    if len(far) or above:
+        figure.update_yaxes(range=[low - 0.1 * span, high + 0.18 * span])
+    said = [(x.mean(), f"{f.plural(above, 'candidate')} above, up to {f.fixed(y.max(), 2)} ↑", "")] if above else []
+    said += [
+        (row[axis.column] / axis.unit, f"{FAR[row['arm']]} at {f.fixed(row['lm_loss'], 2)} ↑", row["hover"])
+        for row in far.to_dict("records")
+    ]
+    for line, (at, text, hover) in enumerate(said):  # those of one shape are above each other
         figure.add_annotation(
-            x=row[axis.column] / axis.unit,
-            y=1,
-            yref="y domain",
-            yanchor="top",
-            yshift=-14 * line,
-            showarrow=False,
-            text=f"{FAR[row['arm']]} at {f.fixed(row['lm_loss'], 2)} ↑",
+            x=at, y=1, yref="y domain", yanchor="top", yshift=-14 * line, showarrow=False, text=text,
+            font={"color": palette.INK, "size": 12}, **({"hovertext": hover} if hover else {}),
+        )  # fmt: skip
+    wide = max(x.max() - x.min(), 0.02 * x.max())
+    for row in teacher.to_dict("records"):
+        at = row[axis.column] / axis.unit
+        if x.min() - wide < at < x.max() + wide:
+            continue
+        right = at > x.max()
+        figure.update_xaxes(range=[x.min() - 0.12 * wide, x.max() + 0.12 * wide])
+        figure.add_shape(
+            type="line", xref="x domain", x0=0, x1=1, y0=row["lm_loss"], y1=row["lm_loss"],
+            line={"color": palette.INK, "width": 1, "dash": "dot"},
+        )  # fmt: skip
+        named = f"teacher {f.fixed(row['lm_loss'], 3)} at {at:,.1f}"
+        figure.add_annotation(
+            xref="x domain", x=float(right), xanchor="right" if right else "left", y=row["lm_loss"], yanchor="bottom",
+            showarrow=False, text=f"{named} →" if right else f"← {named}", hovertext=row["hover"],
             font={"color": palette.INK, "size": 12},
-            hovertext=row["hover"],
-        )
+        )  # fmt: skip
 
 
 def pareto_count(info: ParetoInfo) -> str:

@@ -1,6 +1,5 @@
 """How well the order of an early rung foretold the order of the next, and of the retrained students."""
 
-import html
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ from analysis import formatting as f
 from analysis import palette
 from analysis.evidence import METRICS, rungs
 from analysis.run_data import RunData, candidates
+from analysis.tables import plain_table
 
 FEWEST = 3  # architectures; two cannot disagree with chance
 
@@ -86,22 +86,12 @@ def agreement_html(info: AgreementInfo) -> str:
         lines = [_untested(before, after, rows, sign) for before, after, rows in info.pairs]
     heads = ("from", "to", "architectures", "Kendall’s tau", "p", "best stayed best", "cost of the early choice",
              "pairs flipped")  # fmt: skip
-    numbers = {2, 3, 4, 6, 7}
-    top = "".join(
-        f'<th scope="col"{" class=number" if place in numbers else ""}>{head}</th>' for place, head in enumerate(heads)
-    )
-    body = "".join(
-        "<tr>" + "".join(
-            f"<td{' class=number' if place in numbers else ''}>{html.escape(cell)}</td>" for place, cell in enumerate(line)
-        ) + "</tr>"
-        for line in lines
-    )  # fmt: skip
-    return f'<div class="scroll"><table class="plain"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    return plain_table(heads, lines, (0, 1, 5))
 
 
 def _tested(row: dict[str, object]) -> list[str]:
-    number = {key: _number(row.get(key)) for key in ("n", "before_n", "kendall", "kendall_p", "kendall_low", "kendall_high",
-                                                     "regret")}  # fmt: skip
+    keys = ("n", "before_n", "kendall", "kendall_p", "kendall_low", "kendall_high", "regret")
+    number = {key: _number(row.get(key)) for key in keys}
     tau = f.fixed(number["kendall"], 2)
     if not f.missing(number["kendall_low"]):
         tau += f" ({f.fixed(number['kendall_low'], 2)} to {f.fixed(number['kendall_high'], 2)})"

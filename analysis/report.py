@@ -9,6 +9,7 @@ one the page's own figures have a button that saves what the browser shows.
 import argparse
 import datetime
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from analysis import formatting as f
@@ -32,16 +33,17 @@ def write_report(run_directory: RunDirectory, output: Path | None = None) -> Pat
     Raises ValueError where the folder holds no run.
     """
     path = output or run_directory.report
-    write_page(path, load_run(run_directory))
+    write_page(path, [run_directory])
     return path
 
 
-def write_page(path: Path, *runs: RunData) -> list[Card]:
+def write_page(path: Path, directories: Sequence[RunDirectory]) -> list[Card]:
     """The report of a run, or the comparison of several, and its cards."""
+    runs = [load_run(directory) for directory in directories]
     if len(runs) == 1:
         name, about, cards, kind = runs[0].name, facts(runs[0]), make_cards(runs[0]), "report of a run"
     else:
-        own = labelled(runs)
+        own = labelled(runs, [directory.root.resolve().name for directory in directories])
         name, about, cards = " · ".join(run.name for run in own), [f.plural(len(own), "run")], compare(own)
         kind = "comparison of runs"
     replace_text(path, page(name, about, cards, written(), kind))
@@ -89,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
                 mirrors.append(mirror)
         alone = directories[0].report if len(directories) == 1 else Path(COMPARISON)
         path = chosen.output or alone
-        cards = write_page(path, *map(load_run, directories))
+        cards = write_page(path, directories)
         if mirrors and path == directories[0].report:
             mirrors[0].push()
     except ValueError as error:

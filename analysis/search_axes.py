@@ -1,5 +1,6 @@
 """What the axes of the space have to do with the loss: parallel coordinates, and importance by PED-ANOVA."""
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -153,7 +154,8 @@ def ped_anova(rows: pd.DataFrame, axes: Sequence[str]) -> list[float]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study()
     study.add_trials(trials)
-    shares = optuna.importance.get_param_importances(study)
+    with warnings.catch_warnings(action="ignore"):  # about a resample that holds few of one kind: the interval tells
+        shares = optuna.importance.get_param_importances(study)
     return [shares.get(axis, 0.0) for axis in axes]
 
 

@@ -1,7 +1,7 @@
 """Every figure as SVG and PNG, drawn by a Chromium or Chrome of this machine in one go.
 
-The browser opens a page with Plotly and the figures, none of which loads anything, and prints them as text. That is what
-kaleido does with the same browser; one less dependency, and one start of the browser for all of them.
+The browser opens a page with Plotly and the figures, none of which loads anything, and prints them as text. That is
+what kaleido does with the same browser; one dependency less, and one start of the browser for all of them.
 """
 
 import base64
@@ -51,7 +51,7 @@ def browser() -> str | None:
 
 
 def write_figures(cards: Iterable[Card], folder: Path) -> tuple[list[Path], str]:
-    """`<panel>.svg` and `.png` of every figure, in `folder`: (the files written, why there are none; "" where there are)."""
+    """`<panel>.svg` and `.png` of every figure in `folder`: (files written, why there are none; '' where there are)."""
     panels = [panel for card in cards for panel in card.panels]
     if not panels:
         return [], "there is no figure to draw yet"
