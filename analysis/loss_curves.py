@@ -12,7 +12,7 @@ from analysis.run_data import BESIDE, RunData
 
 POINTS_PER_TRIAL = 120
 OTHERS = ("retrained", *BESIDE, *(f"{arm}_retrained" for arm in BESIDE))  # drawn by arm, not by status
-POINTS = 40_000  # of a whole figure: 100 candidates still make a page that a phone opens
+POINTS = 30_000  # of a whole figure: 100 candidates still make a page that a phone opens
 
 
 class LossCurvesInfo(NamedTuple):
@@ -110,7 +110,7 @@ def loss_curves_plot(info: LossCurvesInfo) -> go.Figure:
                 x=steps["tokens"],
                 y=steps["loss"],
                 # As text: a template or a tag inside a name would otherwise be read as one.
-                text=[f.in_figure(trial)] * len(steps),
+                text=f.in_figure(trial),
                 mode="lines",
                 line={"color": colour, "width": width},
                 showlegend=kind not in shown,

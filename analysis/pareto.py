@@ -210,7 +210,8 @@ def pareto_data(info: ParetoInfo, axis: Axis = AXES[0]) -> pd.DataFrame:
     on_front = set(zip(front["trial"], front["rung"], strict=True))
     last = set(zip(info.points["trial"], info.points["rung"], strict=True))
     passed = front[[pair not in last for pair in zip(front["trial"], front["rung"], strict=True)]]
-    rows = pd.concat([info.points.drop(columns="hover"), passed], ignore_index=True)
+    columns = ["trial", "architecture", "arm", "status", "rung", "tokens", axis.column, "lm_loss", "lm_loss_stderr"]
+    rows = pd.concat([info.points, passed], ignore_index=True)[columns]
     return rows.assign(
         on_front=[pair in on_front for pair in zip(rows["trial"], rows["rung"], strict=True)],
         control=rows["arm"].isin(CONTROLS),

@@ -73,7 +73,7 @@ def parallel_plot(info: AxesInfo) -> go.Figure:
                 mode="lines+markers", name=f"{name} of LM loss" if width < 2 else name,
                 line={"color": colour, "width": width}, marker={"size": 3.5, "color": colour},
                 opacity=1.0 if width > 2 else 0.65, hoverinfo="text",
-                hovertext=[label for row in chosen for label in (*[_label(rows.iloc[row])] * len(shown), "")],
+                hovertext=[label for row in chosen for label in (*_labels(rows.iloc[row], shown), "")],
             )  # fmt: skip
     for place, name in enumerate(shown):
         low, high = rows[name].min(), rows[name].max()
@@ -96,11 +96,11 @@ def _spread(values: np.ndarray) -> np.ndarray:
     return np.full(len(values), 0.5) if high == low else (values - low) / (high - low)
 
 
-def _label(row: pd.Series) -> str:
-    return (
-        f"<b>{f.in_figure(row['architecture'])}</b><br>{f.architecture(row)}<br>{f.millions(row['params'])} "
-        f"parameters, LM loss {f.fixed(row['lm_loss'], 3)} nats per token"
-    )
+def _labels(row: pd.Series, shown: Sequence[str]) -> list[str]:
+    """One a point; the whole shape where the line ends: said at every point, it is most of a page of 500 candidates."""
+    name = f"<b>{f.in_figure(row['architecture'])}</b>"
+    whole = f"{name}<br>{f.architecture(row)}<br>{f.millions(row['params'])} parameters, LM loss {f.fixed(row['lm_loss'], 3)}"
+    return [*(f"{name}<br>{axis} {_tick(axis, row[axis])}" for axis in shown[:-1]), whole]
 
 
 def _tick(name: str, value: float) -> str:

@@ -14,12 +14,14 @@ import pytest
 
 from analysis import cards
 from analysis.page import embedded, fill, no_formula
+from analysis.pareto import AXES
 from analysis.report import main, write_report
 from minitron_search.run_directory import RunDirectory
 from tests.analysis.conftest import HOSTILE, METRICS
 
-TITLES = ["Outcome", "Size against LM loss", "Loss against tokens", "Importance", "Depth", "Evidence", "Trials",
-          "Spend against forecast", "Configuration and environment", "Health"]  # fmt: skip
+TITLES = ["Summary", "Pareto fronts", "Convergence", "Depth", "Importance", "Axes of the search",
+          "Ablations and controls", "Rank agreement", "Spend against forecast", "Health", "Trials",
+          "Configuration and environment"]  # fmt: skip
 
 
 class Page(HTMLParser):
@@ -61,7 +63,7 @@ def read(run: RunDirectory) -> Page:
 def test_a_finished_run_fills_every_card(finished: RunDirectory):
     page = read(finished)
     assert page.titles == TITLES and page.reasons == []
-    assert sum(attributes.get("class") == "plot" for _, attributes in page.tags) == 16
+    assert sum(attributes.get("class") == "plot" for _, attributes in page.tags) == 24
     assert finished.report.stat().st_size < 10_000_000
 
 
@@ -92,8 +94,9 @@ def test_no_word_of_a_run_becomes_a_formula(kind: str):
 def test_every_figure_offers_its_data(finished: RunDirectory):
     links = {a["download"]: a["href"] or "" for _, a in read(finished).tags if "download" in a}
     assert set(links) == {f"{name}.csv" for name in (
-        "outcome", "size_and_loss", "loss_curves", "layer_importance", "hidden_importance", "mlp_importance",
-        "head_importance", "finalists", "controls", "rungs", "spend", "trials",
+        "summary", "convergence", "loss_curves", "layer_importance", "hidden_importance", "mlp_importance",
+        "head_importance", "parallel_coordinates", "axis_importance", "axis_direction", "finalists", "controls",
+        "agreement_0", "rungs", "spend", "incidents", "trials", *(f"pareto_{axis.column}" for axis in AXES),
         *(f"depth_{metric}" for metric in METRICS),
         *(f"depth_map_{metric}" for metric in METRICS if metric != "bi"))}  # fmt: skip
     tables = {
@@ -101,7 +104,7 @@ def test_every_figure_offers_its_data(finished: RunDirectory):
     }
     assert len(tables["trials.csv"]) == len(finished.read_trials())
     assert tables["layer_importance.csv"].columns.tolist() == ["layer", "bi"]
-    assert tables["size_and_loss.csv"]["on_front"].any()
+    assert tables["pareto_params.csv"]["on_front"].any()
 
 
 def test_a_run_that_is_going_renders(going: RunDirectory):
@@ -142,7 +145,7 @@ def test_a_card_that_fails_says_so_in_its_place(finished: RunDirectory, monkeypa
 
     monkeypatch.setattr(cards, "CARDS", [cards.summary_card, broken_card])
     page = read(finished)
-    assert page.titles == ["Outcome", "Broken"] and "KeyError" in page.reasons[0]
+    assert page.titles == ["Summary", "Broken"] and "KeyError" in page.reasons[0]
 
 
 def test_a_folder_without_a_run_is_refused_in_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
