@@ -196,7 +196,7 @@ def importance_card(runs: Runs) -> Card:
 
 def axes_card(runs: Runs) -> Card:
     title = "Axes of the search"
-    read = "Which axis went with the LM loss in each run: PED-ANOVA’s share, and its 95% interval over resamples."
+    read = "Which axis went with the LM loss in each run: PED-ANOVA’s share, and its range over resamples."
     tables = []
     for run in runs:
         info = search_axes.axes_info(run)

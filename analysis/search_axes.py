@@ -15,7 +15,7 @@ from analysis.run_data import RunData, candidates
 from minitron_search.run_directory import AXES
 
 FEWEST = 10  # candidates; PED-ANOVA looks at the best tenth, and a tenth of fewer is nobody
-RESAMPLES = 40
+RESAMPLES = 20  # of which the intervals are the whole range: half a second for 50 candidates, six for 500
 THIRDS = (("lowest third", palette.BLUE), ("middle third", palette.SKY), ("highest third", palette.MUTED))
 
 
@@ -45,7 +45,7 @@ def axes_info(run: RunData) -> AxesInfo | None:
             bool((scored.loc[scored["architecture"] == name, "status"] == "promoted").any()) for name in means.index
         ]
     )
-    varied = [axis for axis in AXES if rows[axis].nunique() > 1]
+    varied = [axis for axis in AXES if _where_it_is(rows, axis)[axis].nunique() > 1]
     if "drop_block_length" in varied:
         varied.remove("num_hidden_layers")
     return AxesInfo(rows, rung, tuple(varied))
@@ -97,9 +97,10 @@ def _spread(values: np.ndarray) -> np.ndarray:
 
 
 def _labels(row: pd.Series, shown: Sequence[str]) -> list[str]:
-    """One a point; the whole shape where the line ends: said at every point, it is most of a page of 500 candidates."""
+    """One a point; the whole shape where the line ends: at every point, it would be a tenth of a page of 500."""
     name = f"<b>{f.in_figure(row['architecture'])}</b>"
-    whole = f"{name}<br>{f.architecture(row)}<br>{f.millions(row['params'])} parameters, LM loss {f.fixed(row['lm_loss'], 3)}"
+    score = f"{f.millions(row['params'])} parameters, LM loss {f.fixed(row['lm_loss'], 3)}"
+    whole = f"{name}<br>{f.architecture(row)}<br>{score}"
     return [*(f"{name}<br>{axis} {_tick(axis, row[axis])}" for axis in shown[:-1]), whole]
 
 
@@ -116,8 +117,8 @@ def _heading(name: str) -> str:
 
 def importances(info: AxesInfo) -> pd.DataFrame:
     """A row per varied axis, most important first: `importance`, the share PED-ANOVA gives it, and `spearman`, its rank
-    correlation with the LM loss (below 0: more of it goes with a lower loss); each with the 95% interval (`_low`,
-    `_high`) over `RESAMPLES` resamples of the candidates."""
+    correlation with the LM loss (below 0: more of it goes with a lower loss); each with its range (`_low`, `_high`)
+    over `RESAMPLES` resamples of the candidates."""
     rows, axes = info.rows, info.varied
     generator = np.random.default_rng(0)
     draws = [rows.iloc[generator.integers(0, len(rows), len(rows))] for _ in range(RESAMPLES)]
@@ -128,7 +129,9 @@ def importances(info: AxesInfo) -> pd.DataFrame:
     found = pd.DataFrame({"axis": axes})
     for name, (values, resampled) in measured.items():
         found[name] = values
-        found[[f"{name}_low", f"{name}_high"]] = np.nanpercentile(np.array(resampled), [2.5, 97.5], axis=0).T
+        found[[f"{name}_low", f"{name}_high"]] = np.array(
+            [np.nanmin(resampled, axis=0), np.nanmax(resampled, axis=0)]
+        ).T
     return found.sort_values("importance", ascending=False, ignore_index=True)
 
 
@@ -199,6 +202,6 @@ def _bars(found: pd.DataFrame, name: str, title: str, reach: list[float]) -> go.
 def axes_count(info: AxesInfo) -> str:
     tokens = f.tokens(info.rows["tokens"].max())
     return (
-        f"n = {f.plural(len(info.rows), 'architecture')} at rung {info.rung:.0f} ({tokens} tokens each); bars are 95% "
-        f"intervals over {RESAMPLES} resamples of them. Losses in nats per token; importance has no unit."
+        f"n = {f.plural(len(info.rows), 'architecture')} at rung {info.rung:.0f} ({tokens} tokens each); bars are the "
+        f"range over {RESAMPLES} resamples of them. Losses in nats per token; importance has no unit."
     )
