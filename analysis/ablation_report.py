@@ -51,7 +51,7 @@ def load_ablation(folder: Path) -> Ablation:
     try:
         asked: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         arms = tuple(str(arm) for arm in asked["arms"])
-        about = {
+        about: dict[str, Any] = {
             "name": str(asked["name"]), "question": str(asked.get("question") or ""),
             "figure": str(asked.get("figure") or ""), "baseline": str(asked["baseline"]), "arms": arms,
             "seeds": tuple(int(seed) for seed in asked["seeds"]), "tokens": int(asked["tokens"]),

@@ -241,13 +241,13 @@ def differences_card(runs: Runs) -> Card:
         table = differences.differences(students, first.name) if first.name in students else pd.DataFrame()
         if len(table):
             panels.append(Panel("differences", differences.forest_plot(table, first.name), table, "Best students"))
-            lines = "".join(f"<li>{html.escape(line)}</li>" for line in differences.in_words(table, first.name))
+            words = "".join(f"<li>{html.escape(line)}</li>" for line in differences.in_words(table, first.name))
             unequal = "" if len(set(tokens.values())) == 1 else (
                 '<p class="warning" role="note">Not at equal tokens: '
                 + html.escape(", ".join(f"{name} {f.tokens(of)}" for name, of in tokens.items()))
                 + ". A difference is of the tokens as well.</p>"
             )  # fmt: skip
-            body = f"{unequal}<ul>{lines}</ul>"
+            body = f"{unequal}<ul>{words}</ul>"
             sample = f"n = {int(table['windows'].max())} windows; differences in nats per token."
     controls = [(run, evidence.controls(run.evidence)) for run in runs if run.evidence]
     controls = [(run, table) for run, table in controls if len(table)]

@@ -152,8 +152,8 @@ def ped_anova(rows: pd.DataFrame, axes: Sequence[str]) -> list[float]:
     trials = []
     for place, loss in rows["lm_loss"].reset_index(drop=True).items():
         has = {axis: int(rows[axis].iloc[place]) for axis in ranges if rows.index[place] in known[axis].index}
-        made = {"params": has, "distributions": {axis: ranges[axis] for axis in has}}
-        trials.append(optuna.trial.create_trial(value=loss, **made))
+        where: dict[str, optuna.distributions.BaseDistribution] = {axis: ranges[axis] for axis in has}
+        trials.append(optuna.trial.create_trial(value=loss, params=has, distributions=where))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study()
     study.add_trials(trials)

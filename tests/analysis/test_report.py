@@ -156,11 +156,14 @@ def test_a_folder_without_a_run_is_refused_in_one_message(tmp_path: Path, capsys
     assert not list(tmp_path.iterdir())
 
 
-def test_the_report_needs_neither_torch_nor_ray():
-    code = "import sys, analysis.report; print({'torch', 'ray', 'transformers'} & set(sys.modules))"
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+def test_the_report_needs_neither_torch_nor_ray(finished: RunDirectory):
+    code = (
+        "import sys, analysis.ablation_report, analysis.report; analysis.report.main([sys.argv[1]]); "
+        "print({'torch', 'ray', 'transformers'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code, str(finished.root)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
 
 
 def test_what_fills_a_placeholder_is_never_one():
