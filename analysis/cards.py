@@ -146,11 +146,10 @@ def importance_card(run: RunData) -> Card:
 def axes_card(run: RunData) -> Card:
     title = "Axes of the search"
     read = (
-        "A line is an architecture, from axis to axis; dark ones have the lowest LM loss. Where dark lines bunch, "
-        "the axis "
-        "matters. Importance says how much, by PED-ANOVA (arXiv:2304.10255): how unlike all the shapes tried the best "
-        "tenth of them are. The correlation says which way: left of zero, more of it goes with a lower loss. A budget "
-        "ties the axes together, so one may stand for another."
+        "A line is an architecture, from axis to axis; the strong blue ones have the lowest LM loss. Where they bunch, the "
+        "axis matters. Importance says how much, by PED-ANOVA (arXiv:2304.10255): how unlike all the shapes tried the "
+        "best tenth of them are. The correlation says which way: left of zero, more of it goes with a lower loss. A "
+        "budget ties the axes together, so one may stand for another."
     )
     info = search_axes.axes_info(run)
     if info is None:

@@ -120,7 +120,7 @@ def controls_plot(table: pd.DataFrame) -> go.Figure:
             )  # fmt: skip
     figure.add_vline(0, line_color=palette.INK, line_width=1)
     figure.update_yaxes(type="category", autorange="reversed")
-    figure.update_xaxes(title_text="LM loss minus the candidate’s, nats per token (95% interval)")
+    figure.update_xaxes(title_text="LM loss − the candidate’s (nats per token, 95%)")
     return figure
 
 

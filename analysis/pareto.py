@@ -35,7 +35,7 @@ class Axis(NamedTuple):
 
 AXES = (
     Axis("params", "Parameters", "parameters (millions)", 1e6),
-    Axis("non_embedding_params", "Non-embedding parameters", "non-embedding parameters (millions)", 1e6),
+    Axis("non_embedding_params", "Without embedding", "non-embedding parameters (millions)", 1e6),
     Axis("memory_bytes", "Memory", "memory of the weights (MiB)", 2**20),
     Axis("tokens_per_second", "Speed", "speed (tokens per second)", 1.0, True),
 )

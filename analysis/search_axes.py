@@ -63,16 +63,25 @@ def parallel_plot(info: AxesInfo) -> go.Figure:
     for place in range(len(shown)):
         figure.add_shape(type="line", x0=place, x1=place, y0=-0.03, y1=1.03, line={"color": palette.GRID, "width": 1})
     third = np.minimum(np.arange(len(rows)) * 3 // max(len(rows), 1), 2)
-    groups = [(name, colour, 1.2, (third == place) & ~rows["promoted"]) for place, (name, colour) in enumerate(THIRDS)]
-    for name, colour, width, mask in [*groups[::-1], ("promoted", palette.ORANGE, 3.0, rows["promoted"])]:
+    groups = [
+        (
+            f"{name} of LM loss",
+            colour,
+            1.0 if place else 2.0,
+            0.6 if place else 0.85,
+            (third == place) & ~rows["promoted"],
+        )
+        for place, (name, colour) in enumerate(THIRDS)
+    ]
+    for name, colour, width, opacity, mask in [*groups[::-1], ("promoted", palette.ORANGE, 3.0, 1.0, rows["promoted"])]:
         chosen = np.flatnonzero(mask)
         if len(chosen):
             figure.add_scatter(
                 x=np.tile([*range(len(shown)), None], len(chosen)),
                 y=[value for row in chosen for value in (*heights[row].round(4), None)],
-                mode="lines+markers", name=f"{name} of LM loss" if width < 2 else name,
+                mode="lines+markers", name=name,
                 line={"color": colour, "width": width}, marker={"size": 3.5, "color": colour},
-                opacity=1.0 if width > 2 else 0.65, hoverinfo="text",
+                opacity=opacity, hoverinfo="text",
                 hovertext=[label for row in chosen for label in (*_labels(rows.iloc[row], shown), "")],
             )  # fmt: skip
     for place, name in enumerate(shown):

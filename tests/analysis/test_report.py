@@ -12,10 +12,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis import cards
+from analysis import cards, report
 from analysis.page import embedded, fill, no_formula
 from analysis.pareto import AXES
 from analysis.report import main, write_report
+from minitron_search.mirror import Mirror
 from minitron_search.run_directory import RunDirectory
 from tests.analysis.conftest import HOSTILE, METRICS
 
@@ -164,6 +165,21 @@ def test_the_report_needs_neither_torch_nor_ray(finished: RunDirectory):
     command = [sys.executable, "-c", code, str(finished.root)]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_of_a_run_in_storage_the_report_is_all_that_is_put_there(
+    make_run: Callable[..., RunDirectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    there = make_run(tmp_path / "there").root
+    before = {path: path.stat().st_mtime_ns for path in there.rglob("*") if path.is_file()}
+    monkeypatch.setattr(report, "mirror_of", lambda address, run: Mirror(there.as_uri(), run))
+    here = tmp_path / "here"
+    assert main([str(here)]) == 0 and (here / "report.html").exists()
+    after = {path: path.stat().st_mtime_ns for path in there.rglob("*") if path.is_file()}
+    assert after.keys() - before.keys() == {there / "report.html"}
+    assert {path: after[path] for path in before} == before
+    assert main([str(here), "--output", str(tmp_path / "elsewhere.html")]) == 0
+    assert (there / "report.html").stat().st_mtime_ns == after[there / "report.html"]
 
 
 def test_what_fills_a_placeholder_is_never_one():
