@@ -27,12 +27,23 @@ from analysis.tables import plain_table
 from analysis.trials_table import trials_table_html, trials_table_of
 from minitron_search.run_directory import RunDirectory, replace_text, stage_seconds
 
+TESTS = ["arm", "metric", "tokens", "difference", "low", "high", "p_holm", "seeds_low", "seeds_high", "seeds_p_holm", "n",
+         "seeds"]  # fmt: skip
+# Of ablation.parquet, besides LM loss; which way is worse is said on the card.
+OTHERS = {
+    "kl": ("KL to the arm’s teacher", "KL, nats per token"),
+    "winogrande_margin": ("Winogrande margin", "margin, nats"),
+    "winogrande_acc": ("Winogrande accuracy", "accuracy"),
+}
 UNSCORED = ("teacher", "untrained")  # arms of a run that no ablation is about, unless one has that name
 
 
 class Ablation(NamedTuple):
-    """What ablation.json asks, and the arms that have begun, each a run of its arm's name. `broken`: arm -> why its
-    folder could not be read."""
+    """What ablation.json asks, and the arms that have begun, each a run of its arm's name.
+
+    changes: what each arm changes, {} in an older file. broken: arm -> why its folder could not be read. tests: rows of
+    ablation.parquet, which the ablation writes when its last arm has ended; empty until then.
+    """
 
     name: str
     question: str
@@ -41,6 +52,8 @@ class Ablation(NamedTuple):
     arms: tuple[str, ...]
     seeds: tuple[int, ...]
     tokens: int
+    changes: dict[str, Any]
+    tests: pd.DataFrame
     runs: dict[str, RunData]
     broken: dict[str, str]
 
@@ -55,6 +68,7 @@ def load_ablation(folder: Path) -> Ablation:
             "name": str(asked["name"]), "question": str(asked.get("question") or ""),
             "figure": str(asked.get("figure") or ""), "baseline": str(asked["baseline"]), "arms": arms,
             "seeds": tuple(int(seed) for seed in asked["seeds"]), "tokens": int(asked["tokens"]),
+            "changes": dict(asked.get("changes") or {}),
         }  # fmt: skip
     except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -69,7 +83,13 @@ def load_ablation(folder: Path) -> Ablation:
             runs[arm] = load_run(RunDirectory(folder / arm))._replace(name=arm)
         except ValueError as error:
             broken[arm] = str(error)
-    return Ablation(**about, runs=runs, broken=broken)
+    try:
+        written = folder / "ablation.parquet"
+        tests = pd.read_parquet(written) if written.exists() else pd.DataFrame(columns=TESTS)
+        tests = tests[TESTS]
+    except (OSError, ValueError, KeyError) as error:
+        broken["ablation.parquet"], tests = f"{type(error).__name__}: {error}", pd.DataFrame(columns=TESTS)
+    return Ablation(**about, tests=tests, runs=runs, broken=broken)
 
 
 def students(run: RunData) -> pd.DataFrame:
@@ -105,7 +125,7 @@ def question_card(ablation: Ablation) -> Card:
         of = students(ablation.runs[arm]) if arm in ablation.runs else pd.DataFrame(columns=["tokens", "seed"])
         last = of[of["tokens"] == of["tokens"].max()]
         lines.append([
-            arm + (" (baseline)" if arm == ablation.baseline else ""), state(ablation, arm),
+            arm + (" (baseline)" if arm == ablation.baseline else ""), _changed(ablation, arm), state(ablation, arm),
             f"{last['seed'].nunique()} of {len(ablation.seeds)}",
             f.tokens(of["tokens"].max()) if len(of) else f.MISSING,
             f.plus_minus(last["lm_loss"].mean(), last["lm_loss"].std(), 4) if len(of) else f.MISSING,
@@ -117,12 +137,17 @@ def question_card(ablation: Ablation) -> Card:
             f'<p class="warning" role="note">Not finished: compared below at {f.tokens(tokens)} of '
             f"{f.tokens(ablation.tokens)} tokens, the most that every arm begun so far has reached.</p>"
         )
-    heads = ("arm", "state", "seeds", "tokens", "LM loss ± standard deviation of seeds")
+    heads = ("arm", "what it changes", "state", "seeds", "tokens", "LM loss ± standard deviation of seeds")
     sample = (
         f"n = {f.plural(len(ablation.arms), 'arm')}, {f.plural(len(ablation.seeds), 'seed')} each, "
         f"{f.tokens(ablation.tokens)} tokens a student. LM loss in nats per token."
     )
-    return Card(title, read, sample, body + plain_table(heads, lines, (0, 1)))
+    return Card(title, read, sample, body + plain_table(heads, lines, (0, 1, 2)))
+
+
+def _changed(ablation: Ablation, arm: str) -> str:
+    changes = dict(configuration.dotted(ablation.changes.get(arm) or {}))
+    return ", ".join(f"{key} {value}" for key, value in changes.items()) or f.MISSING
 
 
 def state(ablation: Ablation, arm: str) -> str:
@@ -146,32 +171,68 @@ def differences_card(ablation: Ablation) -> Card:
     read = (
         f"Every arm minus {ablation.baseline}, on the same windows: right of the line, or above it, is worse. Blue: "
         "how sure it is for these students on other text. Orange: for students of other seeds on this text. A "
-        "difference to be trusted withstands both."
+        "difference to be trusted withstands both. Of a margin or an accuracy, left is worse."
     )
     tokens, rows = compared_at(ablation)
     if tokens is None:
         return Card(title, read, reason=f"{ablation.baseline} and the other arms have no student at equal tokens yet.")
-    runs = [ablation.runs[arm] for arm in rows]
-    if other := configuration.other_windows(runs):
-        return Card(title, read, reason=f"The arms differ in {', '.join(other)}: their windows are not the same.")
     by_tokens = differences_by_tokens(ablation, list(rows))
     table = by_tokens[by_tokens["tokens"] == tokens].drop(columns="tokens").reset_index(drop=True)
     if table.empty:
         return Card(title, read, reason="No other arm has scored the same windows yet.")
     words = "".join(f"<li>{html.escape(line)}</li>" for line in differences.in_words(table, ablation.baseline))
     body = f"<ul>{words}</ul>"
-    lines = differences.differences_html_rows(table)
+    table = table.assign(**corrected(ablation, table, tokens))
     sample = (
         f"n = {int(table['windows'].max())} windows and up to {f.plural(int(table['seeds'].max()), 'shared seed')}, at "
-        f"{f.tokens(tokens)} tokens; nats per token. Intervals are Student’s, 95%, of paired differences, each arm by "
-        "itself: no correction for their number."
+        f"{f.tokens(tokens)} tokens; LM loss in nats per token. Intervals are Student’s, 95%, of paired differences, "
+        f"each arm by itself; p, by the ablation itself when it ends, is corrected for {len(table)} arms (Holm)."
     )
     forest = differences.forest_plot(table, ablation.baseline)
     panels = [Panel("differences", forest, table, f"At {f.tokens(tokens)} tokens", columns=6)]
     if by_tokens["tokens"].nunique() > 1:
         figure = by_tokens_plot(ablation, by_tokens)
         panels.append(Panel("differences_by_tokens", figure, by_tokens, "By tokens", columns=6))
-    return Card(title, read, sample, body + plain_table(differences.HEADS, lines), tuple(panels))
+    for metric, (name, quantity) in OTHERS.items():
+        mine = ablation.tests[(ablation.tests["metric"] == metric) & (ablation.tests["tokens"] == tokens)]
+        if len(mine):
+            mine = mine.rename(columns={"n": "windows"}).reset_index(drop=True)
+            figure = differences.forest_plot(mine, ablation.baseline, quantity)
+            panels.append(
+                Panel(f"differences_{metric}", figure, mine, f"{name} at {f.tokens(tokens)} tokens", columns=6)
+            )
+    return Card(title, read, sample, body + _table(table), tuple(panels))
+
+
+def corrected(ablation: Ablation, table: pd.DataFrame, tokens: float) -> dict[str, list[float]]:
+    """`p_holm` and `seeds_p_holm` of the rows of `table`, as the ablation tested them; NaN where it has not, or where
+    an arm has gone on since."""
+    tests = ablation.tests
+    at = tests[(tests["metric"] == "lm_loss") & (tests["tokens"] == tokens)].set_index("arm")
+    found: dict[str, list[float]] = {"p_holm": [], "seeds_p_holm": []}
+    for row in table.to_dict("records"):
+        known = row["arm"] in at.index and np.isclose(at.loc[row["arm"], "difference"], row["difference"], atol=1e-6)
+        for name, values in found.items():
+            values.append(float(at.loc[row["arm"], name]) if known else float("nan"))
+    return found
+
+
+def _table(table: pd.DataFrame) -> str:
+    heads = ("arm", "difference (95% over windows)", "p", "95% over seeds", "p", "windows", "shared seeds")
+    lines = [
+        [
+            row["arm"], differences.interval(row), _p(row["p_holm"]),
+            f.MISSING if f.missing(row["seeds_low"]) else
+            f"{f.fixed(row['seeds_low'], 3)} to {f.fixed(row['seeds_high'], 3)}",
+            _p(row["seeds_p_holm"]), str(row["windows"]), str(row["seeds"]),
+        ]
+        for row in table.to_dict("records")
+    ]  # fmt: skip
+    return plain_table(heads, lines)
+
+
+def _p(value: float) -> str:
+    return f.MISSING if f.missing(value) else f"{value:.2g}"
 
 
 def differences_by_tokens(ablation: Ablation, arms: list[str]) -> pd.DataFrame:

@@ -28,9 +28,9 @@ def window_losses(run: RunData, rows: pd.DataFrame) -> dict[int, np.ndarray]:
 def paired(baseline: BySeed, other: BySeed) -> dict[str, Any] | None:
     """`other` minus `baseline`, nats per token, over the seeds both have, or, where they share none, over all of each.
 
-    difference, low, high, p: over windows, each the mean over seeds: these very students on other text of this kind.
-    seeds_low, seeds_high, seeds_p: over seeds, each the mean over windows: other students on this text; NaN for fewer
-    than two shared seeds. Intervals are Student's, 95%. None where the windows are not as many.
+    difference, low, high: over windows, each the mean over seeds: these very students on other text of this kind.
+    seeds_low, seeds_high: over seeds, each the mean over windows: other students on this text; NaN for fewer than two
+    shared seeds. Intervals are Student's, 95%. None where the windows are not as many.
     """
     shared = sorted(baseline.keys() & other.keys())
     if not baseline or not other:
@@ -45,11 +45,10 @@ def paired(baseline: BySeed, other: BySeed) -> dict[str, Any] | None:
         "seeds_": (one.mean(1), two.mean(1)) if len(shared) > 1 else (np.empty(0), np.empty(0)),
     }.items():
         if len(a) > 1 and (b - a).std() > 0:
-            test = stats.ttest_rel(b, a)
-            low, high = test.confidence_interval(LEVEL)
-            found |= {f"{name}low": float(low), f"{name}high": float(high), f"{name}p": float(test.pvalue)}
+            low, high = stats.ttest_rel(b, a).confidence_interval(LEVEL)
+            found |= {f"{name}low": float(low), f"{name}high": float(high)}
         else:
-            found |= {f"{name}low": float("nan"), f"{name}high": float("nan"), f"{name}p": float("nan")}
+            found |= {f"{name}low": float("nan"), f"{name}high": float("nan")}
     return found
 
 
@@ -60,11 +59,11 @@ def differences(students: Mapping[str, BySeed], baseline: str) -> pd.DataFrame:
         for name, losses in students.items()
         if name != baseline and (test := paired(students[baseline], losses)) is not None
     ]
-    columns = ["arm", "difference", "low", "high", "p", "seeds_low", "seeds_high", "seeds_p", "windows", "seeds"]
+    columns = ["arm", "difference", "low", "high", "seeds_low", "seeds_high", "windows", "seeds"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def forest_plot(table: pd.DataFrame, baseline: str) -> go.Figure:
+def forest_plot(table: pd.DataFrame, baseline: str, quantity: str = "LM loss, nats per token") -> go.Figure:
     """A row per arm: the interval over windows, thick, and below it the one over seeds, thin."""
     figure = palette.new_figure(130 + 46 * len(table))
     places = np.arange(len(table), dtype=float)
@@ -88,13 +87,15 @@ def forest_plot(table: pd.DataFrame, baseline: str) -> go.Figure:
         tickvals=places, ticktext=[f.in_figure(name) for name in table["arm"]], showgrid=False,
         range=[len(table) - 0.5, -0.5], tickfont={"size": 13, "color": palette.INK},
     )  # fmt: skip
-    figure.update_xaxes(title_text=f"LM loss minus that of {f.in_figure(baseline)}, nats per token (95% interval)")
+    name, _, unit = quantity.partition(", ")
+    beside = f" ({unit}; 95% intervals)" if unit else " (95% intervals)"
+    figure.update_xaxes(title_text=f"{name} minus that of {f.in_figure(baseline)}{beside}")
     return figure
 
 
 def _label(row: Mapping[str, Any], low: str, high: str) -> str:
-    n = f"{row['windows']} windows" if low == "low" else f"{row['seeds']} seeds"
-    return f"<b>{f.in_figure(row['arm'])}</b><br>{interval(row, low, high)} nats per token, n = {n}"
+    n = f"{row['windows']:.0f} windows or examples" if low == "low" else f"{row['seeds']:.0f} seeds"
+    return f"<b>{f.in_figure(row['arm'])}</b><br>{interval(row, low, high)}, n = {n}"
 
 
 def interval(row: Mapping[str, Any], low: str = "low", high: str = "high") -> str:
@@ -106,48 +107,30 @@ def interval(row: Mapping[str, Any], low: str = "low", high: str = "high") -> st
 
 
 def in_words(table: pd.DataFrame, baseline: str) -> list[str]:
-    """A sentence per arm that a reader could repeat. `low` > 0 says that both intervals leave out zero."""
+    """A sentence per arm that a reader could repeat, and that claims no more than its intervals."""
     found = []
     for row in table.to_dict("records"):
-        lows = [row[key] for key in ("low", "seeds_low") if not f.missing(row[key])]
-        highs = [row[key] for key in ("high", "seeds_high") if not f.missing(row[key])]
-        if not lows:
+        known = not f.missing(row["low"])
+        text, training = (row[low] > 0 or row[high] < 0 for low, high in (("low", "high"), ("seeds_low", "seeds_high")))
+        if not known:
             sure = "one window tells nothing about others"
-        elif min(lows) > 0 or max(highs) < 0:
-            sure = "no interval holds zero"
-        elif row["low"] > 0 or row["high"] < 0:
-            sure = "other text would say the same, another training might not"
-        else:
-            sure = "it could be chance"
-        if row["seeds"] < 2 and lows:
+        elif f.missing(row["seeds_low"]):
+            sure = "other text would say the same" if text else "it could be chance"
             sure += "; one seed, so what another training would give is not known"
+        else:
+            sure = {
+                (True, True): "no interval holds zero",
+                (True, False): "other text would say the same, another training might not",
+                (False, True): "another training would say the same, other text might not",
+                (False, False): "it could be chance",
+            }[text, training]
         where = "above" if row["difference"] > 0 else "below"
         found.append(
             f"{row['arm']}: {abs(row['difference']):.3f} nats per token {where} {baseline}"
-            + (f", 95% {f.fixed(row['low'], 3)} to {f.fixed(row['high'], 3)} over windows" if lows else "")
+            + (f", 95% {f.fixed(row['low'], 3)} to {f.fixed(row['high'], 3)} over windows" if known else "")
             + f": {sure}."
         )
     return found
-
-
-def differences_html_rows(table: pd.DataFrame) -> list[list[str]]:
-    return [
-        [
-            str(row["arm"]), interval(row), _p(row["p"]),
-            f.MISSING if f.missing(row["seeds_low"]) else
-            f"{f.fixed(row['seeds_low'], 3)} to {f.fixed(row['seeds_high'], 3)}",
-            _p(row["seeds_p"]), str(row["windows"]), str(row["seeds"]),
-        ]
-        for row in table.to_dict("records")
-    ]  # fmt: skip
-
-
-HEADS = ("arm", "difference (95% over windows)", "p over windows", "95% over seeds", "p over seeds", "windows",
-         "shared seeds")  # fmt: skip
-
-
-def _p(value: float) -> str:
-    return f.MISSING if f.missing(value) else f"{value:.2g}"
 
 
 def labelled(runs: Sequence[RunData], folders: Sequence[str]) -> list[RunData]:

@@ -295,7 +295,8 @@ def write_ablation(
     """An ablation whose `arms` have finished, of the three that were asked for. Seeds scatter by 0.1 in the last."""
     names = [arm + hostile for arm in ARMS]
     asked = {"name": "figure-6" + hostile, "question": "What is pruning worth?" + hostile, "baseline": names[0],
-             "figure": "Figure 6" + hostile, "arms": names, "seeds": list(seeds), "tokens": MILESTONES[-1]}  # fmt: skip
+             "figure": "Figure 6" + hostile, "arms": names, "seeds": list(seeds), "tokens": MILESTONES[-1],
+             "changes": {name: {"distillation": {"loss": name}} for name in names}}  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "ablation.json").write_text(json.dumps(asked))
     rng = np.random.default_rng(3)

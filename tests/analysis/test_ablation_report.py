@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from analysis import ablation_report
@@ -41,6 +42,26 @@ def test_arms_are_the_shifts_they_were_made_with_and_seeds_decide_how_sure_that_
     assert sure["seeds_low"] > 0 > unsure["seeds_low"]
     assert "random: 0." in card.body and "no interval holds zero" in card.body
     assert "another training might not" in card.body
+
+
+def test_what_the_ablation_tested_itself_is_beside_it_and_what_is_stale_is_not(tmp_path: Path):
+    folder = write_ablation(tmp_path / "a")
+    ablation = load_ablation(folder)
+    table = ablation_report.differences_card(ablation).panels[0].data
+    assert table["p_holm"].isna().all()  # it has not ended
+    tests = pd.DataFrame([
+        {"arm": arm, "metric": metric, "tokens": MILESTONES[-1], "difference": difference, "low": 0.0, "high": 1.0,
+         "p_holm": 0.015, "seeds_low": None, "seeds_high": None, "seeds_p_holm": 0.25, "n": 32, "seeds": 3}
+        for metric in ("lm_loss", "kl")
+        for arm, difference in zip(ARMS[1:], [table["difference"].iloc[0], 99.0], strict=True)
+    ])  # fmt: skip
+    tests.to_parquet(folder / "ablation.parquet")
+    card = ablation_report.differences_card(load_ablation(folder))
+    assert card.panels[0].data["p_holm"].tolist()[0] == 0.015 and np.isnan(card.panels[0].data["p_holm"].iloc[1])
+    assert [panel.name for panel in card.panels] == ["differences", "differences_by_tokens", "differences_kl"]
+    assert card.body.count("0.015") == 1 and "KL" in card.panels[-1].figure.layout.xaxis.title.text
+    (folder / "ablation.parquet").write_bytes(b"PAR1")
+    assert "ablation.parquet: " in ablation_report.health_card(load_ablation(folder)).body
 
 
 def test_curves_are_means_with_the_range_of_seeds(tmp_path: Path):
