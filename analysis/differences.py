@@ -124,6 +124,8 @@ def in_words(table: pd.DataFrame, baseline: str) -> list[str]:
                 (False, True): "another training would say the same, other text might not",
                 (False, False): "it could be chance",
             }[text, training]
+        if not f.missing(p := row.get("p_holm")):
+            sure += f"; p over windows, corrected for the arms, is {p:.2g}"
         where = "above" if row["difference"] > 0 else "below"
         found.append(
             f"{row['arm']}: {abs(row['difference']):.3f} nats per token {where} {baseline}"

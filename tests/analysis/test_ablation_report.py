@@ -59,7 +59,7 @@ def test_what_the_ablation_tested_itself_is_beside_it_and_what_is_stale_is_not(t
     card = ablation_report.differences_card(load_ablation(folder))
     assert card.panels[0].data["p_holm"].tolist()[0] == 0.015 and np.isnan(card.panels[0].data["p_holm"].iloc[1])
     assert [panel.name for panel in card.panels] == ["differences", "differences_by_tokens", "differences_kl"]
-    assert card.body.count("0.015") == 1 and "KL" in card.panels[-1].figure.layout.xaxis.title.text
+    assert card.body.count("0.015") == 2 and "KL" in card.panels[-1].figure.layout.xaxis.title.text
     (folder / "ablation.parquet").write_bytes(b"PAR1")
     assert "ablation.parquet: " in ablation_report.health_card(load_ablation(folder)).body
 
