@@ -31,8 +31,6 @@ from minitron_search.trimming import load_head, load_teacher, random_student, tr
 from minitron_search.views import as_views
 from minitron_search.winogrande import PackedOptions
 
-DECISION_POLL_S = 0.02
-
 
 @dataclass(frozen=True)
 class Materials:
@@ -58,6 +56,23 @@ class Materials:
     parallel: Correction | None = None
     parallel_folder: Path | None = None
 
+    def here(self) -> "Materials":
+        """Itself, once all of its folders are on this node."""
+        if self.run.depot is not None:
+            for folder in self.folders():
+                self.run.depot.fetch(folder)
+        return self
+
+    def folders(self) -> list[Path]:
+        found = (
+            self.teacher_folder,
+            self.compute_folder,
+            self.train_cache,
+            self.validation_cache,
+            self.parallel_folder,
+        )
+        return [folder for folder in dict.fromkeys(found) if folder is not None]
+
 
 def run_trial(
     materials: Materials,
@@ -78,9 +93,11 @@ def run_trial(
     torch.set_num_threads(settings.threads)  # scoring too: how sums are split over threads decides their rounding
     logged = {row["rung"] for row in run.metrics(trial.id) if row["kind"] == "rung"}
     folder = run.checkpoint(trial.id)
-    resume = checkpoints.latest_checkpoint(folder)
+    resume = checkpoints.latest_checkpoint(folder, run.depot)
     if world_size > 1:
         logged, resume = parallel.agreed((logged, resume))
+        if resume is not None and run.depot is not None:
+            run.depot.fetch(resume)
     began = time.monotonic()
 
     def reached(milestone: Milestone) -> bool:
@@ -110,7 +127,8 @@ def run_trial(
                     winogrande_twin=materials.packed.twin.tolist(),
                 )  # fmt: skip
                 run.log_rung(trial.id, row)
-                checkpoints.keep_newest(folder)
+            if rank == 0 or (run.depot is not None and parallel.leads_node()):
+                checkpoints.keep_newest(folder, run.depot if rank == 0 else None)
             logged.add(rung)
         last = rung == len(settings.milestones) - 1
         go_on = last or not decided or wait_for_decision(run, trial.id, rung)
@@ -133,6 +151,7 @@ def run_trial(
         on_milestone=reached,
         log=lambda record: run.log_step(trial.id, **record),
         checkpoint_folder=folder,
+        depot=run.depot,
         resume=resume,
         world_size=world_size,
         rank=rank,
@@ -153,7 +172,7 @@ def wait_for_decision(run: RunDirectory, trial: str, rung: int) -> bool:
     """Whether the search lets `trial` train past `rung`. Blocks until it has said so: a trial that the search
     stops has then trained exactly as far as its last row, whatever the timing."""
     while rung not in run.decisions(trial):
-        time.sleep(DECISION_POLL_S)
+        time.sleep(run.files.poll_s)
     return run.decisions(trial)[rung]["decision"] == "continue"
 
 

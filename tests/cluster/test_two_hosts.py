@@ -18,4 +18,4 @@ def test_a_search_on_two_hosts_survives_power_cuts(tmp_path: Path, capsys: pytes
         if reason:
             print(f"\ntests/cluster: no search on two hosts: {reason}")
             pytest.skip(reason)
-        scenario(tmp_path / "hosts", "train", list(POWER_CUTS), lambda line: print(line, flush=True))
+        scenario(tmp_path / "hosts", "train", list(POWER_CUTS), "bucket", print)
