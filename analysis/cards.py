@@ -148,8 +148,8 @@ def axes_card(run: RunData) -> Card:
     read = (
         "A line is an architecture, from axis to axis; strong blue ones have the lowest LM loss. Where they bunch, the "
         "axis matters. Importance says how much, by PED-ANOVA (arXiv:2304.10255): how unlike all the shapes tried the "
-        "best tenth of them are. The correlation says which way: left of zero, more of it goes with a lower loss. A "
-        "budget ties the axes together, so one may stand for another."
+        "best tenth of them, or the best five, are. The correlation says which way: left of zero, more of it goes with "
+        "a lower loss. A budget ties the axes together, so one may stand for another."
     )
     info = search_axes.axes_info(run)
     if info is None:

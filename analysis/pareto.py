@@ -162,7 +162,7 @@ def _keep_in_focus(figure: go.Figure, axis: Axis, points: pd.DataFrame) -> None:
     far = points[points["arm"].isin(list(FAR)) & (points["lm_loss"] > high + 0.5 * span)]
     above = int((y > high).sum())
     if len(far) or above:
-        figure.update_yaxes(range=[low - 0.1 * span, high + 0.18 * span])
+        figure.update_yaxes(range=[low - 0.16 * span, high + 0.24 * span])
     said = [(x.mean(), f"{f.plural(above, 'candidate')} above, up to {f.fixed(y.max(), 2)} ↑", "")] if above else []
     said += [
         (row[axis.column] / axis.unit, f"{FAR[row['arm']]} at {f.fixed(row['lm_loss'], 2)} ↑", row["hover"])
@@ -170,8 +170,8 @@ def _keep_in_focus(figure: go.Figure, axis: Axis, points: pd.DataFrame) -> None:
     ]
     for line, (at, text, hover) in enumerate(said):  # those of one shape are above each other
         figure.add_annotation(
-            x=at, y=1, yref="y domain", yanchor="top", yshift=-14 * line, showarrow=False, text=text,
-            font={"color": palette.INK, "size": 12}, **({"hovertext": hover} if hover else {}),
+            x=at, y=1, yref="y domain", yanchor="top", yshift=-16 * line, showarrow=False, text=text,
+            bgcolor=palette.SURFACE, font={"color": palette.INK, "size": 12}, **({"hovertext": hover} if hover else {}),
         )  # fmt: skip
     wide = max(x.max() - x.min(), 0.02 * x.max())
     for row in teacher.to_dict("records"):
@@ -186,7 +186,7 @@ def _keep_in_focus(figure: go.Figure, axis: Axis, points: pd.DataFrame) -> None:
         )  # fmt: skip
         named = f"teacher {f.fixed(row['lm_loss'], 3)} at {at:,.1f}"
         figure.add_annotation(
-            xref="x domain", x=float(right), xanchor="right" if right else "left", y=row["lm_loss"], yanchor="bottom",
+            xref="x domain", x=float(right), xanchor="right" if right else "left", y=row["lm_loss"], yanchor="top",
             showarrow=False, text=f"{named} →" if right else f"← {named}", hovertext=row["hover"],
             font={"color": palette.INK, "size": 12},
         )  # fmt: skip

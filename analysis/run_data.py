@@ -68,6 +68,11 @@ def load_run(directory: RunDirectory) -> RunData:
         directory.depth,
         directory.root / "trials",
     )
+    if (directory.root / "ablation.json").exists():
+        raise ValueError(
+            f"{directory.root}: an ablation, whose arms are runs; valid: one of them, or "
+            f"`python -m analysis.ablation_report {directory.root}`"
+        )
     if not any(path.exists() for path in artifacts):
         raise ValueError(
             f"{directory.root}: no run here. A run directory holds {directory.config.name}, "

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import ablation_report
+from analysis import ablation_report, report
 from analysis.ablation_report import load_ablation, main, write_ablation_report
 from minitron_search.run_directory import RunDirectory
 from tests.analysis.conftest import ARMS, HOSTILE, MILESTONES, SHIFTS, write_ablation
@@ -157,6 +157,13 @@ def test_a_folder_that_is_no_ablation_is_refused_in_one_message(tmp_path: Path, 
         error = capsys.readouterr().err
         assert "ablation.json" in error and "a run directory per arm" in error and error.count("\n") == 1
     assert not (tmp_path / "report.html").exists()
+
+
+def test_the_report_of_a_run_says_whose_an_ablation_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = write_ablation(tmp_path / "a", ("kept",))
+    assert report.main([str(folder)]) == 2
+    assert f"python -m analysis.ablation_report {folder}" in capsys.readouterr().err
+    assert report.main([str(folder / "kept")]) == 0  # an arm is a run
 
 
 def test_the_command_says_when_it_cannot_draw_static_figures(

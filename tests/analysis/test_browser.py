@@ -71,9 +71,10 @@ def test_nothing_of_several_runs_or_of_an_ablation_is_executed(browser: Browser,
     assert main([str(hostile.root), str(hostile.root), "--output", str(other)]) == 0
     ablation = write_ablation_report(write_ablation(tmp_path / "ablation", hostile=HOSTILE.replace("/", "∕")))
     for page, figures in ((other, 13), (ablation, 3)):
-        browser.open(page)
+        browser.open(page, width=390)
         check(browser, page, figures)
         assert browser.evaluate("window.ran === undefined && document.querySelectorAll('img').length === 0")
+        assert browser.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_a_run_that_is_going_draws_what_it_has(browser: Browser, going: RunDirectory):
