@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
         path = chosen.output or alone
         cards = write_page(path, directories)
         if mirrors and path == directories[0].report:
-            mirrors[0]._put(path, PurePosixPath(path.name))  # nothing else has changed
+            mirrors[0].put(path, PurePosixPath(path.name))  # nothing else has changed
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

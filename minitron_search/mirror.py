@@ -95,7 +95,7 @@ class Mirror:
             self._push_whole_folders()
         for name, state in sorted(self._here().items()):
             if self._kept.get(name) != state:
-                self._put(self.run.root / name, name)
+                self.put(self.run.root / name, name)
                 self._kept[name] = state
         if self.run.depot is None:
             self._remove_folders()
@@ -105,7 +105,7 @@ class Mirror:
             try:
                 for file in sorted((self.run.root / folder).rglob("*")):
                     if file.is_file():
-                        self._put(file, PurePosixPath(file.relative_to(self.run.root)))
+                        self.put(file, PurePosixPath(file.relative_to(self.run.root)))
             except FileNotFoundError:  # replaced by its successor meanwhile
                 continue
             with self.there.open_output_stream(self._at(self._marked(folder))) as stream:
@@ -119,7 +119,7 @@ class Mirror:
             self._whole.remove(folder)
             self._made = {made for made in self._made if folder not in (made, *made.parents)}
 
-    def _put(self, file: Path, name: PurePosixPath) -> None:
+    def put(self, file: Path, name: PurePosixPath) -> None:
         if name.parent not in self._made:  # for file systems that have folders of their own
             self.there.create_dir(self._at(name.parent), recursive=True)
             self._made.add(name.parent)

@@ -306,6 +306,9 @@ def search_through_a_power_cut(
             cluster.boot(WORKER)
             back = job.until("the worker is a node again", lambda: noticed("node_joined"), BACK_S)[0]
             say(f"it is back, {back['time'] - lost['time']:.0f} s later")
+            job.until("it has a trial again", lambda: any(
+                event["time"] > back["time"] for event in noticed("trial_placed")
+            ), TRIAL_S)  # fmt: skip
     assert job.ended() == 0, job.log.read_text()
     placed = job.events("trial_placed")
     assert {event["node"] for event in placed} == ADDRESSES
