@@ -93,8 +93,9 @@ def wait_instead(seconds: float) -> Any:
                                         "tokens": tokens, "seconds": seconds, "bi": 0.0,
                                         "tokens_per_second": 0.0})  # fmt: skip
             if rung < len(trial.settings.milestones) - 1:
+                began = time.monotonic()
                 while rung not in run.decisions(trial.id):
-                    time.sleep(run.files.poll_s)
+                    time.sleep(run.files.poll_s(time.monotonic() - began))
                 if run.decisions(trial.id)[rung]["decision"] == "stop":
                     return
 

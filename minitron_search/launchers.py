@@ -4,6 +4,7 @@ A row reaches Tune from the trial's log, where it is written first; Ray's own wa
 a trial.
 """
 
+import time
 from collections.abc import Callable
 from concurrent.futures import wait
 from typing import Any
@@ -38,12 +39,14 @@ def followed(
         trial = config["trial"]
         log = run.follow(trial.id)
         running = in_background(lambda: work(materials, run, resources, trial))
-        ended = False
+        ended, since = False, time.monotonic()
         while not ended:
-            ended = bool(wait([running], run.files.poll_s).done)  # first: what is logged last is then read below
+            # first: what is logged last is then read below
+            ended = bool(wait([running], run.files.poll_s(time.monotonic() - since)).done)
             for line in log.new():
                 if line["kind"] == "rung" and line["rung"] not in run.decisions(trial.id):
                     ray.tune.report(line)
+                    since = time.monotonic()
         running.result()
 
     return placed

@@ -8,12 +8,10 @@ from typing import Any, Protocol
 
 
 class Files(Protocol):
-    """Where a run's logs are: on this node, or on another that is asked for them (`node_files`).
+    """Where a run's logs are: on this node, or on another that is asked for them (`node_files`)."""
 
-    `poll_s`: how long whoever waits for a line or a file should sleep between two looks, in seconds.
-    """
-
-    poll_s: float
+    def poll_s(self, waited: float) -> float:
+        """How long who has `waited` so long for a line or a file should sleep until it looks again, in seconds."""
 
     def append(self, path: Path, line: bytes, durable: bool) -> None:
         """In a single write, so that two processes never mix their lines."""
@@ -31,7 +29,8 @@ class Files(Protocol):
 class LocalFiles:
     """Those of this node, or of a folder that all nodes share."""
 
-    poll_s = 0.02
+    def poll_s(self, waited: float) -> float:
+        return 0.02  # two stat calls: a slot waits for this at every rung, and trains nothing meanwhile
 
     def append(self, path: Path, line: bytes, durable: bool) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -171,8 +171,9 @@ def run_to_end(materials: Materials, trial: Trial, *, decided: bool = True, rank
 def wait_for_decision(run: RunDirectory, trial: str, rung: int) -> bool:
     """Whether the search lets `trial` train past `rung`. Blocks until it has said so: a trial that the search
     stops has then trained exactly as far as its last row, whatever the timing."""
+    began = time.monotonic()
     while rung not in run.decisions(trial):
-        time.sleep(run.files.poll_s)
+        time.sleep(run.files.poll_s(time.monotonic() - began))
     return run.decisions(trial)[rung]["decision"] == "continue"
 
 

@@ -84,12 +84,12 @@ class WorkerGroup:
         job = self.folder / f"{self.jobs:05d}-{trial.id}.job"
         self.jobs += 1
         self.files.replace(job, ray.cloudpickle.dumps((trial, decided)))
-        done = job.with_suffix(".done").name
+        done, began = job.with_suffix(".done").name, time.monotonic()
         while done not in self.files.names(self.folder):
             if self.ended.done():
                 self.ended.result()
                 return done in self.files.names(self.folder)
-            time.sleep(self.files.poll_s)
+            time.sleep(self.files.poll_s(time.monotonic() - began))
         return True
 
     def close(self) -> None:
@@ -137,11 +137,11 @@ def next_job(files: Files, folder: Path, number: int, rank: int) -> Path | None:
             job = (folder / found[0]).with_suffix(".job")
             files.replace(job.with_suffix(".taken"), b"")
             return job
-        idle = time.monotonic() - began > IDLE_S
-        if rank == 0 and ("closed" in above or (idle and "wanted" in above)):
+        waited = time.monotonic() - began
+        if rank == 0 and ("closed" in above or (waited > IDLE_S and "wanted" in above)):
             files.replace(folder / "left", b"")
         else:
-            time.sleep(files.poll_s)
+            time.sleep(files.poll_s(waited))
 
 
 def make_room(run: RunDirectory, stage: str) -> None:
