@@ -24,19 +24,26 @@ import tyro  # noqa: E402
 
 from minitron_search import cluster, evaluation, retraining  # noqa: E402
 from minitron_search import config as configuration  # noqa: E402
+from minitron_search.ablation import checked, is_ablation  # noqa: E402
+from minitron_search.ablation import load as load_ablation  # noqa: E402
+from minitron_search.ablation_run import dry_run as dry_run_ablation  # noqa: E402
+from minitron_search.ablation_run import prepare_ablation, run_ablation  # noqa: E402
 from minitron_search.architecture import Architecture  # noqa: E402
 from minitron_search.chance import refuse_at_chance  # noqa: E402
 from minitron_search.cluster import on_all_cpus, resolved_precision  # noqa: E402
 from minitron_search.console import console, say  # noqa: E402
 from minitron_search.correction_stage import correct_teacher  # noqa: E402
+from minitron_search.depth import Cut, block  # noqa: E402
 from minitron_search.depth_recommendation import best_blocks  # noqa: E402
 from minitron_search.depth_stage import measure_depth  # noqa: E402
 from minitron_search.evidence import evidence  # noqa: E402
 from minitron_search.folders import cache_folder  # noqa: E402
 from minitron_search.forecast import comparison, dry_run, intermediate_advice  # noqa: E402
 from minitron_search.forecast_stage import costs_of, write_forecast  # noqa: E402
-from minitron_search.importance_stage import measure_importance  # noqa: E402
+from minitron_search.importance import Importance  # noqa: E402
+from minitron_search.importance_stage import calibration_windows, measure_importance  # noqa: E402
 from minitron_search.latency_stage import held_here, hold_to_speed  # noqa: E402
+from minitron_search.layer_choice import least_block, least_layers, merged_away, write_merges  # noqa: E402
 from minitron_search.loop_settings import Precision  # noqa: E402
 from minitron_search.materials import make_materials  # noqa: E402
 from minitron_search.memory import release_memory  # noqa: E402
@@ -82,6 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
         if getattr(options, name) is not None:
             overrides += [f"--{name}", getattr(options, name)]
     try:
+        if is_ablation(options.config):
+            return ablate(options, overrides)
         config = configuration.load(options.config, overrides)
         if options.dry_run:
             _, space = check(config, options.resume)
@@ -110,12 +119,33 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(prepared: Prepared) -> None:
-    """The pipeline. Each stage reads what those before it left in the run directory."""
+def ablate(options: Options, overrides: list[str]) -> int:
+    """As `main`, of a YAML with arms: each is a run of its own. Raises what is wrong before anything is written."""
+    assert options.config
+    ablation = load_ablation(options.config, overrides)
+    if options.dry_run:
+        dry_run_ablation(ablation, checked(ablation, options.resume), console)
+        return 0
+    prepared = prepare_ablation(ablation, options.resume)
+    again = f"continue with --output {ablation.output} --resume"
+    try:
+        failed = run_ablation(ablation, prepared, lambda arm: run(arm, foretold=False))
+    except cluster.UnfitError as error:
+        return complain(error, 2)
+    except KeyboardInterrupt:
+        return complain(f"interrupted; every finished row is kept; {again}", 130)
+    except (ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
+        return complain(f"{error}\n{again}", 1)
+    return complain(f"failed: {', '.join(failed)}; {again}", 1) if failed else 0
+
+
+def run(prepared: Prepared, foretold: bool = True) -> None:
+    """The pipeline. Each stage reads what those before it left in the run directory. Where it is not to be `foretold`,
+    no forecast is measured."""
     config, run = prepared.config, prepared.run
     began = time.monotonic()
     try:
-        stages(prepared)
+        stages(prepared, foretold)
     except (ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
         if run.config.exists():
             run.event("run_failed", message=str(error).strip().splitlines()[-1])
@@ -136,7 +166,7 @@ def begin_run(prepared: Prepared) -> None:
     shutil.rmtree(run.scratch, ignore_errors=True)  # of a run that was killed
 
 
-def stages(prepared: Prepared) -> None:
+def stages(prepared: Prepared, foretold: bool = True) -> None:
     config, run = prepared.config, prepared.run
     if not set(config.stages) & {"importance", "depth", "search", "retrain"}:
         begin_run(prepared)
@@ -152,7 +182,8 @@ def stages(prepared: Prepared) -> None:
             if speeds and not run.latency.exists():
                 run.write_latency(speeds)
                 run.event("latency_measured", seconds=speeds["seconds"], on=speeds["on"])
-            write_forecast(prepared, resolved)
+            if foretold:
+                write_forecast(prepared, resolved)
             if correction_tokens(config):
                 with stage(run, "correction"):
                     prepared = correct_teacher(prepared, resolved)
@@ -187,9 +218,7 @@ def search_and_retrain(prepared: Prepared, resolved: Precision) -> None:
         on_all_cpus(retraining.score_now, materials, teacher)
     refuse_at_chance(run, teacher.id, config.search.objectives)
 
-    drop_block = config.space.axes.drop_block
-    if drop_block and drop_block.seeds == "sweep":
-        space.anchors += space.largest_without(best_blocks(run.read_depth_recommendation(), config.search.ranks_by))
+    space.anchors += space.largest_without(layer_seeds(prepared))
     search = Search(run, config, space, settings)
 
     def computed(name: str) -> dict[str, float]:
@@ -213,6 +242,23 @@ def search_and_retrain(prepared: Prepared, resolved: Precision) -> None:
         if config.evaluation.tasks:
             with stage(run, "evaluation"):
                 evaluate_all(prepared, len(best))
+
+
+def layer_seeds(prepared: Prepared) -> list[Cut]:
+    """The layers that `space.axes.drop_block.seeds` says to drop first, of every length."""
+    config, run, asked = prepared.config, prepared.run, prepared.config.space.axes.drop_block
+    lengths = [length for length in asked.lengths if length] if asked else []
+    if asked is None or asked.seeds == "none":
+        return []
+    if asked.seeds == "sweep":
+        blocks = best_blocks(run.read_depth_recommendation(), config.search.ranks_by)
+        return [block(start, length) for length, start in blocks.items()]
+    if asked.seeds == "laco":
+        windows = calibration_windows(prepared)
+        on_all_cpus(write_merges, run, prepared.teacher_folder, prepared.teacher_fingerprint, windows, lengths)
+        return merged_away(run, prepared.teacher_config.num_hidden_layers)
+    choose = least_block if asked.seeds == "bi" else least_layers
+    return choose(Importance.load(run.importance).block_bi, lengths)
 
 
 def retrain(
