@@ -63,10 +63,11 @@ def collapsed(folder: Path, windows: np.ndarray, lengths: Iterable[int]) -> list
 def _collapse(depth: int, length: int, similarity: Callable[[Sequence[Layer]], float]) -> dict[int, Layer]:
     """Algorithm 1, until `length` of `depth` layers are gone; `similarity(layers)` of a stack of layers, each a sum."""
     layers: list[Layer] = [{layer: 1} for layer in range(depth)]
-    threshold, at = THRESHOLD, depth - C
+    first = min(FIRST, depth - length - 1)  # where one layer is left, it is the first
+    threshold, at = THRESHOLD, max(first, depth - C)
     while (left := length - (depth - len(layers))) > 0:
-        if at < FIRST:
-            threshold, at = threshold - THRESHOLD_STEP, max(FIRST, len(layers) - C)
+        if at < first:
+            threshold, at = threshold - THRESHOLD_STEP, max(first, len(layers) - C)
         taken = min(C - 1, left, len(layers) - 1 - at)
         tried = [*layers[:at], _sum(layers[at : at + taken + 1]), *layers[at + taken + 1 :]]
         if taken > 0 and similarity(tried) > threshold:
