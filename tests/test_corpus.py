@@ -301,8 +301,8 @@ def test_the_teachers_loss_on_wikitext_is_the_reference_one(monkeypatch):
 
 def test_another_calibration_text_changes_no_window_that_is_trained_on_or_scored(tokenizer, tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [prose(40, seed) for seed in range(20)])
-    held = [prose(40, seed) for seed in range(3)]  # validation holds these
-    write_jsonl(tmp_path / "b.jsonl", held + [prose(40, seed) for seed in range(50, 60)])
+    # validation holds the beginning of the first
+    write_jsonl(tmp_path / "b.jsonl", [prose(40, 0), *(prose(40, seed) for seed in range(50, 60))])
     plain = load("a.jsonl", "a.jsonl", tokenizer)
     other, noise, again = (
         load("a.jsonl", "a.jsonl", tokenizer, calibration=source) for source in ("b.jsonl", "random", "random")
@@ -312,7 +312,7 @@ def test_another_calibration_text_changes_no_window_that_is_trained_on_or_scored
         assert changed.calibration.shape == plain.calibration.shape and changed.calibration.dtype == np.int32
         assert not rows(changed.calibration) & rows(plain.calibration) and changed.id != plain.id
     text = tokenizer.decode(other.calibration.ravel()[:20])
-    assert text.strip() in prose(40, 50), "validation's own texts are left out"
+    assert text.strip() in prose(40, 50), "validation's own text is left out"
     assert (noise.calibration == again.calibration).all() and noise.id == again.id
     with pytest.raises(ValueError, match="corpus.calibration: 'b.jsonl' has, outside validation, .* 900 were asked"):
         load("a.jsonl", "a.jsonl", tokenizer, calibration="b.jsonl", calibration_samples=900, train_tokens=0)
