@@ -67,6 +67,7 @@ def test_arms_are_compared_and_shown(unbroken: Path) -> None:
     assert "95% intervals of arm - a_merged" in unbroken.with_suffix(".log").read_text()
 
 
+@pytest.mark.slow
 def test_resume_makes_the_arm_that_was_cut_off_and_leaves_the_other(command: Command, unbroken: Path) -> None:
     """Killed in the last arm, of whose two seeds one had ended."""
     output = command.folder / "cut-off"

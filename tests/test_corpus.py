@@ -314,5 +314,6 @@ def test_another_calibration_text_changes_no_window_that_is_trained_on_or_scored
     text = tokenizer.decode(other.calibration.ravel()[:20])
     assert text.strip() in prose(40, 50), "validation's own text is left out"
     assert (noise.calibration == again.calibration).all() and noise.id == again.id
-    with pytest.raises(ValueError, match="corpus.calibration: 'b.jsonl' has, outside validation, .* 900 were asked"):
-        load("a.jsonl", "a.jsonl", tokenizer, calibration="b.jsonl", calibration_samples=900, train_tokens=0)
+    write_jsonl(tmp_path / "short.jsonl", [prose(9, 70)])
+    with pytest.raises(ValueError, match="corpus.calibration: 'short.jsonl' has, outside validation, .* 3 were asked"):
+        load("a.jsonl", "a.jsonl", tokenizer, calibration="short.jsonl")
