@@ -35,7 +35,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 BEFORE = "before"
 OWN = ("question", "figure", "base", "architecture", "baseline", BEFORE, "arms")
 # one architecture, all of whose seeds run to the last rung: what `Ablation.config` sets in every arm
-SET = {
+SET: dict[str, Any] = {
     "stages": None, "evaluation.tasks": [], "search.trials": 1, "search.promote": 1, "search.finalist_seeds": 1,
     "search.controls": False, "search.tokens": "auto", "search.scheduler": "halving", "search.sampler": "tpe",
 }  # fmt: skip
@@ -136,7 +136,7 @@ def load(file: str, overrides: list[str]) -> Ablation:
     values = configuration.read_yaml(file)
     base = values.pop("base", None)
     configuration.override(values, overrides)
-    own = {key: values.pop(key, None) for key in OWN if key not in ("base", "architecture")}
+    own: dict[str, Any] = {key: values.pop(key, None) for key in OWN if key not in ("base", "architecture")}
     _check_shared(values)
     if base is not None:
         under = configuration.read_yaml(str(Path(file).parent / base))
@@ -265,8 +265,10 @@ def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
     found = deepcopy(dict(under))
     for key, value in over.items():
         inner = found.get(key)
-        both = isinstance(value, Mapping) and isinstance(inner, Mapping)
-        found[key] = _merged(inner, value) if both and key != "architecture" else deepcopy(value)
+        if isinstance(value, Mapping) and isinstance(inner, Mapping) and key != "architecture":
+            found[key] = _merged(inner, value)
+        else:
+            found[key] = deepcopy(value)
     return found
 
 

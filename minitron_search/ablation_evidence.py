@@ -16,7 +16,7 @@ from minitron_search.summary import with_error
 
 # One row per arm (but the baseline), rung and metric: the arm minus the baseline, of means over the seeds both have.
 # `difference` to `p_holm` are over windows (twin questions); `seeds_*` over seeds, null of one seed. p_holm is p after
-# Holm's correction for as many arms.
+# Holm's correction for as many arms. An arm's kl is from its own teacher.
 SCHEMA = pa.schema([
     ("arm", pa.string()), ("baseline", pa.string()), ("metric", pa.string()), ("rung", pa.int64()),
     ("tokens", pa.int64()), ("value", pa.float64()), ("baseline_value", pa.float64()), ("seeds", pa.int64()),

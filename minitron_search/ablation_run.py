@@ -1,6 +1,7 @@
 """An ablation's arms, one after another in one Ray: each an ordinary run, whose caches the next one finds."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def prepare_ablation(ablation: Ablation, resume: bool) -> dict[str, Prepared]:
     Raises ValueError, naming the arm, for what is wrong with any.
     """
     _check_output(ablation, resume)
-    prepared = {}
+    prepared: dict[str, Prepared] = {}
     for place, (config, _) in checked(ablation, resume).items():
         say(f"preparing {place}")
         prepared[place] = _prepared(ablation, place, config, resume, prepared)
@@ -54,6 +55,7 @@ def run_ablation(ablation: Ablation, prepared: dict[str, Prepared], run: Callabl
             if (place := f"{BEFORE}/{name}") in prepared:
                 say(f"{place}: made first")
                 run(prepared[place])
+                _drop_checkpoints(prepared[place].run)
         for number, arm in enumerate(ablation.changes, 1):
             if _ended(RunDirectory(root / arm)):
                 continue
@@ -63,6 +65,7 @@ def run_ablation(ablation: Ablation, prepared: dict[str, Prepared], run: Callabl
                     config, _ = check_arm(ablation, arm, resume=True)
                     prepared[arm] = _prepared(ablation, arm, config, True, prepared)
                 run(prepared[arm])
+                _drop_checkpoints(prepared[arm].run)
             except (ValueError, RuntimeError) as error:  # the other arms are worth having
                 say(f"arm {arm} failed: {error}")
                 failed.append(arm)
@@ -128,6 +131,12 @@ def _check_output(ablation: Ablation, resume: bool) -> None:
 
 def _ended(run: RunDirectory) -> bool:
     return any(event["event"] == "run_finished" for event in run.events())
+
+
+def _drop_checkpoints(run: RunDirectory) -> None:
+    """Of a run that has ended nothing goes on; a gigabyte a seed of the smallest teacher."""
+    for checkpoint in run.root.glob("trials/*/checkpoint"):
+        shutil.rmtree(checkpoint)
 
 
 def _said(changes: dict) -> str:

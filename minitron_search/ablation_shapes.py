@@ -1,7 +1,7 @@
 """Which one architecture an arm of an ablation is of: sizes that are given, or what a rule picks for the budget."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from transformers import PretrainedConfig
@@ -73,7 +73,7 @@ def _shrunk_alike(config: Config, teacher: PretrainedConfig) -> dict[str, int]:
     )
     space = SearchSpace(Space(budget=config.space.budget, axes=axes), teacher)
 
-    def order(point: list[int]) -> tuple[Any, ...]:
+    def order(point: Sequence[int]) -> tuple[float, ...]:
         shape = space.architecture(point)
         off = abs(space.measures(shape).params / target.target - 1)
         kept = shape.hidden_size / full.hidden_size, shape.intermediate_size / full.intermediate_size

@@ -141,14 +141,15 @@ class SearchSpace:
     def coordinates(self, architecture: Architecture) -> dict[str, int]:
         """Of `COORDINATES`, those that the architecture has: a block that is not there starts nowhere, and neither do
         layers that are no block."""
-        start, length = architecture.dropped_block(self.teacher.num_hidden_layers) or (None, None)
+        block = architecture.dropped_block(self.teacher.num_hidden_layers)
+        length = self.teacher.num_hidden_layers - architecture.num_hidden_layers
         return {
             "hidden_size": architecture.hidden_size,
             "intermediate_size": architecture.intermediate_size,
             "num_attention_heads": architecture.num_attention_heads,
             "num_key_value_heads": architecture.num_key_value_heads,
-            "drop_block_length": self.teacher.num_hidden_layers - architecture.num_hidden_layers,
-            **({"drop_block_start": start} if length else {}),
+            "drop_block_length": length,
+            **({"drop_block_start": block[0]} if block and length else {}),
         }
 
     def nearest(self, coordinates: Mapping[str, int], taken: Collection[str]) -> Architecture | None:

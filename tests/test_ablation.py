@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,26 @@ def test_the_width_rule_shrinks_both_widths_alike_to_the_budget(
     assert shape.num_attention_heads == full.num_attention_heads or model_type == "gpt2"
     kept = shape.hidden_size / full.hidden_size, shape.intermediate_size / full.intermediate_size
     assert max(kept) < 1 and kept[0] == pytest.approx(kept[1], rel=0.2)
+
+
+def test_an_arm_may_wait_for_a_run_that_is_made_first(loaded: Loaded, inputs: Path) -> None:
+    middle = "{output}/before/middle/best"
+    found = loaded(
+        before={"middle": {"search": {"seeds": 1, "rungs": [64]}, "space": {"budget": {"params": {"target": "16K"}}}}},
+        arms={"one": {}, "two": {"teacher": {"model": middle}}, "three": {"distillation": {"teacher": middle}}},
+    )
+    runs = checked(found, resume=False)
+    assert list(runs) == ["before/middle", "one"], "what can be looked at before it is made"
+    first = runs["before/middle"][0]
+    assert first.stages == ("importance", "search", "retrain") and first.output == "runs/a/before/middle"
+    assert first.search.rungs == (64,) and first.search.seeds == 1 and first.space.budget.params
+    assert first.space.budget.params.target == 16_000 and found.config("one").search.seeds == 2
+    made = Path("runs/a/before/middle/best")
+    shutil.copytree(inputs / "teacher", made)
+    assert found.config("two").teacher.model == str(made) and found.config("three").distillation.teacher == str(made)
+    with pytest.raises(ValueError, match="arms.two: distillation.lss: unknown key"):
+        wrong = {"teacher": {"model": "{output}/before/x"}, "distillation": {"lss": 1}}
+        checked(loaded(arms={"one": {}, "two": wrong}), resume=False)
 
 
 # What is refused
