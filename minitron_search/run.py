@@ -130,6 +130,9 @@ def ablate(options: Options, overrides: list[str]) -> int:
     again = f"continue with --output {ablation.output} --resume"
     try:
         failed = run_ablation(ablation, prepared, lambda arm: run(arm, foretold=False))
+        from analysis.ablation_report import write_ablation_report  # reads run directories only, as below
+
+        say(f"report: {write_ablation_report(ablation.output)}")
     except cluster.UnfitError as error:
         return complain(error, 2)
     except KeyboardInterrupt:

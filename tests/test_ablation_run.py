@@ -66,6 +66,7 @@ def test_arms_are_compared_and_shown(unbroken: Path) -> None:
         (arm, "a_merged", tokens, 2) for arm in ("b_pruned", "c_lm_loss") for tokens in (0, 128)
     }
     assert "95% intervals of arm - a_merged" in unbroken.with_suffix(".log").read_text()
+    assert (unbroken / "report.html").exists()
 
 
 @pytest.mark.slow
