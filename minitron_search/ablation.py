@@ -44,6 +44,7 @@ SHARED = (
     "corpus.validation_samples", "corpus.sequence_length", *SET,
 )  # fmt: skip
 SEEDS = 3
+_SECTIONS = {key.partition(".")[0] for key, _ in configuration.keys() if "." in key}
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ def load(file: str, overrides: list[str]) -> Ablation:
     configuration.override(values, overrides)
     own: dict[str, Any] = {key: values.pop(key, None) for key in OWN if key not in ("base", "architecture")}
     _check_shared(values)
+    _check_sections(values)
     if base is not None:
         under = configuration.read_yaml(str(Path(file).parent / base))
         for key in SET:  # those of a search
@@ -155,6 +157,8 @@ def load(file: str, overrides: list[str]) -> Ablation:
                                  f"{_folder_name(str(arm))!r}")  # fmt: skip
             if not isinstance(changes or {}, Mapping):
                 raise ValueError(f"{key}.{arm}: {changes!r}; valid: keys of the configuration, or {{}}")
+            with _of(f"{key}.{arm}"):
+                _check_sections(changes or {})
     for arm, changes in arms.items():
         _check_arm(arm, changes or {})
     baseline = own["baseline"] or next(iter(arms))
@@ -233,6 +237,13 @@ def _check_shared(values: Mapping[str, Any]) -> None:
         if key in SET:
             raise ValueError(f"{key}: an ablation sets it: every arm is one architecture, which runs importance and "
                              "search to the last rung; valid: leave it out")  # fmt: skip
+
+
+def _check_sections(values: Mapping[str, Any]) -> None:
+    """What is merged key by key has keys."""
+    for key, value in values.items():
+        if key != "architecture" and (value is None or (not isinstance(value, Mapping) and key in _SECTIONS)):
+            configuration.parse({key: value})  # which says so
 
 
 def _check_arm(arm: str, changes: Mapping[str, Any]) -> None:

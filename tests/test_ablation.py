@@ -253,6 +253,8 @@ def test_the_good_one_is_good(values: dict[str, Any], here: Path, capsys: pytest
         ({"search": {"seeds": 9}}, "search.seeds: arms are compared at equal tokens and seeds"),
         ({"corpus": {"validation_samples": 8}}, "corpus.validation_samples: arms are compared at the same"),
         ({"space": {"budget": {"params": None}}}, "space.budget.params: arms are compared at the same space.budget"),
+        ({"teacher": None}, "teacher: None is not valid"),
+        ({"space": 3}, "space: 3 is not valid"),
         ({"seed": 4}, "seed: arms are compared at the same seed"),
     ],
 )
@@ -269,6 +271,8 @@ WIDE = {"params": {"target": 15_000, "tolerance": 0.9}}
 @pytest.mark.parametrize(
     ("over", "said"),
     [
+        ({"space": 3}, "space: 3 is not valid"),
+        ({"serch": {"seeds": 3}}, "serch: unknown key"),
         ({"distillation": {"batch": 3}}, "distillation.batch: unknown key"),
         ({"arms": {"a": {}}}, "arms: {'a': {}}; valid: two or more"),
         ({"arms": {"a": {}, "B c": {}}}, "arms: 'B c' names a folder; valid: lower-case letters, digits, _ and -, as"),
