@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING
 
 from minitron_search.ablation import Ablation, checked, is_ablation, load
 from minitron_search.ablation_evidence import differences, read_arms, shown, write_differences
+from minitron_search.ablation_run import prepare_ablation
 from minitron_search.ablation_shapes import shaped
 from minitron_search.architecture import parameter_count
 from minitron_search.config import load as load_config
@@ -191,6 +192,22 @@ def test_the_width_rule_shrinks_both_widths_alike_to_the_budget(
     assert shape.num_attention_heads == full.num_attention_heads or model_type == "gpt2"
     kept = shape.hidden_size / full.hidden_size, shape.intermediate_size / full.intermediate_size
     assert max(kept) < 1 and kept[0] == pytest.approx(kept[1], rel=0.2)
+
+
+def test_arms_of_other_calibration_or_another_teacher_distil_on_the_same_text(loaded: Loaded) -> None:
+    found = loaded(
+        importance={"samples": 2},
+        arms={"two": {}, "four": {"importance": {"samples": 4}}, "drawn": {"importance": {"seed": 9}},
+              "random": {"corpus": {"calibration": "random"}},
+              "corrected": {"teacher": {"correction": {"method": "full"}}},
+              "ranked": {"importance": {"method": "taylor"}}, "narrow": {"architecture": "depth_one_by_one"}},
+    )  # fmt: skip
+    made = prepare_ablation(found, resume=False)
+    assert list(made) == list(found.changes) and not Path("runs").exists() and not ray.is_initialized()
+    first = made["two"].corpus
+    for prepared in made.values():
+        assert (prepared.corpus.train == first.train).all() and (prepared.corpus.validation == first.validation).all()
+    assert (made["random"].corpus.calibration != first.calibration).any()
 
 
 def test_an_arm_may_wait_for_a_run_that_is_made_first(loaded: Loaded, inputs: Path) -> None:

@@ -47,6 +47,7 @@ def test_every_arm_is_a_run_of_one_architecture_and_all_its_seeds(unbroken: Path
         found = [row for row in rows(unbroken / arm) if row["arm"] == "search"]
         assert {(row["seed"], row["tokens"]) for row in found} == {(s, t) for s in (0, 1) for t in (0, 128)}
         assert {row["status"] for row in found} == {"promoted"} and len({row["architecture"] for row in found}) == 1
+        assert not events(unbroken / arm, "trial_continued"), "nobody waits at a rung to be compared"
         assert not list((unbroken / arm).glob("trials/*/checkpoint")), "nothing goes on from them"
     merged = json.loads((unbroken / "a_merged" / "layer_merge.json").read_text())
     kept = {row["num_hidden_layers"] for row in rows(unbroken / "a_merged") if row["arm"] == "search"}
