@@ -66,6 +66,8 @@ def run_ablation(ablation: Ablation, prepared: dict[str, Prepared], run: Callabl
                     prepared[arm] = _prepared(ablation, arm, config, True, prepared)
                 run(prepared[arm])
                 _drop_checkpoints(prepared[arm].run)
+            except cluster.UnfitError:
+                raise
             except (ValueError, RuntimeError) as error:  # the other arms are worth having
                 say(f"arm {arm} failed: {error}")
                 failed.append(arm)

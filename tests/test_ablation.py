@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from transformers import CONFIG_MAPPING
 
 from minitron_search.ablation import Ablation, checked, is_ablation, load
 from minitron_search.ablation_evidence import differences, read_arms, shown, write_differences
-from minitron_search.ablation_run import prepare_ablation
+from minitron_search.ablation_run import prepare_ablation, run_ablation
 from minitron_search.ablation_shapes import shaped
 from minitron_search.architecture import parameter_count
+from minitron_search.cluster import UnfitError
 from minitron_search.config import load as load_config
 from minitron_search.config import parse
 from minitron_search.families import sizes, sizes_of, weights, whole
-from minitron_search.preparation import check
+from minitron_search.preparation import Prepared, check
 from minitron_search.run import main
 from minitron_search.run_directory import RunDirectory
 from minitron_search.search_space import SearchSpace
@@ -228,6 +230,38 @@ def test_an_arm_may_wait_for_a_run_that_is_made_first(loaded: Loaded, inputs: Pa
     with pytest.raises(ValueError, match="arms.two: distillation.lss: unknown key"):
         wrong = {"teacher": {"model": "{output}/before/x"}, "distillation": {"lss": 1}}
         checked(loaded(arms={"one": {}, "two": wrong}), resume=False)
+
+
+def test_an_arm_that_fails_is_said_to_and_the_others_go_on(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("minitron_search.cluster.joined", nullcontext)
+    found = loaded(arms={"one": {}, "two": {}, "three": {}})
+    text, ran = np.arange(WINDOWS) / 10, []
+
+    def run(prepared: Prepared) -> None:
+        ran.append(prepared.run.root.name)
+        if ran[-1] == "two":
+            raise ValueError("it diverged")
+        log(prepared.run, "search", "x", [text], params=1)
+        prepared.run.write_trials({})
+        (prepared.run.trial("search-x-0") / "checkpoint").mkdir()
+        prepared.run.write_config(prepared.config.dump())
+        prepared.run.event("run_finished")
+
+    assert run_ablation(found, prepare_ablation(found, resume=False), run) == ["two"] and ran == ["one", "two", "three"]
+    said = capsys.readouterr().out
+    assert "arm two failed: it diverged" in said and json.loads(Path("runs/a/ablation.json").read_text())
+    assert {row["arm"] for row in pq.read_table("runs/a/ablation.parquet").to_pylist()} == {"three"}
+    assert not list(Path("runs/a").glob("*/trials/*/checkpoint"))
+    ran.clear()
+    assert run_ablation(found, prepare_ablation(found, resume=True), run) == ["two"] and ran == ["two"]
+
+    def unfit(prepared: Prepared) -> None:
+        raise UnfitError("no place")
+
+    with pytest.raises(UnfitError):
+        run_ablation(found, prepare_ablation(found, resume=True), unfit)
 
 
 # What is refused
