@@ -2,8 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.box import SIMPLE_HEAD
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minitron_search import cluster
+from minitron_search import config as configuration
 from minitron_search.ablation import BEFORE, Ablation, check_arm, check_text, checked
 from minitron_search.ablation_evidence import differences, read_arms, shown, write_differences
 from minitron_search.calibration import measure, stated
@@ -64,6 +66,8 @@ def run_ablation(ablation: Ablation, prepared: dict[str, Prepared], run: Callabl
                 if arm not in prepared:
                     config, _ = check_arm(ablation, arm, resume=True)
                     prepared[arm] = _prepared(ablation, arm, config, True, prepared)
+                scored = [RunDirectory(root / other) for other in ablation.changes if other != arm]
+                _take_teacher_scores(prepared[arm], [other for other in scored if _ended(other)])
                 run(prepared[arm])
                 _drop_checkpoints(prepared[arm].run)
             except cluster.UnfitError:
@@ -133,6 +137,29 @@ def _check_output(ablation: Ablation, resume: bool) -> None:
 
 def _ended(run: RunDirectory) -> bool:
     return any(event["event"] == "run_finished" for event in run.events())
+
+
+def _take_teacher_scores(prepared: Prepared, ended: Sequence[RunDirectory]) -> None:
+    """The teacher's scores of an arm that had the same one, in the same order, at the same questions."""
+    run, config = prepared.run, prepared.config
+    same = [other for other in ended if _heard(configuration.parse(other.read_config())) == _heard(config)]
+    if not same or run.config.exists():
+        return
+    run.write_config(config.dump())
+    for trial in same[0].root.glob("trials/teacher-*"):
+        shutil.copytree(trial, run.trial(trial.name))
+
+
+def _heard(config: Config) -> dict[str, Any]:
+    """What of a configuration decides the teacher's scores: to a rounding, the order of its elements does too."""
+    given, distillation = config.dump(), config.distillation
+    decides = ("seed", "precision", "teacher", "corpus", "winogrande", "importance", "retraining")
+    order = given["space"] if config.importance.rounds > 1 else None
+    return {
+        **{key: given[key] for key in decides},
+        "order": ["as it is"] if distillation.initialization == "merged" else order,
+        "taught by": distillation.teacher,
+    }
 
 
 def _drop_checkpoints(run: RunDirectory) -> None:
