@@ -19,6 +19,7 @@ METRICS = {
     "angular": ("Angular distance", "angular distance of the block (0 to 1)"),
     "taylor": ("Taylor", "sum of |weight × gradient| (nats)"),
 }
+SENTENCES = 6  # more of them are folded away, above the figures
 OF_TEACHER = ("bi", "angular", "taylor")  # read from the whole teacher: nothing is removed
 LENGTH_COLOURS = (palette.BLUE, palette.ORANGE, palette.GREEN, palette.PURPLE, palette.VERMILLION, palette.SKY)
 # 2408.11796, "Depth Pruning Metrics": Llama 3.1 8B without 16 of its 32 layers, Winogrande accuracy.
@@ -103,14 +104,9 @@ def _band(figure: go.Figure, rows: pd.DataFrame, colour: str, group: str) -> Non
     figure.add_scatter(
         x=[*rows["start"], *rows["start"][::-1]],
         y=[*(rows["value"] + error), *(rows["value"] - error)[::-1]],
-        fill="toself", fillcolor=_faint(colour), line={"width": 0}, mode="lines",
+        fill="toself", fillcolor=palette.faint(colour), line={"width": 0}, mode="lines",
         hoverinfo="skip", showlegend=False, legendgroup=group,
     )  # fmt: skip
-
-
-def _faint(colour: str) -> str:
-    red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
-    return f"rgba({red},{green},{blue},0.18)"
 
 
 def _level(
@@ -165,6 +161,8 @@ def heat_map_plot(info: DepthInfo, metric: str) -> go.Figure:
 def depth_html(info: DepthInfo) -> str:
     """The recommendation in words; the warning about chance first, as the run wrote it."""
     items = "".join(f"<li>{html.escape(line)}</li>" for line in info.words)
+    if len(info.words) > SENTENCES:
+        return f"<details><summary>What to drop, in {len(info.words)} sentences</summary><ul>{items}</ul></details>"
     return f"<ul>{items}</ul>" if items else ""
 
 

@@ -1,21 +1,19 @@
 """python -m analysis.depth_figures RUN_DIR: the depth sweep's figures in RUN_DIR/depth_figures.html (interactive,
 opens offline) and one depth_<figure>.svg and .png each.
 
-The static files are drawn by kaleido (`pip install kaleido`) with the Chrome or Chromium it finds; where one of the
-two is missing, the page is written, the static files are not, and the command says so.
+The static files are drawn by a Chromium or Chrome of this machine; where there is none, the page is written, the static
+files are not, and the command says so.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from analysis import palette
-from analysis.cards import Card, depth_card
+from analysis.cards import depth_card
 from analysis.page import page
 from analysis.run_data import load_run
+from analysis.static_figures import write_figures as write_static
 from minitron_search.run_directory import RunDirectory
-
-WIDTH = 900  # pixels
 
 
 def write_figures(directory: RunDirectory) -> tuple[list[Path], str]:
@@ -30,26 +28,8 @@ def write_figures(directory: RunDirectory) -> tuple[list[Path], str]:
     path = directory.root / "depth_figures.html"
     made = f"Made from {directory.depth.name} and {directory.depth_recommendation.name}."
     path.write_text(page(run.name, ["the depth sweep"], [card], made), encoding="utf-8")
-    static, reason = write_static(card, directory.root)
+    static, reason = write_static([card], directory.root)
     return [path, *static], reason
-
-
-def write_static(card: Card, folder: Path) -> tuple[list[Path], str]:
-    written: list[Path] = []
-    for panel in card.panels:
-        figure = panel.figure.to_dict()
-        still = palette.new_figure(panel.figure.layout.height, title={"text": panel.heading, "x": 0.5})
-        still.add_traces(figure["data"])
-        still.update_layout(figure["layout"])
-        still.update_layout(paper_bgcolor=palette.SURFACE, plot_bgcolor=palette.SURFACE, margin={"t": 48})
-        for kind in ("svg", "png"):
-            path = folder / f"depth_{panel.name.removeprefix('depth_')}.{kind}"
-            try:
-                still.write_image(path, width=WIDTH, height=panel.figure.layout.height + 60, scale=2)
-            except Exception as error:  # no kaleido, no browser, or a browser that does not start
-                return written, str(error).strip().splitlines()[0]
-            written.append(path)
-    return written, ""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     for path in written:
         print(path)
     if reason:
-        print(f"no static figures: {reason} (they need `pip install kaleido` and Chrome or Chromium)", file=sys.stderr)
+        print(f"no static figures: {reason}", file=sys.stderr)
     return 0
 
 

@@ -75,6 +75,13 @@ def rungs(found: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def split_words(found: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Its sentences: those on how rungs foretold each other, and the others."""
+    starts = tuple(f"{of['before']} to {of['after']}, " for of in found["rungs"]) + ("Only what a rung let go on",)
+    of_rungs = [line for line in found["words"] if line.startswith(starts)]
+    return of_rungs, [line for line in found["words"] if line not in of_rungs]
+
+
 def body(found: Mapping[str, Any]) -> str:
     return "".join(f"<p>{html.escape(line)}</p>" for line in found["words"])
 
@@ -113,7 +120,7 @@ def controls_plot(table: pd.DataFrame) -> go.Figure:
             )  # fmt: skip
     figure.add_vline(0, line_color=palette.INK, line_width=1)
     figure.update_yaxes(type="category", autorange="reversed")
-    figure.update_xaxes(title_text="LM loss minus the candidate’s, nats per token (95% interval)")
+    figure.update_xaxes(title_text="LM loss − the candidate’s (nats per token, 95%)")
     return figure
 
 

@@ -8,16 +8,17 @@ import plotly.graph_objects as go
 
 from analysis import formatting as f
 from analysis import palette
-from analysis.run_data import CONTROLS, RunData
+from analysis.run_data import BESIDE, RunData
 
 POINTS_PER_TRIAL = 120
-POINTS = 40_000  # of a whole figure: 100 candidates still make a page that a phone opens
+OTHERS = ("retrained", *BESIDE, *(f"{arm}_retrained" for arm in BESIDE))  # drawn by arm, not by status
+POINTS = 30_000  # of a whole figure: 100 candidates still make a page that a phone opens
 
 
 class LossCurvesInfo(NamedTuple):
     """steps: trial, tokens, loss (the distillation objective, nats); at most `POINTS_PER_TRIAL` rows a trial
     rungs:     rows of the trials table with a finite LM loss that were trained
-    kinds:     how each trial is drawn: a status of the table, or "retrained"
+    kinds:     how each trial is drawn: a status of the table, "retrained", or the arm of a control
     averaged:  the largest number of steps that one point averages
     teacher:   the teacher's LM loss, nats per token, NaN where it was not scored
     """
@@ -37,8 +38,7 @@ def loss_curves_info(run: RunData) -> LossCurvesInfo:
     kinds |= {row["trial"]: row["status"] for row in run.trials.to_dict("records")}
     arms = {trial: str(made.get("arm", "")) for trial, made in run.made.items()}
     arms |= {row["trial"]: row["arm"] for row in run.trials.to_dict("records")}
-    kinds |= {trial: "retrained" for trial in kinds if arms.get(trial) == "retrained"}
-    kinds = {trial: kind for trial, kind in kinds.items() if arms.get(trial) not in CONTROLS or kind == "retrained"}
+    kinds |= {trial: arms[trial].removesuffix("_retrained") for trial in kinds if arms.get(trial) in OTHERS}
     drawn = {*steps["trial"], *rungs["trial"]}
     kinds = {trial: kind for trial, kind in kinds.items() if trial in drawn}
     steps = steps[steps["trial"].isin(list(kinds))]
@@ -68,8 +68,16 @@ STRENGTH = {
     "failed": (1.2, 0.7),
     "running": (1.5, 0.8),
     "complete": (1.5, 0.8),
+    "random_pruned": (1.8, 0.9),
+    "random_init": (1.8, 0.9),
     "promoted": (2.6, 1.0),
     "retrained": (2.6, 1.0),
+}
+# Colour, symbol and name of what is drawn by its arm.
+DRAWN = {
+    "retrained": (*palette.RETRAINED, "retrained"),
+    "random_pruned": (*palette.RANDOM_PRUNED, "random pruning"),
+    "random_init": (*palette.RANDOM_INIT, "random weights"),
 }
 
 
@@ -89,44 +97,40 @@ def loss_curves_plot(info: LossCurvesInfo) -> go.Figure:
         },
     )
     shown: set[str] = set()
-    order = list(STRENGTH)
-    for trial, kind in sorted(info.kinds.items(), key=lambda pair: (order.index(drawn_as(pair[1])), pair[0])):
-        kind = drawn_as(kind)
-        colour, symbol = palette.RETRAINED if kind == "retrained" else palette.STATUS[kind]
+    steps_of = dict(tuple(info.steps.groupby("trial")))
+    rungs_of = dict(tuple(info.rungs.groupby("trial")))
+    traces = []
+    for kind in STRENGTH:
+        colour, symbol, name = DRAWN[kind] if kind in DRAWN else (*palette.STATUS[kind], kind)
         width, opacity = STRENGTH[kind]
-        steps = info.steps[info.steps["trial"] == trial]
-        rungs = info.rungs[info.rungs["trial"] == trial]
-        # The name goes in as text: a template or a tag inside it would otherwise be read as one.
-        common = {"legendgroup": kind, "name": kind, "opacity": opacity}
-        if len(steps):
-            figure.add_scatter(
-                x=steps["tokens"],
-                y=steps["loss"],
-                text=[f.in_figure(trial)] * len(steps),
-                mode="lines",
-                line={"color": colour, "width": width},
-                showlegend=kind not in shown,
-                **common,
-                hovertemplate="<b>%{text}</b><br>%{x:.4s} tokens, training loss %{y:.3f}<extra></extra>",
-            )
+        common = {"legendgroup": kind, "name": name, "opacity": opacity, "line": {"color": colour, "width": width}}
+        trials = sorted(trial for trial, of in info.kinds.items() if drawn_as(of) == kind)
+        for trial in trials:
+            if trial in steps_of:
+                traces.append({
+                    "x": steps_of[trial]["tokens"], "y": steps_of[trial]["loss"], "mode": "lines", **common,
+                    "showlegend": kind not in shown,
+                    # As text: a template or a tag inside a name would otherwise be read as one.
+                    "text": f.in_figure(trial),
+                    "hovertemplate": "<b>%{text}</b><br>%{x:.4s} tokens, training loss %{y:.3f}<extra></extra>",
+                })  # fmt: skip
+                shown.add(kind)
+        scored = [rungs_of[trial] for trial in trials if trial in rungs_of]
+        if scored:
+            # One trace, its lines apart by a row of nothing: a browser takes its time over every trace.
+            gap = pd.DataFrame([{"tokens": None, "lm_loss": None, "lm_loss_stderr": None}])
+            rows = pd.concat([part for rungs in scored for part in (rungs, gap)], ignore_index=True)
+            hover = [f.hover(row) if row["trial"] == row["trial"] else "" for row in rows.to_dict("records")]
+            traces.append({
+                "x": rows["tokens"], "y": rows["lm_loss"], "yaxis": "y2", "mode": "lines+markers", **common,
+                "error_y": {"array": rows["lm_loss_stderr"], "thickness": 1, "width": 0, "color": colour},
+                "marker": {"symbol": symbol, "size": 9 if width > 2 else 7, "color": colour},
+                "hovertext": hover, "hoverinfo": "text", "showlegend": kind not in shown,
+            })  # fmt: skip
             shown.add(kind)
-        if len(rungs):
-            figure.add_scatter(
-                x=rungs["tokens"],
-                y=rungs["lm_loss"],
-                yaxis="y2",
-                mode="lines+markers",
-                error_y={"array": rungs["lm_loss_stderr"], "thickness": 1, "width": 0, "color": colour},
-                line={"color": colour, "width": width},
-                hovertext=[f.hover(row) for row in rungs.to_dict("records")],
-                marker={"symbol": symbol, "size": 9 if width > 2 else 7, "color": colour},
-                hoverinfo="text",
-                showlegend=kind not in shown,
-                **common,
-            )
-            shown.add(kind)
-        if kind == "promoted" and len(rungs):
+        for rungs in scored if kind == "promoted" else []:
             _mark_promotion(figure, rungs)
+    figure.add_traces([{"type": "scatter", **trace} for trace in traces])
     if not f.missing(info.teacher):
         figure.add_shape(
             type="line",

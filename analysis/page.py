@@ -16,12 +16,12 @@ import pandas as pd
 from plotly.offline import get_plotlyjs
 
 from analysis import palette
-from analysis.cards import Card, Panel
+from analysis.card import Card, Panel
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 
 
-def page(name: str, facts: list[str], cards: list[Card], made: str) -> str:
+def page(name: str, facts: list[str], cards: list[Card], made: str, kind: str = "report of a run") -> str:
     """`facts` are short lines under the name; `made` one sentence for the foot. All are plain text."""
     template = fill(TEMPLATE.read_text(encoding="utf-8"), {"plotly": get_plotlyjs().replace("\r\n", "\n")})
     sections = [(f"card-{place}", card) for place, card in enumerate(cards, 1)]
@@ -30,6 +30,7 @@ def page(name: str, facts: list[str], cards: list[Card], made: str) -> str:
         {
             "policy": policy(template),
             "name": html.escape(name),
+            "kind": html.escape(kind),
             "facts": "".join(f"<li>{html.escape(fact)}</li>" for fact in facts if fact),
             "links": "".join(f'<a href="#{anchor}">{html.escape(card.title)}</a>' for anchor, card in sections),
             "cards": "\n".join(section(anchor, card) for anchor, card in sections),
@@ -76,7 +77,8 @@ def panel_html(panel: Panel) -> str:
         caption = f"<figcaption>{html.escape(panel.heading)}{csv_link(panel.name, panel.data)}</figcaption>"
     height = panel.figure.layout.height
     return (
-        f'<figure>{caption}<div class="plot" id="{panel.name}" style="height:{height}px"></div>'
+        f'<figure data-columns="{panel.columns}">{caption}'
+        f'<div class="plot" id="{panel.name}" style="height:{height}px"></div>'
         f'<script type="application/json">{embedded(panel.figure.to_json())}</script></figure>'
     )
 

@@ -96,3 +96,19 @@ def new_figure(height: int, **layout: Any) -> go.Figure:
 def colour_scale() -> list[tuple[float, str]]:
     """`SEQUENTIAL` as a Plotly colour scale over 0..1."""
     return [(place / (len(SEQUENTIAL) - 1), colour) for place, colour in enumerate(SEQUENTIAL)]
+
+
+# Of runs or arms side by side, in the order given; the dashes tell apart what comes after the sixth.
+SERIES = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY)
+DASHES = ("solid", "dash", "dot", "dashdot")
+
+
+def series(place: int) -> tuple[str, str]:
+    """Colour and dash of the `place`-th of several."""
+    return SERIES[place % len(SERIES)], DASHES[place // len(SERIES) % len(DASHES)]
+
+
+def faint(colour: str) -> str:
+    """A colour to fill a band with."""
+    red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
+    return f"rgba({red},{green},{blue},0.18)"

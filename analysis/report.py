@@ -1,28 +1,57 @@
-"""`python -m analysis.report RUN_DIR` -> RUN_DIR/report.html: one file, offline, at any moment of a run."""
+"""`python -m analysis.report RUN_DIR` -> RUN_DIR/report.html: one file, offline, at any moment of a run.
+
+Of several runs, one page that compares them, `comparison.html` or `--output FILE`. The data behind every figure is in
+the page, as CSV to download, so that a report that is mailed or copied is still all of it. `--figures` writes each
+figure as SVG and PNG besides, in a folder beside the page: a Chromium or Chrome on this machine draws them, and without
+one the page's own figures have a button that saves what the browser shows.
+"""
 
 import argparse
 import datetime
 import sys
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 
 from analysis import formatting as f
+from analysis.card import Card
 from analysis.cards import make_cards
+from analysis.comparison import compare
+from analysis.differences import labelled
 from analysis.health import health_info, span
 from analysis.page import page
 from analysis.run_data import RunData, load_run
-from minitron_search.mirror import mirror_of
+from analysis.static_figures import write_figures
+from minitron_search.mirror import Mirror, mirror_of
 from minitron_search.run_directory import RunDirectory, replace_text
 
+COMPARISON = "comparison.html"
 
-def write_report(run_directory: RunDirectory) -> Path:
-    """Write `report.html` from what the run has left on disk so far, and return its path.
+
+def write_report(run_directory: RunDirectory, output: Path | None = None) -> Path:
+    """Write `report.html`, or `output`, from what the run has left on disk so far, and return its path.
 
     Raises ValueError where the folder holds no run.
     """
-    run = load_run(run_directory)
-    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    replace_text(run_directory.report, page(run.name, facts(run), make_cards(run), f"Written {now}."))
-    return run_directory.report
+    path = output or run_directory.report
+    write_page(path, [run_directory])
+    return path
+
+
+def write_page(path: Path, directories: Sequence[RunDirectory]) -> list[Card]:
+    """The report of a run, or the comparison of several, and its cards."""
+    runs = [load_run(directory) for directory in directories]
+    if len(runs) == 1:
+        name, about, cards, kind = runs[0].name, facts(runs[0]), make_cards(runs[0]), "report of a run"
+    else:
+        own = labelled(runs, [directory.root.resolve().name for directory in directories])
+        name, about, cards = " · ".join(run.name for run in own), [f.plural(len(own), "run")], compare(own)
+        kind = "comparison of runs"
+    replace_text(path, page(name, about, cards, written(), kind))
+    return cards
+
+
+def written() -> str:
+    return f"Written {datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d %H:%M UTC')}."
 
 
 def facts(run: RunData) -> list[str]:
@@ -40,19 +69,40 @@ def facts(run: RunData) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m analysis.report", description="Write RUN_DIR/report.html.")
-    parser.add_argument("run_directory", metavar="RUN_DIR", help="the folder or address of a run, finished or not")
+    parser.add_argument(
+        "run_directories", metavar="RUN_DIR", nargs="+", help="the folder or address of a run, finished or not"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help=f"RUN_DIR/report.html by default; of several runs, {COMPARISON} here",
+    )
+    parser.add_argument(
+        "--figures", action="store_true", help="also every figure as SVG and PNG, in a folder beside it"
+    )
     chosen = parser.parse_args(arguments)
+    mirrors: list[Mirror] = []
     try:
-        run = RunDirectory(chosen.run_directory)
-        if mirror := mirror_of(chosen.run_directory, run):
-            mirror.pull()
-        path = write_report(run)
-        if mirror:
-            mirror.push()
+        directories = [RunDirectory(address) for address in chosen.run_directories]
+        for address, directory in zip(chosen.run_directories, directories, strict=True):
+            if mirror := mirror_of(address, directory):
+                mirror.pull()
+                mirrors.append(mirror)
+        alone = directories[0].report if len(directories) == 1 else Path(COMPARISON)
+        path = chosen.output or alone
+        cards = write_page(path, directories)
+        if mirrors and path == directories[0].report:
+            mirrors[0].put(path, PurePosixPath(path.name))  # nothing else has changed
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     print(path)
+    if chosen.figures:
+        folder = path.with_name(f"{path.stem}_figures")
+        drawn, reason = write_figures(cards, folder)
+        print(f"{folder}: {f.plural(len(drawn), 'file')}" if drawn else f"no static figures: {reason}",
+              file=sys.stdout if drawn else sys.stderr)  # fmt: skip
     return 0
 
 

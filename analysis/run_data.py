@@ -11,8 +11,10 @@ from safetensors import safe_open
 
 from minitron_search.run_directory import DEPTH_SCHEMA, TRIALS_SCHEMA, RunDirectory
 
-# The arms that are not candidates; every other arm is the search's or an ablation's.
-CONTROLS = ("teacher", "untrained", "retrained", "random_pruned", "random_init")
+# The arms that are not candidates; every other arm is the search's or an ablation's. A control of a promoted
+# architecture has its tokens of the search, or, `_retrained`, those of the retraining.
+BESIDE = ("random_pruned", "random_init")
+CONTROLS = ("teacher", "untrained", "retrained", *BESIDE, *(f"{arm}_retrained" for arm in BESIDE))
 STEP_COLUMNS = ("trial", "tokens", "loss", "learning_rate", "tokens_per_second")
 
 
@@ -31,6 +33,7 @@ class RunData(NamedTuple):
 
     trials:   rows of `TRIALS_SCHEMA`; numbers are float64 with NaN where unknown, text is "" where unknown
     steps:    a row per logged training step: trial, tokens, loss, learning_rate, tokens_per_second
+    scores:   what a rung's means are taken over, by trial and rung: a list of a value per window, or example
     made:     architecture.json of each trial folder
     depth:    rows of `DEPTH_SCHEMA`;  recommendation: depth.json;  evidence: evidence.json;  forecast: forecast.json
     problems: one line per artifact that is there and cannot be read
@@ -41,6 +44,7 @@ class RunData(NamedTuple):
     environment: dict[str, Any]
     trials: pd.DataFrame
     steps: pd.DataFrame
+    scores: dict[tuple[str, int], dict[str, Any]]
     made: dict[str, dict[str, Any]]
     events: list[dict[str, Any]]
     importance: Importance | None
@@ -64,6 +68,11 @@ def load_run(directory: RunDirectory) -> RunData:
         directory.depth,
         directory.root / "trials",
     )
+    if (directory.root / "ablation.json").exists():
+        raise ValueError(
+            f"{directory.root}: an ablation, whose arms are runs; valid: one of them, or "
+            f"`python -m analysis.ablation_report {directory.root}`"
+        )
     if not any(path.exists() for path in artifacts):
         raise ValueError(
             f"{directory.root}: no run here. A run directory holds {directory.config.name}, "
@@ -90,6 +99,7 @@ def load_run(directory: RunDirectory) -> RunData:
         environment=read("environment.json", directory.read_environment, {}),
         trials=trials_frame(rows, rungs),
         steps=read("trials/*/metrics.jsonl", lambda: steps_frame(directory, folders), steps_of([])),
+        scores=read("trials/*/metrics.jsonl", directory.scores, {}),
         made=read("trials/*/architecture.json", lambda: read_made(directory, folders), {}),
         events=read("events.jsonl", directory.events, []),
         importance=read("importance.safetensors", lambda: read_importance(directory), None),

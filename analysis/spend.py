@@ -8,10 +8,11 @@ import plotly.graph_objects as go
 
 from analysis import formatting as f
 from analysis import palette
-from analysis.run_data import RunData
+from analysis.run_data import BESIDE, RunData
 from minitron_search.run_directory import stage_seconds
 
-AFTER_SEARCH = ("untrained", "retrained")  # arms of stage `retrain`; `teacher` is of none that trains
+AFTER_SEARCH = ("untrained", "retrained")  # arms of stage `retrain`
+OF_NO_STAGE = ("teacher", *(f"{arm}_retrained" for arm in BESIDE))  # is not trained; is trained by a benchmark
 QUANTITIES = ("tokens", "flops", "hours", "gpu_hours", "cost")
 HEADINGS = {"tokens": "tokens", "flops": "FLOPs", "hours": "time", "gpu_hours": "GPU-hours", "cost": "money"}
 
@@ -65,7 +66,7 @@ def spent_tokens(run: RunData, stage: str) -> float | None:
     if stage in ("search", "retrain"):
         arms = run.trials["arm"]
         after = arms.isin(AFTER_SEARCH)
-        mine = run.trials[after if stage == "retrain" else ~after & (arms != "teacher")]
+        mine = run.trials[after if stage == "retrain" else ~after & ~arms.isin(OF_NO_STAGE)]
         return float(mine.groupby("trial")["tokens"].max().sum()) if len(mine) else None
     kind = {"teacher": "teacher_asked", "correction": "teacher_corrected"}.get(stage)
     told = [event for event in run.events if event["event"] == kind]

@@ -10,6 +10,7 @@ from analysis import formatting as f
 from analysis import palette
 from analysis.run_data import RunData, best_candidate, of_arm
 
+NAMES = {"winogrande_acc": "Winogrande accuracy", "winogrande_margin": "Winogrande margin"}
 ONE_SIDED_95 = 1.645  # standard errors above one half before an accuracy is called above chance
 
 
@@ -76,6 +77,17 @@ def outcome(
         back = (untrained["lm_loss"] - last["lm_loss"]) / lost
         text += f" Trimming alone cost {f.fixed(lost, 3)} nats; training won {back:.0%} of that back."
     return text
+
+
+def at_chance(run: RunData) -> list[str] | None:
+    """The metrics on which the teacher is no better than chance, as the run's own tests found; before they were made,
+    by its accuracy's standard error. None where it has no accuracy."""
+    if tested := run.evidence.get("at_chance"):
+        return [NAMES.get(metric, metric) for metric, about in tested.items() if about["at_chance"]]
+    teacher = of_arm(run.trials, "teacher")
+    if teacher is None or f.missing(teacher["winogrande_acc"]):
+        return None
+    return [NAMES["winogrande_acc"]] if chance_warning(teacher) else []
 
 
 def chance_warning(teacher: pd.Series | None) -> str:

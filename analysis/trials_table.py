@@ -1,7 +1,7 @@
 """Every trial at its last rung, in a table that sorts by any column."""
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pandas as pd
@@ -66,13 +66,23 @@ def trials_table_info(run: RunData) -> TrialsTableInfo:
     return TrialsTableInfo(last_rungs(run.trials), run.trials)
 
 
-def trials_table_html(info: TrialsTableInfo) -> str:
+def trials_table_of(runs: Sequence[RunData]) -> TrialsTableInfo:
+    """Of several, one after the other, with a column `run`."""
+    tables = [table for table in (run.trials.assign(run=run.name) for run in runs) if len(table)]
+    last = [last_rungs(table) for table in tables]
+    empty = runs[0].trials.iloc[:0]
+    return TrialsTableInfo(*(pd.concat(each, ignore_index=True) if each else empty for each in (last, tables)))
+
+
+def trials_table_html(info: TrialsTableInfo, of: str = "") -> str:
+    """`of`: the heading of the column `run`, where there are several."""
+    columns = (*COLUMNS[:1], ("run", of, "", None), *COLUMNS[1:]) if of else COLUMNS
     heads = "".join(
         f'<th scope="col" aria-sort="none"{NUMBER if text else ""}><button type="button">{heading}</button>'
         f"<small>{unit}</small></th>"
-        for _, heading, unit, text in COLUMNS
+        for _, heading, unit, text in columns
     )
-    body = "".join(f"<tr>{''.join(_cell(row, *column) for column in COLUMNS)}</tr>" for _, row in info.rows.iterrows())
+    body = "".join(f"<tr>{''.join(_cell(row, *column) for column in columns)}</tr>" for _, row in info.rows.iterrows())
     return (
         f'<div class="scroll tall" tabindex="0"><table class="trials"><thead><tr>{heads}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"

@@ -13,7 +13,6 @@ import ray
 
 from minitron_search import cluster, config, retraining
 from minitron_search.architecture import Architecture
-from minitron_search.cluster import resolved_precision
 from minitron_search.console import say
 from minitron_search.correction_stage import correct_teacher
 from minitron_search.materials import make_materials
@@ -21,6 +20,7 @@ from minitron_search.preparation import prepare
 from minitron_search.run_directory import RunDirectory
 from minitron_search.search_state import Search
 from minitron_search.trial_settings import distillation_settings, make_trial, retraining_settings
+from minitron_search.workshop import resolved_precision
 
 
 def main(folder: str) -> None:
@@ -38,9 +38,8 @@ def main(folder: str) -> None:
         )
         trial = replace(trial, initialization="random")
         run.start_trial(trial.id, trial.describe())
-        asked = settings.resources
-        slots = cluster.slots(asked.workers_per_trial, asked.cpus_per_worker, asked.gpus_per_worker)
-        retraining.retrain(settings, trial, materials, slots, say)
+        slots = cluster.slots(settings.resources)
+        retraining.retrain(settings, trial, materials, slots, say, run)
     control = next(row for row in run.metrics(trial.id) if row["kind"] == "rung")
     print(f"{best}: validation LM loss, nats per token +- standard error ({control['lm_loss_n']} windows)")
     for name, row in (("untrained trim", rows["untrained"]), ("random initialisation", control),

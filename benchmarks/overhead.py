@@ -2,11 +2,12 @@
 
     python -m benchmarks.overhead RUN_DIR
 
-A trial's own clock runs from the trimmed student to its last row; what is left of the time between its start and
-its end is process start, trim, load and save. The first trial of every slot starts the worker group of those after
-it.
+A trial's own clock runs from the trimmed student to its row; what is left of the time between its start, or that of its
+going on after a rung, and its end is process start, trim, load and save. The first trial of every slot starts the
+worker group of those after it.
 """
 
+import math
 import statistics
 import sys
 
@@ -17,9 +18,12 @@ def main(folder: str) -> None:
     run = RunDirectory(folder)
     began = {event["trial"]: event["time"] for event in run.events() if event["event"] == "trial_started"}
     ended = {event["trial"]: event["time"] for event in run.events() if event["event"] == "trial_finished"}
-    worked: dict[str, float] = {}
+    finished = {(event["trial"], event["rung"]): event["time"] for event in run.events()
+                if event["event"] == "rung_finished"}  # fmt: skip
+    worked = dict.fromkeys(began, 0.0)
     for row in run.rungs():
-        worked[row["trial"]] = worked.get(row["trial"], 0.0) + row["seconds"]
+        if finished.get((row["trial"], row["rung"]), 0) > began.get(row["trial"], math.inf):
+            worked[row["trial"]] += row["seconds"]
     first = min(began.values())
     overheads = []
     for trial, start in sorted(began.items(), key=lambda item: item[1]):

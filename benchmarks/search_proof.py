@@ -41,7 +41,6 @@ from benchmarks.importance_table import replaced
 from minitron_search import cluster
 from minitron_search import config as configuration
 from minitron_search.architecture import Architecture
-from minitron_search.cluster import resolved_precision
 from minitron_search.config import Config
 from minitron_search.console import say
 from minitron_search.importance_stage import measure_importance
@@ -52,6 +51,7 @@ from minitron_search.search_space import SearchSpace
 from minitron_search.statistics import agreement, mean_and_error, paired
 from minitron_search.trial import Trial
 from minitron_search.trial_settings import make_trial, retraining_settings, untrained
+from minitron_search.workshop import resolved_precision
 
 CLOSEST = 10  # architectures that NVIDIA's rule scores
 SEARCHES = {

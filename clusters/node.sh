@@ -4,8 +4,7 @@
 #
 #   [PYTHON=python3.12] [VENV=~/venv] [CACHE=~/.cache] [SHARED=/mnt/shared] bash clusters/node.sh [EXTRAS [TORCH_INDEX]]
 #
-# SHARED: a folder that all nodes mount under one name. What trials read is made there once, and the working copy of a run
-# in a bucket is there; a cluster of several nodes needs it.
+# SHARED: a folder that all nodes mount under one name, for what trials read; without one each node has its own copy.
 # EXTRAS: of pyproject.toml, as in aws,gpu.  TORCH_INDEX: where torch comes from, as in
 # https://download.pytorch.org/whl/cpu, which is 0.2 GB instead of 3 on a head that runs no trials.
 set -euo pipefail

@@ -21,8 +21,9 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from minitron_search.depot import Depot
 from minitron_search.loop_settings import LoopSettings
-from minitron_search.parallel import agreed
+from minitron_search.parallel import agreed, leads_node
 from minitron_search.training_log import TrainingLog
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -34,9 +35,14 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint that `train` wrote to `folder`."""
-    return max(folder.glob("step-????????"), default=None)
+def latest_checkpoint(folder: Path, depot: Depot | None = None) -> Path | None:
+    """The newest whole checkpoint that `train` wrote to `folder`, on whichever node; it is on this one now."""
+    if depot is None or not depot.travels(folder):
+        return max(folder.glob("step-????????"), default=None)
+    newest = max((folder / name for name in depot.names(folder)), default=None)
+    if newest is not None:
+        depot.fetch(newest)
+    return newest
 
 
 def _fixed(settings: LoopSettings) -> dict[str, Any]:
@@ -47,10 +53,11 @@ def _fixed(settings: LoopSettings) -> dict[str, Any]:
 
 def save(
     folder: Path, student: PreTrainedModel, optimizer: torch.optim.Optimizer, settings: LoopSettings,
-    step: int, losses: TrainingLog, teacher: Stateful | None = None,
+    step: int, losses: TrainingLog, teacher: Stateful | None = None, depot: Depot | None = None,
 ) -> None:  # fmt: skip
     """Appears whole or not at all. Called by every process of a sharded student, by one of a replicated one.
-    `teacher`: one that is trained too, whole and alike in every process.
+    `teacher`: one that is trained too, whole and alike in every process. `depot`: where the nodes' disks are their own;
+    each of them then makes the folder, and puts there what its processes wrote.
 
     One that is there is left: it is of the same step of the same training, and in the moment between its end and
     that of its successor there would be none.
@@ -59,8 +66,9 @@ def save(
     if agreed(folder.exists()) if together else folder.exists():
         return
     first = not together or dist.get_rank() == 0
+    makes = first or (depot is not None and depot.travels(folder) and leads_node())
     partial = folder.with_name(f".{folder.name}.partial")
-    if first:
+    if makes:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     if together:
@@ -76,9 +84,14 @@ def save(
             "settings": _fixed(settings),
         }
         (partial / "state.json").write_text(json.dumps(state, indent=1))
+    if makes:
         os.rename(partial, folder)
+        if depot is not None and depot.travels(folder):
+            depot.put_files(folder)
     if together:
         dist.barrier()
+    if first and depot is not None and depot.travels(folder):
+        depot.mark(folder)
 
 
 def load(
@@ -115,9 +128,13 @@ def load_weights(folder: Path, student: PreTrainedModel) -> None:
     dcp.load(_weights(student), checkpoint_id=folder, no_dist=True)
 
 
-def keep_newest(folder: Path) -> None:
+def keep_newest(folder: Path, depot: Depot | None = None) -> None:
+    """Of those on this node and, with `depot`, of those there."""
     for old in sorted(folder.glob("step-????????"))[:-1]:
         shutil.rmtree(old)
+    if depot is not None and depot.travels(folder):
+        for name in depot.names(folder)[:-1]:
+            depot.delete(folder / name)
 
 
 def _is_sharded(student: PreTrainedModel) -> bool:

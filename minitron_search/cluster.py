@@ -3,19 +3,21 @@
 import logging
 import os
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.state import state  # the public API lists no draining nodes
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from minitron_search import precision
 from minitron_search.config import Resources
-from minitron_search.loop_settings import Precision
+from minitron_search.folders import cache_folder
+from minitron_search.run_directory import RunDirectory
 
 # Set before Ray starts: read by the driver, and inherited by the processes of an embedded start.
 ENVIRONMENT = {
@@ -55,7 +57,9 @@ def joined() -> Iterator[None]:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING, log_to_driver=False, runtime_env={"env_vars": ENVIRONMENT})
+        # caches are in the same place on every node, which is the driver's
+        everywhere = {**ENVIRONMENT, "MINITRON_SEARCH_CACHE": str(cache_folder())}
+        ray.init(logging_level=logging.WARNING, log_to_driver=False, runtime_env={"env_vars": everywhere})
     else:
         ray.init(
             address="local",
@@ -74,51 +78,61 @@ class UnfitError(ValueError):
     """The cluster cannot run what was asked; nothing was written."""
 
 
-def check_shared(folders: Mapping[str, Path]) -> None:
-    """Every node of a cluster of several reads and writes the same files in these folders, by the key that names each.
-
-    Raises UnfitError with the node that does not.
-    """
+def blind_node(folder: Path) -> str | None:
+    """The name of a node that does not see what is written to `folder` here; None where all do, or there is but one."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) < 2:
-        return
+        return None
     look = ray.remote(num_cpus=0)(os.path.exists)
-    for key, folder in folders.items():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=".shared-", dir=folder) as marker:
-            seen = {
-                node["NodeManagerHostname"]: look.options(
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                ).remote(marker.name)
-                for node in nodes
-            }
-            blind = [name for name, found in seen.items() if not ray.get(found)]
-        if blind:
-            if not any(folder.iterdir()):
-                folder.rmdir()
-            raise UnfitError(f"{key}: {folder} is on this machine alone: node {blind[0]} of the cluster's {len(nodes)} "
-                             "does not see what is written there; valid: a folder that all nodes share (NFS, EFS, "
-                             "Filestore), mounted at the same path")  # fmt: skip
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(prefix=".shared-", dir=folder) as marker:
+        seen = {
+            node["NodeManagerHostname"]: look.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ).remote(marker.name)
+            for node in nodes
+        }
+        blind = [name for name, found in seen.items() if not ray.get(found)]
+    if made:
+        folder.rmdir()
+    return blind[0] if blind else None
 
 
-class Membership:
-    """Which nodes the cluster has; made when all of them are taken for granted."""
+@contextmanager
+def watched(run: RunDirectory, progress: Callable[[str], None]) -> Iterator[None]:
+    """While the block runs, nodes that come and go are events of `run` and are told: `node_joined`, `node_leaving`
+    after a notice (clusters/spot_notice.py), `node_lost`."""
+    leaving: set[str] = set()
+    over, known = threading.Event(), {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
-    def __init__(self) -> None:
-        self.known = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        self.looked = time.monotonic()
+    def look() -> None:
+        nonlocal known
+        while not over.wait(LOOK_S):
+            nodes = {node["NodeID"]: node for node in ray.nodes()}
+            alive = {name for name, node in nodes.items() if node["Alive"]}
+            told = {name for name in draining() if name in nodes} - leaving
+            leaving.update(told)
+            changes = ("node_lost", known - alive), ("node_joined", alive - known), ("node_leaving", told)
+            for kind, changed in changes:
+                for name in sorted(changed):
+                    about = _about(nodes[name])
+                    run.event(kind, **about)
+                    progress(f"cluster: {kind.replace('_', ' ')}: {about['node']}")
+            known = alive
 
-    def changes(self) -> list[tuple[str, dict[str, Any]]]:
-        """What became of it since the last call: `node_lost` or `node_joined`, and of whom. Looks once a second."""
-        if time.monotonic() - self.looked < LOOK_S:
-            return []
-        self.looked = time.monotonic()
-        nodes = {node["NodeID"]: node for node in ray.nodes()}
-        alive = {name for name, node in nodes.items() if node["Alive"]}
-        lost = [("node_lost", _about(nodes[name])) for name in sorted(self.known - alive)]
-        joined = [("node_joined", _about(nodes[name])) for name in sorted(alive - self.known)]
-        self.known = alive
-        return lost + joined
+    watch = threading.Thread(target=look, daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watch.join()
+
+
+def draining() -> dict[str, int]:
+    """Nodes that take no more work, by id: until when, in Unix milliseconds, 0 where nobody said."""
+    return state.get_draining_nodes()
 
 
 def _about(node: dict[str, Any]) -> dict[str, Any]:
@@ -128,45 +142,60 @@ def _about(node: dict[str, Any]) -> dict[str, Any]:
     return {**about, **{name: node["Resources"].get(name, 0) for name in ("CPU", "GPU")}}
 
 
-def wait_for_place(workers: int, cpus: int, gpus: float, progress: Callable[[str], None]) -> None:
-    """Until one trial of `workers` workers fits: a cluster that scales from zero adds a node for what it is asked.
+def wait_for_place(resources: Resources, progress: Callable[[str], None]) -> None:
+    """Until one trial fits: a cluster that scales from zero adds a node for what it is asked.
 
     Raises UnfitError where none has come within `PLACE_S`, or could: an embedded Ray has this machine and no other.
     """
     if not os.environ.get("RAY_ADDRESS"):
-        slots(workers, cpus, gpus)
+        slots(resources)
         return
-    wanted = placement_group([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}] * workers)
+    wanted = placement_group([resources.of_worker()] * resources.workers_per_trial)
     began = time.monotonic()
     while not wanted.wait(PROGRESS_S):
         if time.monotonic() - began > PLACE_S:
             remove_placement_group(wanted)
-            have = ray.cluster_resources()
-            raise UnfitError(f"resources: no place for a trial of {workers} workers with {cpus} CPUs and {gpus:g} GPUs "
-                             f"each within {PLACE_S / 60:.0f} minutes, in a cluster of {have.get('CPU', 0):g} CPUs and "
-                             f"{have.get('GPU', 0):g} GPUs; valid: fewer workers_per_trial, cpus_per_worker or "
-                             "gpus_per_worker, or nodes that have them")  # fmt: skip
-        progress(f"cluster: waiting for a place for {workers} workers of {cpus} CPUs and {gpus:g} GPUs")
+            raise _unfit(resources, f"has found no place within {PLACE_S / 60:.0f} minutes, in")
+        progress(f"cluster: waiting for a place for {_described(resources)}")
     remove_placement_group(wanted)
 
 
-def slots(workers_per_trial: int, cpus_per_worker: int, gpus_per_worker: float) -> int:
-    """How many trials of this size the cluster can run at once, as it is now.
+def slots(resources: Resources) -> int:
+    """How many trials the cluster can run at once, as it is now. A worker has what it needs on one node; the workers of
+    a trial may be on several.
 
     Raises UnfitError when not even one fits.
     """
-    have = ray.cluster_resources()
-    cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
-    fitting = cpus // (workers_per_trial * cpus_per_worker)
-    if gpus_per_worker:
-        fitting = min(fitting, gpus // (workers_per_trial * gpus_per_worker))
+    going = draining()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node.get("NodeID") not in going]
+    fitting = sum(_workers(node, resources.of_worker()) for node in nodes) // resources.workers_per_trial
     if fitting < 1:
-        raise UnfitError(
-            f"resources: a trial of {workers_per_trial} workers with {cpus_per_worker} CPUs and "
-            f"{gpus_per_worker:g} GPUs each does not fit the cluster's {cpus:g} CPUs and {gpus:g} GPUs; "
-            "valid: fewer workers_per_trial, cpus_per_worker or gpus_per_worker"
-        )
-    return int(fitting)
+        raise _unfit(resources, "does not fit")
+    return fitting
+
+
+def _workers(node: dict[str, float], asked: dict[str, float]) -> int:
+    """How many workers fit a node: those that share a GPU are on one, a worker of several has whole ones."""
+    fitting = min(int(node.get(name, 0) / share) for name, share in asked.items() if name != "GPU")
+    if gpus := asked.get("GPU"):
+        has = int(node.get("GPU", 0))
+        fitting = min(fitting, has * int(1 / gpus + 1e-6) if gpus < 1 else int(has // gpus))  # 1 // 0.1 is 9
+    return fitting
+
+
+def _described(resources: Resources) -> str:
+    kind = f" of kind {resources.accelerator_type}" if resources.accelerator_type else ""
+    return (f"{resources.workers_per_trial} workers with {resources.cpus_per_worker} CPUs and "
+            f"{resources.gpus_per_worker:g} GPUs{kind} each")  # fmt: skip
+
+
+def _unfit(resources: Resources, how: str) -> UnfitError:
+    have = ray.cluster_resources()
+    kinds = [name.partition(":")[2] for name in have if name.startswith("accelerator_type:")]
+    gpus = f"{have.get('GPU', 0):g} GPUs{' of kind ' + ', '.join(kinds) if kinds else ''}"
+    cluster = f"the cluster's {have.get('CPU', 0):g} CPUs and {gpus}"
+    return UnfitError(f"resources: a trial of {_described(resources)} {how} {cluster}; valid: fewer workers_per_trial, "
+                      "cpus_per_worker or gpus_per_worker, or nodes that have them")  # fmt: skip
 
 
 class Room:
@@ -181,49 +210,7 @@ class Room:
         if isinstance(self.asked, int) and os.environ.get("RAY_ADDRESS"):
             return self.asked
         if time.monotonic() - self.looked >= LOOK_S:
-            self.looked, of = time.monotonic(), self.resources
+            self.looked = time.monotonic()
             with suppress(UnfitError):  # the nodes that held one have gone: it waits for others
-                self.now = slots(of.workers_per_trial, of.cpus_per_worker, of.gpus_per_worker)
+                self.now = slots(self.resources)
         return self.now if self.asked == "auto" else min(int(self.asked), self.now)
-
-
-def on_all_cpus(function: Any, *arguments: Any) -> Any:
-    """Run `function` as one Ray task on every CPU of a node."""
-    cpus = max(1, int(max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])))
-    gpus = 1 if ray.cluster_resources().get("GPU") else 0
-
-    def placed(*given: Any) -> Any:
-        import torch
-
-        torch.set_num_threads(cpus)
-        return function(*given)
-
-    return ray.get(ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1)(placed).remote(*arguments))
-
-
-def in_parts(function: Any, parts: list, *arguments: Any) -> list:
-    """`function(some of the parts, *arguments) -> a result for each`, spread over one-thread tasks, one for every
-    CPU of a node (or its GPUs); the results in the order of `parts`.
-
-    Processes of one thread, not threads of one process: beside any other load, two threads wait for the slower of
-    them at every product (measured: 188 CPU-seconds for what takes 35 alone).
-    """
-    resources = max((node["Resources"] for node in ray.nodes() if node["Alive"]), key=lambda node: node.get("CPU", 0))
-    gpus = int(resources.get("GPU", 0))
-    tasks = min(len(parts), gpus or max(1, int(resources.get("CPU", 1))))
-
-    def placed(*given: Any) -> list:
-        import torch
-
-        torch.set_num_threads(1)
-        return function(*given)
-
-    task = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=1)(placed)
-    found = ray.get([task.remote(parts[first::tasks], *arguments) for first in range(tasks)])
-    return [found[index % tasks][index // tasks] for index in range(len(parts))]
-
-
-def resolved_precision(asked: str) -> Precision:
-    """`precision.resolve` where the work is done: a cluster's head may be another machine."""
-    gpus = 1 if ray.cluster_resources().get("GPU") else 0
-    return ray.get(ray.remote(num_cpus=1, num_gpus=gpus)(precision.resolve).remote(asked))

@@ -307,7 +307,7 @@ class Search(Section):
     controls: whether the winner's shape is also trained pruned at random and from random weights, to the last rung.
     """
 
-    trials: Count = 18
+    trials: Count = 12
     sampler: Literal["tpe", "random", "grid", "nsga2", "nsga3", "gp"] = "tpe"
     objective: Annotated[str | tuple[str, ...], BeforeValidator(_one_or_several)] = "lm_loss"
     rungs: Annotated[tuple[CountOrZero, ...], BeforeValidator(_listed), Field(min_length=1)] = (0, 4_000, 12_000)
@@ -439,6 +439,8 @@ class Evaluation(Section):
 
 class Resources(Section):
     """`strategy` is how the workers of one trial hold its student: `ddp` whole each, `fsdp2` a share each.
+    accelerator_type: the kind of GPU that trials run on, by Ray's name for it (H100, L40S), where nodes have several:
+    trials on different kinds round otherwise, and their tokens per second cannot be compared.
 
     What a run is forecast by: mfu, the share of flops_per_second (of one worker's device: an H100's bfloat16 is 989T)
     that it is to reach; null for both measures this machine. price_per_hour: of one GPU, where gpus_per_worker is not
@@ -449,10 +451,27 @@ class Resources(Section):
     workers_per_trial: Count = 1
     cpus_per_worker: Count = 1
     gpus_per_worker: Annotated[Real, Field(ge=0)] = 0.0
+    accelerator_type: str | None = None
     strategy: Literal["ddp", "fsdp2"] = "ddp"
     mfu: Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)] | None = None
     flops_per_second: Positive | None = None
     price_per_hour: Annotated[Real, Field(ge=0)] | None = None
+
+    def of_worker(self) -> dict[str, float]:
+        """What one worker asks of Ray."""
+        asked = {"CPU": float(self.cpus_per_worker)}
+        if self.gpus_per_worker:
+            asked["GPU"] = float(self.gpus_per_worker)
+        if self.accelerator_type is not None:
+            asked[f"accelerator_type:{self.accelerator_type}"] = 0.001  # each node that has the kind has 1 of it
+        return asked
+
+    @model_validator(mode="after")
+    def _accelerators_are_gpus(self) -> "Resources":
+        if self.accelerator_type is not None and not self.gpus_per_worker:
+            raise ValueError(f"resources.accelerator_type: {self.accelerator_type} is of GPUs, and gpus_per_worker is "
+                             "0; valid: gpus_per_worker 1, or null")  # fmt: skip
+        return self
 
     @model_validator(mode="after")
     def _mfu_is_of_a_peak(self) -> "Resources":

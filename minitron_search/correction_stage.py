@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from minitron_search import retraining
 from minitron_search.architecture import digest
-from minitron_search.cluster import on_all_cpus, slots
+from minitron_search.cluster import slots
 from minitron_search.console import say
 from minitron_search.correction import LORA_ALPHA, LORA_RANK, merged
 from minitron_search.correction_settings import Correction
@@ -36,6 +36,7 @@ from minitron_search.teacher_cache import Request
 from minitron_search.trial import Trial
 from minitron_search.trial_run import Materials
 from minitron_search.trial_settings import correction, correction_settings
+from minitron_search.workshop import on_all_cpus
 
 FORMULA = 1  # part of the id: raise it when the same inputs give other weights
 SCORES = ("lm_loss", "lm_loss_stderr", "lm_loss_n", "kl", "kl_stderr", "winogrande_acc", "winogrande_acc_stderr",
@@ -51,7 +52,7 @@ def correct_teacher(prepared: Prepared, resolved: Precision) -> Prepared:
         return prepared
     settings = correction_settings(config, asked, resolved)
     resources = config.resources
-    gangs = slots(resources.workers_per_trial, resources.cpus_per_worker, resources.gpus_per_worker)
+    gangs = slots(resources)
     workers = 1 if resources.launcher == "inline" else retraining.gang(config, gangs).workers_per_trial
     model = prepared.teaching
     made_of = made_from(model.fingerprint, prepared.corpus.train, asked, settings, workers)
@@ -96,15 +97,16 @@ def _make(
     made_of: dict[str, Any],
 ) -> None:  # fmt: skip
     """Train, score before and after, and write `folder`."""
-    model, work = prepared.teaching, RunDirectory(folder.with_name(f"{folder.name}.work"))
+    model, depot = prepared.teaching, prepared.run.depot
+    work = RunDirectory(folder.with_name(f"{folder.name}.work"), prepared.run.files, depot)
     shutil.rmtree(work.scratch, ignore_errors=True)  # of one that was killed
     say(f"correction: {asked.method}, {settings.total_tokens:,} tokens of the text that students are distilled on")
     key = digest([model.fingerprint, "as it is"])
     plain = cache_folder() / "permuted" / key / resolved
-    computing = on_all_cpus(plain_copy, model.folder, plain, resolved)
+    computing = on_all_cpus(depot, plain_copy, model.folder, plain, resolved)
     dims, corpus = sizes(model.config), prepared.corpus
     asked_of = Request(key, f"{corpus.id} validation", corpus.validation, resolved, dims["hidden"], dims["vocab"])
-    validation = asked_once(asked_of, computing)
+    validation = asked_once(depot, asked_of, computing)
     layers = model.config.num_hidden_layers
     materials = ray.put(Materials(
         run=work,
@@ -130,12 +132,14 @@ def _make(
     )
     work.start_trial(trial.id, trial.describe())
     began = time.monotonic()
-    retraining.retrain(prepared.config, trial, materials, gangs, say, run=work, what="correction")
+    retraining.retrain(prepared.config, trial, materials, gangs, say, work, what="correction")
     rows = {row["rung"]: row for row in work.metrics(trial.id) if row["kind"] == "rung"}
     before, after = ({name: rows[rung][name] for name in SCORES} for rung in (0, 1))
     about = {"method": asked.method, "tokens": rows[1]["tokens"], "seconds": time.monotonic() - began,
              "before": before, "after": after, "made_from": made_of}  # fmt: skip
-    on_all_cpus(_export, materials, trial, prepared.teacher_folder, folder, about)
+    on_all_cpus(depot, _export, materials, trial, prepared.teacher_folder, folder, about)
+    if depot is not None:
+        depot.fetch(folder)
     shutil.rmtree(work.root)
 
 

@@ -26,6 +26,7 @@ from minitron_search import cluster, depth
 from minitron_search.architecture import digest, parameter_count
 from minitron_search.config import Config, DepthConfig
 from minitron_search.console import say
+from minitron_search.depot import Depot
 from minitron_search.depth import TEACHER, Cut, Values
 from minitron_search.depth_recommendation import recommendation
 from minitron_search.families import sizes, weights
@@ -58,6 +59,7 @@ class Job:
     device: str = "cpu"
     weights: str = "auto"
     memory_bytes: float = float("inf")  # of one worker
+    depot: Depot | None = None
 
     def chunks(self, kind: str) -> list[slice]:
         device = torch.device(self.device)
@@ -96,7 +98,8 @@ def make_job(prepared: Prepared, resolved: str) -> tuple[Job, int]:
     """The job on this cluster, and how many pieces of it may run at once."""
     config = prepared.config
     cpus, gpus = config.resources.cpus_per_worker, worker_gpus(config)
-    fitting = cluster.slots(1, cpus, gpus)
+    one = config.resources.model_copy(update={"workers_per_trial": 1, "gpus_per_worker": gpus})
+    fitting = cluster.slots(one)
     workers = fitting if config.depth.workers == "auto" else min(config.depth.workers, fitting)
     element = 2 if resolved == "bfloat16" else 4
     job = Job(
@@ -116,6 +119,7 @@ def make_job(prepared: Prepared, resolved: str) -> tuple[Job, int]:
             node["Resources"].get("memory", float("inf")) / max(1, node["Resources"].get("CPU", 1) // cpus)
             for node in ray.nodes() if node["Alive"]
         ),
+        depot=prepared.run.depot,
     )  # fmt: skip
     whole = _float32_bytes(job)
     if "taylor" in config.depth.metrics and job.device == "cpu" and whole > job.memory_bytes:
@@ -179,6 +183,8 @@ class _Pool:
 
     def __init__(self, job: Job, workers: int):
         self.job, self.workers, self.computed = job, workers, 0
+        if job.depot is not None:
+            job.depot.put(job.folder)
         self.shared = ray.put(job)
         gpus = 1.0 if job.device == "cuda" else 0.0
         self.task = ray.remote(num_cpus=job.threads, num_gpus=gpus, max_retries=RESTARTS)(compute)
@@ -191,7 +197,8 @@ class _Pool:
             while waiting and len(running) < self.workers:
                 running.append(self.task.remote(self.shared, waiting.popleft()))
             done, running = ray.wait(running, num_returns=1)
-            ray.get(done)
+            for piece, values in ray.get(done):
+                keep(self.job, piece, values)
             self.computed += len(done)
             if time.monotonic() - said > SAY_SECONDS:
                 said = time.monotonic()
@@ -221,8 +228,10 @@ def missing_pieces(
     return pieces
 
 
-def compute(job: Job, piece: Piece) -> None:
-    """One piece, on disk when this returns."""
+def compute(job: Job, piece: Piece) -> tuple[Piece, dict[str, np.ndarray]]:
+    """One piece."""
+    if job.depot is not None:
+        job.depot.fetch(job.folder)
     torch.set_num_threads(job.threads)
     found: Values
     if piece.kind == TEXT:
@@ -236,7 +245,11 @@ def compute(job: Job, piece: Piece) -> None:
         options = _options(job.packed, piece.rows)
         sums = depth.winogrande_values(walk, job.packed, piece.rows, piece.cuts)
         found = {CHOICES: {cut: values[options] for cut, values in sums.items()}}
-    named = {f"{metric} {json.dumps(cut)}": array for metric, of in found.items() for cut, array in of.items()}
+    return piece, {f"{metric} {json.dumps(cut)}": array for metric, of in found.items() for cut, array in of.items()}
+
+
+def keep(job: Job, piece: Piece, named: dict[str, np.ndarray]) -> None:
+    """On disk when this returns."""
     job.pieces.mkdir(parents=True, exist_ok=True)
     path = job.pieces / f"{job.key(piece.kind, piece.rows)}-{digest(sorted(named))}.npz"
     temporary = path.with_name(f".{path.stem}.{os.getpid()}")

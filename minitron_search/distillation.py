@@ -25,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel, masking_utils
 
 from minitron_search import checkpoints, parallel
+from minitron_search.depot import Depot
 from minitron_search.families import decoder_layers
 from minitron_search.feed import feed
 from minitron_search.loop_settings import LoopSettings
@@ -63,6 +64,7 @@ def train(
     on_milestone: Callable[[Milestone], bool | None] = lambda milestone: None,
     log: Callable[[dict[str, float]], None] = lambda record: None,
     checkpoint_folder: Path | None = None,
+    depot: Depot | None = None,
     resume: Path | None = None,
     world_size: int = 1,
     rank: int = 0,
@@ -72,7 +74,7 @@ def train(
     `teacher` may be None for the loss `ce`. `on_milestone` is called at every milestone and returns False to
     stop there. `log` gets a record per step, several steps at a time: step, tokens, loss, lm_loss, kl (nats
     per token; kl only with a teacher), learning_rate, gradient_norm, tokens_per_second and intermediate (L_is before
-    alpha; only where asked for). `resume` is a checkpoint.
+    alpha; only where asked for). `resume` is a checkpoint; `depot` carries them between nodes.
 
     With `world_size` > 1, called by every process of an initialised torch.distributed group, each of which
     trains on its share of every batch; the loss and its gradient are the mean over the batch. `log` is called on
@@ -120,7 +122,7 @@ def train(
         if device.type == "cuda":
             torch.cuda.set_device(device)  # a thread begins with the machine's first
         if rank == 0 or shards:
-            checkpoints.save(folder, student, optimizer, settings, step, losses, corrected)
+            checkpoints.save(folder, student, optimizer, settings, step, losses, corrected, depot)
 
     def reach() -> bool:
         """Call back at the milestone of this step; whether to stop there."""
@@ -176,8 +178,8 @@ def train(
             losses.flush()  # before anything of this step is kept: a diverged student is not
         if at_checkpoint and checkpoint_folder is not None:
             save(checkpoint_folder / f"step-{step:08d}")
-            if rank == 0:
-                checkpoints.keep_newest(checkpoint_folder)
+            if rank == 0 or (depot is not None and parallel.leads_node()):
+                checkpoints.keep_newest(checkpoint_folder, depot if rank == 0 else None)
         if at_milestone:
             stopped = reach()
     teacher_tokens = (teacher.forward_tokens() if teacher else 0) - teacher_tokens_before

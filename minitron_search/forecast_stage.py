@@ -3,12 +3,12 @@
 import ray
 
 from minitron_search.calibration import measure, stated
-from minitron_search.cluster import on_all_cpus
 from minitron_search.console import say
 from minitron_search.forecast import Machine, fitting, forecast
 from minitron_search.loop_settings import Precision
 from minitron_search.preparation import Prepared
 from minitron_search.workload import Costs, workload
+from minitron_search.workshop import on_all_cpus
 
 
 def costs_of(prepared: Prepared, resolved: Precision) -> Costs:
@@ -30,7 +30,9 @@ def write_forecast(prepared: Prepared, resolved: Precision) -> None:
     speed = stated(config)
     if speed is None:
         hidden_size = prepared.teaching.config.hidden_size
-        speed = on_all_cpus(measure, config, costs, hidden_size, resolved, at_once)
+        speed = on_all_cpus(
+            run.depot, measure, config, costs, hidden_size, resolved, at_once, kind=asked.accelerator_type
+        )
     found = {name: about._asdict() for name, about in forecast(costs, speed, machine).items()}
     run.write_forecast({**found, **known})
     seconds = sum(about["seconds"] for about in run.read_forecast().values())

@@ -13,14 +13,15 @@ from transformers import AutoModelForCausalLM
 
 from minitron_search import precision
 from minitron_search.architecture import digest
-from minitron_search.cluster import in_parts, on_all_cpus
 from minitron_search.config import ImportanceConfig
 from minitron_search.console import say
+from minitron_search.depot import Depot
 from minitron_search.folders import cache_folder
 from minitron_search.importance import Importance, Partial, combined, partial_sums
 from minitron_search.loop_settings import Precision
 from minitron_search.preparation import Prepared, importance_seed
 from minitron_search.rounds import in_rounds, smallest_widths
+from minitron_search.workshop import in_parts, on_all_cpus
 
 PART = 8  # calibration windows a part: fixed, so that the sums do not depend on the number of tasks
 FORMULA = 1  # part of what kept importance is found by: raise it when the same inputs give other values
@@ -41,7 +42,7 @@ def measure_importance(prepared: Prepared, resolved: Precision) -> None:
     else:
         passes = "one teacher pass" if asked.rounds == 1 else f"{asked.rounds} rounds, a pass each,"
         say(f"importance: {asked.method}, {passes} over {len(windows)} windows")
-        measured = partial(_measured, windows, asked, importance_seed(config), resolved)
+        measured = partial(_measured, prepared.run.depot, windows, asked, importance_seed(config), resolved)
         scratch = kept.with_name(f".{key}.{os.getpid()}")
         found = in_rounds(measured, prepared.teacher_folder, smallest, asked.rounds, scratch)
         found.save(kept, len(windows), asked)
@@ -61,10 +62,13 @@ def calibration_windows(prepared: Prepared) -> np.ndarray:
     return windows[np.sort(drawn)]
 
 
-def _measured(windows: np.ndarray, asked: ImportanceConfig, seed: int, resolved: Precision, folder: Path) -> Importance:
+def _measured(
+    depot: Depot | None, windows: np.ndarray, asked: ImportanceConfig, seed: int, resolved: Precision, folder: Path
+) -> Importance:
     """Of the model in `folder`, by tasks on parts of the windows."""
     parts = [windows[first : first + PART] for first in range(0, len(windows), PART)]
-    return on_all_cpus(_combined, in_parts(_importance, parts, folder, asked, resolved), asked, seed, folder)
+    sums = in_parts(depot, _importance, parts, folder, asked, resolved)
+    return on_all_cpus(depot, _combined, sums, asked, seed, folder)
 
 
 def _importance(parts: list[np.ndarray], folder: Path, asked: ImportanceConfig, resolved: Precision) -> list[Partial]:

@@ -12,7 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from minitron_search.architecture import Architecture
-from minitron_search.cluster import UnfitError, on_all_cpus
+from minitron_search.cluster import UnfitError
 from minitron_search.config import Config, Resources
 from minitron_search.console import say
 from minitron_search.latency import LatencyTable, Pass, measure
@@ -21,6 +21,7 @@ from minitron_search.precision import resolve
 from minitron_search.preparation import Prepared
 from minitron_search.run_directory import RunDirectory
 from minitron_search.search_space import SearchSpace
+from minitron_search.workshop import on_all_cpus
 
 
 def hold_to_speed(prepared: Prepared, resolved: Precision) -> tuple[Prepared, dict[str, Any]]:
@@ -35,7 +36,8 @@ def hold_to_speed(prepared: Prepared, resolved: Precision) -> tuple[Prepared, di
     found = prepared.run.read_latency()
     if not found:
         say(f"latency: measuring for {' and '.join(space.unmeasured)}")
-        found = on_all_cpus(measure_tables, *asked_of(space), resolved, prepared.config.resources)
+        asked = (*asked_of(space), resolved, prepared.config.resources)
+        found = on_all_cpus(prepared.run.depot, measure_tables, *asked, kind=prepared.config.resources.accelerator_type)
     try:
         return replace(prepared, space=held(space, found)), found
     except ValueError as error:

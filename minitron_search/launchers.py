@@ -4,6 +4,7 @@ A row reaches Tune from the trial's log, where it is written first; Ray's own wa
 a trial.
 """
 
+import time
 from collections.abc import Callable
 from concurrent.futures import wait
 from typing import Any
@@ -16,7 +17,6 @@ from minitron_search.run_directory import RunDirectory
 from minitron_search.trial import Trial
 from minitron_search.worker_group import WorkerGroup, in_background
 
-LOG_POLL_S = 0.02  # two stat calls: a slot waits for this at every rung, and trains nothing meanwhile
 standing: WorkerGroup | None = None  # of this process, which Tune reuses for one trial after another
 
 
@@ -24,18 +24,29 @@ def tune_function(
     materials: ray.ObjectRef, run: RunDirectory, resources: Resources
 ) -> Callable[[dict[str, Any]], None]:
     """What Ray Tune runs for one trial; its configuration is {"trial": Trial}."""
-    work = inline if resources.launcher == "inline" else through_train
+    return followed(inline if resources.launcher == "inline" else through_train, materials, run, resources)
+
+
+def followed(
+    work: Callable[[ray.ObjectRef, RunDirectory, Resources, Trial], None],
+    materials: ray.ObjectRef,
+    run: RunDirectory,
+    resources: Resources,
+) -> Callable[[dict[str, Any]], None]:
+    """`work`, and its rungs reported as they are logged."""
 
     def placed(config: dict[str, Any]) -> None:
         trial = config["trial"]
         log = run.follow(trial.id)
         running = in_background(lambda: work(materials, run, resources, trial))
-        ended = False
+        ended, since = False, time.monotonic()
         while not ended:
-            ended = bool(wait([running], LOG_POLL_S).done)  # first: what is logged last is then read below
+            # first: what is logged last is then read below
+            ended = bool(wait([running], run.files.poll_s(time.monotonic() - since)).done)
             for line in log.new():
                 if line["kind"] == "rung" and line["rung"] not in run.decisions(trial.id):
                     ray.tune.report(line)
+                    since = time.monotonic()
         running.result()
 
     return placed
@@ -45,7 +56,7 @@ def inline(materials: ray.ObjectRef, run: RunDirectory, resources: Resources, tr
     from minitron_search.trial_run import run_to_end
 
     run.event("trial_placed", trial=trial.id, node=ray.util.get_node_ip_address())
-    run_to_end(ray.get(materials), trial)
+    run_to_end(ray.get(materials).here(), trial)
 
 
 def through_train(materials: ray.ObjectRef, run: RunDirectory, resources: Resources, trial: Trial) -> None:

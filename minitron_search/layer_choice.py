@@ -1,9 +1,8 @@
 """Which layers a search first proposes to drop, of every length: `space.axes.drop_block.seeds`."""
 
-import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from minitron_search.architecture import digest
 from minitron_search.depth import Cut, block
 from minitron_search.folders import cache_folder
-from minitron_search.layer_merge import FORMULA, Layer, Merged, collapsed
+from minitron_search.layer_merge import FORMULA, Layer, Merged
 from minitron_search.run_directory import RunDirectory, replace_text
 
 MERGES = "layer_merge.json"  # in the run directory: what `collapsed` found, a stack for every length
@@ -33,28 +32,27 @@ def least_layers(block_bi: Tensor, lengths: Iterable[int]) -> list[Cut]:
     return [tuple(sorted(order[:length])) for length in lengths]
 
 
-def merged_away(run: RunDirectory, depth: int) -> list[Cut]:
-    """The layers, of the teacher's `depth`, that LaCo merges into others: of every length in the run directory."""
-    return [tuple(layer for layer in range(depth) if layer not in stack) for stack in _merges(run)]
+def merged_away(stacks: Iterable[Merged], depth: int) -> list[Cut]:
+    """The layers, of the teacher's `depth`, that are merged into others in each of `stacks`."""
+    return [tuple(layer for layer in range(depth) if layer not in stack) for stack in stacks]
 
 
-def write_merges(
-    run: RunDirectory, teacher: Path, fingerprint: str, windows: np.ndarray, lengths: Sequence[int]
-) -> None:
-    """What LaCo makes of the model in `teacher`, for every length; found once for all runs."""
-    text = hashlib.sha256(np.ascontiguousarray(windows).tobytes()).hexdigest()
-    key = digest([FORMULA, torch.__version__, fingerprint, text, list(lengths)])
-    kept = cache_folder() / "laco" / f"{key}.json"
+def write_merges(run: RunDirectory, made_from: list[Any], collapse: Callable[[], list[dict[int, Layer]]]) -> None:
+    """What `collapse` makes of `made_from`, into the run directory; found once for all runs."""
+    kept = cache_folder() / "laco" / f"{digest([FORMULA, torch.__version__, *made_from])}.json"
     if not kept.exists():
-        replace_text(kept, json.dumps(collapsed(teacher, windows, lengths)))
+        replace_text(kept, json.dumps(collapse()))
     replace_text(run.root / MERGES, kept.read_text())
 
 
-def merges_of(run: RunDirectory, layers: Iterable[int]) -> Merged:
-    """How the layers of a student that keeps `layers` are made; {} where LaCo makes none that keeps these."""
-    return next((stack for stack in _merges(run) if set(stack) == set(layers)), {})
-
-
-def _merges(run: RunDirectory) -> list[dict[int, Layer]]:
+def read_merges(run: RunDirectory) -> list[Merged]:
+    """Stacks of layers, one for every length; none where nothing was merged."""
+    if not (run.root / MERGES).exists():
+        return []
     stacks = json.loads((run.root / MERGES).read_text())
     return [{int(kept): {int(k): v for k, v in layer.items()} for kept, layer in stack.items()} for stack in stacks]
+
+
+def merges_of(stacks: Iterable[Merged], layers: Iterable[int]) -> Merged:
+    """How the layers of a student that keeps `layers` are made; {} where LaCo makes none that keeps these."""
+    return next((stack for stack in stacks if set(stack) == set(layers)), {})

@@ -10,8 +10,9 @@ from transformers import AutoConfig
 
 from minitron_search import precision, teacher_cache
 from minitron_search.architecture import digest
-from minitron_search.cluster import in_parts, on_all_cpus
+from minitron_search.config import Distillation
 from minitron_search.console import say
+from minitron_search.depot import Depot
 from minitron_search.distillation_loss import next_tokens, token_losses
 from minitron_search.folders import cache_folder
 from minitron_search.importance import Importance
@@ -25,6 +26,7 @@ from minitron_search.teacher_cache import Built, Lost, Request
 from minitron_search.trial_run import Materials
 from minitron_search.trial_settings import correction
 from minitron_search.trimming import load_head, load_teacher, permute_teacher
+from minitron_search.workshop import at_the_workshop, in_parts, on_all_cpus
 
 
 def make_materials(prepared: Prepared, resolved: Precision) -> Materials:
@@ -36,7 +38,7 @@ def make_materials(prepared: Prepared, resolved: Precision) -> Materials:
     run.event("teacher_asked", **asked, seconds=time.monotonic() - began)
     say(f"teacher: {asked['tokens']:,} tokens in {time.monotonic() - began:.0f} s")
     if prepared.other is not None:
-        loss, stderr = on_all_cpus(_teacher_loss, made)
+        loss, stderr = on_all_cpus(run.depot, _teacher_loss, made)
         about = {"folder": str(prepared.other.folder), "fingerprint": prepared.other.fingerprint}
         run.event("taught_by", **about, lm_loss=loss, lm_loss_stderr=stderr, lm_loss_n=len(made.validation))
         say(f"teacher: students are distilled from {prepared.other.folder}, LM loss {loss:.3f} +- {stderr:.3f}")
@@ -46,6 +48,7 @@ def make_materials(prepared: Prepared, resolved: Precision) -> Materials:
 def _materials(prepared: Prepared, resolved: Precision) -> tuple[Materials, dict[str, Any]]:
     """And what was asked of the teacher, for the log."""
     config, corpus, distillation = prepared.config, prepared.corpus, prepared.config.distillation
+    depot = prepared.run.depot
     found = Importance.load(prepared.run.importance)
     rankings = found.rankings(prepared.space.teacher.num_key_value_heads)
     order = importance_id(prepared.run)
@@ -54,36 +57,35 @@ def _materials(prepared: Prepared, resolved: Precision) -> tuple[Materials, dict
     key = digest([prepared.teacher_fingerprint, order])
     folder, teacher = cache_folder() / "permuted" / key, prepared.teacher_folder
     if found.rotation is not None:
-        teacher = on_all_cpus(rotate_teacher, teacher, found.rotation, folder / "rotated")
-    pruned = stored = on_all_cpus(permute_teacher, teacher, rankings, folder / "stored")
+        teacher = on_all_cpus(depot, rotate_teacher, teacher, found.rotation, folder / "rotated")
+    pruned = stored = on_all_cpus(depot, permute_teacher, teacher, rankings, folder / "stored")
     corrected = correction(config) if config.teacher.correction.parallel else None
     if prepared.other is not None:
         alike = lines_up(prepared.other.config, prepared.teacher_config)
         key = digest([prepared.other.fingerprint, order if alike else "as it is"])
         folder, teacher = folder.with_name(key), prepared.other.folder
         if alike and found.rotation is not None:
-            teacher = on_all_cpus(rotate_teacher, teacher, found.rotation, folder / "rotated")
+            teacher = on_all_cpus(depot, rotate_teacher, teacher, found.rotation, folder / "rotated")
         if not alike:
             rankings = Rankings.identity(prepared.other.config)
-        stored = on_all_cpus(permute_teacher, teacher, rankings, folder / "stored")
+        stored = on_all_cpus(depot, permute_teacher, teacher, rankings, folder / "stored")
     computing = stored  # one copy where it is stored in the dtype of the products
-    if AutoConfig.from_pretrained(stored).dtype != teacher_cache.DTYPES[resolved]:
-        computing = on_all_cpus(permute_teacher, teacher, rankings, folder / resolved, resolved)
+    if at_the_workshop(depot, _dtype, stored) != teacher_cache.DTYPES[resolved]:
+        computing = on_all_cpus(depot, permute_teacher, teacher, rankings, folder / resolved, resolved)
 
     train = train_request(config, prepared.teaching.config, corpus, resolved, key)
     # what scores read is exact, whatever is kept for training
     validation = train._replace(data=f"{corpus.id} validation", windows=corpus.validation, k=None)
-    budget = teacher_cache.budget_bytes(distillation.teacher_cache_bytes, teacher_cache.cache_path(train))
     # no cache holds intermediate states, or what a teacher will say once it is corrected
     of_head_alone = distillation.loss != "ce" and not distillation.intermediate and corrected is None
-    mode = teacher_cache.resolve_mode(distillation.teacher_cache, train, budget) if of_head_alone else "off"
+    mode, budget = at_the_workshop(depot, _mode, distillation, train) if of_head_alone else ("off", 0)
     asked: dict[str, Any] = {"tokens": 0, "teacher_cache": mode}
     if mode == "off" and distillation.teacher_cache == "auto" and of_head_alone:
         say(f"teacher: asked live; its hidden states need {teacher_cache.cache_bytes(train):,} bytes, and "
             f"distillation.teacher_cache_bytes allows {budget:,}")  # fmt: skip
 
     def cache(request: Request) -> Path:
-        built = asked_once(request, computing)
+        built = asked_once(depot, request, computing)
         asked["tokens"] += built.teacher_tokens
         if built.lost is not None:
             asked.update(topk=request.k, rest_mass=built.lost.rest_mass, kl_lost=built.lost.kl)
@@ -108,10 +110,25 @@ def _materials(prepared: Prepared, resolved: Precision) -> tuple[Materials, dict
     return made, asked
 
 
-def asked_once(request: Request, computing: Path) -> Built:
+def asked_once(depot: Depot | None, request: Request, computing: Path) -> Built:
     """The cache of what the model in `computing` says, made now by tasks unless it is there."""
+    return at_the_workshop(depot, _asked, teacher_cache.cache_path(request), computing, request)
+
+
+def _asked(cache: Path, computing: Path, request: Request) -> Built:
+    """On the node of the tasks, which write to one file; `cache` is where it will be."""
     parts = teacher_cache.parts(request.windows)
-    return teacher_cache.ensure(request, lambda into: in_parts(_written, parts, into, computing, request))
+    return teacher_cache.ensure(request, lambda into: in_parts(None, _written, parts, into, computing, request))
+
+
+def _mode(asked: Distillation, train: Request) -> tuple[str, int]:
+    """How the teacher is asked, and the bytes that a cache may have, on the disk of this node."""
+    budget = teacher_cache.budget_bytes(asked.teacher_cache_bytes, teacher_cache.cache_path(train))
+    return teacher_cache.resolve_mode(asked.teacher_cache, train, budget), budget
+
+
+def _dtype(folder: Path) -> torch.dtype:
+    return AutoConfig.from_pretrained(folder).dtype
 
 
 def _written(parts: list[slice], into: Path, folder: Path, request: Request) -> list[Lost]:

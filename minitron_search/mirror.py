@@ -16,13 +16,11 @@ from pathlib import Path, PurePosixPath
 from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, FileType, copy_files
 
+from minitron_search.depot import BACK_OFF_S, PATIENCE_S, WHOLE
 from minitron_search.folders import is_uri
 from minitron_search.run_directory import RunDirectory
 
 LOOK_S = 2.0  # between two looks at what has changed here
-BACK_OFF_S = (1.0, 60.0)  # after a failure: the first wait, which doubles, and the longest
-PATIENCE_S = 600.0  # how long storage may be gone when there is nothing else left to do
-WHOLE = ".whole"
 
 Seen = dict[PurePosixPath, tuple[int, int]]  # time of change, bytes
 
@@ -86,34 +84,42 @@ class Mirror:
 
     def _names(self) -> set[PurePosixPath]:
         found = self.there.get_file_info(FileSelector(str(self.base), recursive=True, allow_not_found=True))
-        return {PurePosixPath(info.path).relative_to(self.base) for info in found if info.type == FileType.File}
+        names = {PurePosixPath(info.path).relative_to(self.base) for info in found if info.type == FileType.File}
+        return {name for name in names if not _is_passing(name)}
 
     # To there
 
     def push(self) -> None:
         """What has changed since the last call. Whole folders first: a row is not there before what it goes on from."""
-        folders = _whole_folders(self.run.root)
-        for folder in sorted(folders - self._whole):
+        if self.run.depot is None:  # else the node that makes one has put it there, and takes it away
+            self._push_whole_folders()
+        for name, state in sorted(self._here().items()):
+            if self._kept.get(name) != state:
+                self.put(self.run.root / name, name)
+                self._kept[name] = state
+        if self.run.depot is None:
+            self._remove_folders()
+
+    def _push_whole_folders(self) -> None:
+        for folder in sorted(self._whole_folders() - self._whole):
             try:
                 for file in sorted((self.run.root / folder).rglob("*")):
                     if file.is_file():
-                        self._put(file, PurePosixPath(file.relative_to(self.run.root)))
+                        self.put(file, PurePosixPath(file.relative_to(self.run.root)))
             except FileNotFoundError:  # replaced by its successor meanwhile
                 continue
             with self.there.open_output_stream(self._at(self._marked(folder))) as stream:
                 stream.write(b"")
             self._whole.add(folder)
-        for name, state in sorted(self._here().items()):
-            if self._kept.get(name) != state:
-                self._put(self.run.root / name, name)
-                self._kept[name] = state
-        for folder in sorted(self._whole - folders):
+
+    def _remove_folders(self) -> None:
+        for folder in sorted(self._whole - self._whole_folders()):
             self.there.delete_file(self._at(self._marked(folder)))
             self.there.delete_dir(self._at(folder))
             self._whole.remove(folder)
             self._made = {made for made in self._made if folder not in (made, *made.parents)}
 
-    def _put(self, file: Path, name: PurePosixPath) -> None:
+    def put(self, file: Path, name: PurePosixPath) -> None:
         if name.parent not in self._made:  # for file systems that have folders of their own
             self.there.create_dir(self._at(name.parent), recursive=True)
             self._made.add(name.parent)
@@ -127,16 +133,21 @@ class Mirror:
             copy_files(str(file), self._at(name), destination_filesystem=self.there)
 
     def _here(self) -> Seen:
-        """Files outside whole folders. Names with a dot are on their way to their own."""
+        """Files outside whole folders."""
         found = {}
         for folder, _, files in os.walk(self.run.root):
             for file in files:
                 name = PurePosixPath(folder, file).relative_to(self.run.root)
-                if not any(part.startswith(".") for part in name.parts) and _whole_folder(name) is None:
+                if not _is_passing(name) and _whole_folder(name) is None:
                     with suppress(FileNotFoundError):
                         about = os.stat(self.run.root / name)
                         found[name] = (about.st_mtime_ns, about.st_size)
         return found
+
+    def _whole_folders(self) -> set[PurePosixPath]:
+        root = self.run.root
+        found = [*root.glob("best*"), *root.glob("trials/*/checkpoint/step-*")]
+        return {PurePosixPath(folder.relative_to(root)) for folder in found if folder.is_dir()}
 
     def _at(self, name: PurePosixPath) -> str:
         return str(self.base / name)
@@ -211,9 +222,9 @@ def _whole_folder(name: PurePosixPath) -> PurePosixPath | None:
     return None
 
 
-def _whole_folders(root: Path) -> set[PurePosixPath]:
-    found = [*root.glob("best*"), *root.glob("trials/*/checkpoint/step-*")]
-    return {PurePosixPath(folder.relative_to(root)) for folder in found if folder.is_dir()}
+def _is_passing(name: PurePosixPath) -> bool:
+    """Whether it is on its way to another name, or to another node: it begins with a dot."""
+    return any(part.startswith(".") for part in name.parts)
 
 
 def _reason(error: BaseException) -> str:

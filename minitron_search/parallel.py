@@ -5,6 +5,7 @@ and gathers one decoder layer at a time; embeddings, final norm and head, which 
 need, are one group, gathered for the whole forward and backward pass. Every process still reads its own windows.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -89,6 +90,11 @@ def agreed(answer: Answer) -> Answer:
     told = [answer]
     dist.broadcast_object_list(told, src=0)
     return told[0]
+
+
+def leads_node() -> bool:
+    """Whether this process is the first of its node; so it is where there is no other process."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _mesh() -> DeviceMesh:

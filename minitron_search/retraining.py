@@ -3,8 +3,10 @@
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers import PreTrainedModel
 
 from minitron_search import checkpoints
@@ -18,6 +20,7 @@ from minitron_search.worker_group import WorkerGroup
 from minitron_search.workload import gang_workers
 
 PROGRESS_S = 20.0
+TASK_RESTARTS = 2  # of a training whose node was lost: it goes on from its last checkpoint
 
 
 def gang(config: Config, slots: int) -> Resources:
@@ -27,28 +30,34 @@ def gang(config: Config, slots: int) -> Resources:
 
 def retrain(
     config: Config, trial: Trial, materials: ray.ObjectRef, slots: int, progress: Callable[[str], None],
-    *, run: RunDirectory | None = None, what: str = "retrain",
+    run: RunDirectory, *, what: str = "retrain",
 ) -> None:  # fmt: skip
     """Train one trial, a promoted candidate say, on a whole worker group; a training that was cut off goes on.
 
-    `run` is that of the materials, where it is not the configuration's. `what` it is, to whoever follows it.
+    `run` is that of the materials. `what` it is, to whoever follows it.
 
     From a task of its own: in a driver's main thread Ray Train would take Ctrl-C for itself and exit with 0.
     """
     inline = config.resources.launcher == "inline"
-    run, total = run or RunDirectory(config.output), trial.settings.total_tokens
+    total = trial.settings.total_tokens
     seen = len(run.events())
 
     def placed(hidden: list[ray.ObjectRef]) -> None:
         if inline:
-            run_to_end(ray.get(hidden[0]), trial, decided=False)
+            run_to_end(ray.get(hidden[0]).here(), trial, decided=False)
         else:
             group = WorkerGroup(hidden[0], run, gang(config, slots), trial.id)
             group.run(trial, decided=False)
             group.close()
 
-    cpus, gpus = (config.resources.cpus_per_worker, config.resources.gpus_per_worker) if inline else (0, 0)
-    running = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(placed).remote([materials])
+    asked = config.resources.of_worker() if inline else {}
+    cpus, gpus = asked.pop("CPU", 0), asked.pop("GPU", 0)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    place: Any = "DEFAULT" if inline else here  # what only waits for a group is on no node that goes
+    task = ray.remote(
+        num_cpus=cpus, num_gpus=gpus, resources=asked, max_retries=TASK_RESTARTS, scheduling_strategy=place
+    )(placed)
+    running = task.remote([materials])
     log = run.follow(trial.id)
     while not ray.wait([running], timeout=PROGRESS_S)[0]:
         steps = [line for line in log.new() if line["kind"] == "step"]
@@ -96,7 +105,7 @@ def write_folder(model: PreTrainedModel, tokenizer: Path, folder: Path, texts: M
 
 def trained_student(materials: Materials, trial: Trial) -> PreTrainedModel:
     student = initial_student(materials, trial)
-    checkpoint = checkpoints.latest_checkpoint(materials.run.checkpoint(trial.id))
+    checkpoint = checkpoints.latest_checkpoint(materials.run.checkpoint(trial.id), materials.run.depot)
     assert checkpoint is not None, trial.id
     checkpoints.load_weights(checkpoint, student)
     return on_device(student).eval()

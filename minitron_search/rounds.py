@@ -7,6 +7,7 @@ ranked once per run.
 """
 
 import shutil
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,8 @@ def in_rounds(
 ) -> Importance:
     """The importance of the teacher in `folder`, its order composed of `rounds` measurements.
 
-    `measure` is given the folder of a model: the teacher's, then those of its trims, in `scratch`, which is removed.
+    `measure` is given the folder of a model: the teacher's, then those of its trims, in `scratch`, which is removed. No
+    two of them have the same name: another node may have kept one.
     """
     config = AutoConfig.from_pretrained(folder)
     found = measure(folder)
@@ -38,7 +40,7 @@ def in_rounds(
     for done in range(1, rounds):
         size = after_round(config, smallest, done, rounds)
         try:
-            of_trimmed = measure(_trimmed(folder, size, order, scratch))
+            of_trimmed = measure(_trimmed(folder, size, order, scratch / f"{done}-{uuid.uuid4().hex}"))
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         order = composed(order, of_trimmed.rankings(size.num_key_value_heads), size)

@@ -13,7 +13,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -30,24 +31,30 @@ from minitron_search.ablation_run import dry_run as dry_run_ablation  # noqa: E4
 from minitron_search.ablation_run import prepare_ablation, run_ablation  # noqa: E402
 from minitron_search.architecture import Architecture  # noqa: E402
 from minitron_search.chance import refuse_at_chance  # noqa: E402
-from minitron_search.cluster import on_all_cpus, resolved_precision  # noqa: E402
 from minitron_search.console import console, say  # noqa: E402
 from minitron_search.correction_stage import correct_teacher  # noqa: E402
 from minitron_search.depth import Cut, block  # noqa: E402
 from minitron_search.depth_recommendation import best_blocks  # noqa: E402
 from minitron_search.depth_stage import measure_depth  # noqa: E402
 from minitron_search.evidence import evidence  # noqa: E402
-from minitron_search.folders import cache_folder  # noqa: E402
 from minitron_search.forecast import comparison, dry_run, intermediate_advice  # noqa: E402
 from minitron_search.forecast_stage import costs_of, write_forecast  # noqa: E402
 from minitron_search.importance import Importance  # noqa: E402
 from minitron_search.importance_stage import calibration_windows, measure_importance  # noqa: E402
 from minitron_search.latency_stage import held_here, hold_to_speed  # noqa: E402
-from minitron_search.layer_choice import least_block, least_layers, merged_away, write_merges  # noqa: E402
+from minitron_search.layer_choice import (  # noqa: E402
+    least_block,
+    least_layers,
+    merged_away,
+    read_merges,
+    write_merges,
+)
+from minitron_search.layer_merge import collapsed  # noqa: E402
 from minitron_search.loop_settings import Precision  # noqa: E402
 from minitron_search.materials import make_materials  # noqa: E402
 from minitron_search.memory import release_memory  # noqa: E402
 from minitron_search.mirror import mirror_of  # noqa: E402
+from minitron_search.node_disks import connected, disconnect  # noqa: E402
 from minitron_search.preparation import Prepared, check, environment, prepare  # noqa: E402
 from minitron_search.run_directory import RunDirectory  # noqa: E402
 from minitron_search.search import run_search  # noqa: E402
@@ -61,6 +68,7 @@ from minitron_search.trial_settings import (  # noqa: E402
     untrained,
 )
 from minitron_search.workload import spent  # noqa: E402
+from minitron_search.workshop import on_all_cpus, resolved_precision  # noqa: E402
 
 
 @dataclass
@@ -154,6 +162,7 @@ def run(prepared: Prepared, foretold: bool = True) -> None:
             run.event("run_failed", message=str(error).strip().splitlines()[-1])
         raise
     shutil.rmtree(run.scratch, ignore_errors=True)
+    disconnect(run)
     run.event("run_finished", seconds=time.monotonic() - began)
     console.print(summary_table(run))
     if compared := comparison(run):
@@ -175,35 +184,41 @@ def stages(prepared: Prepared, foretold: bool = True) -> None:
         begin_run(prepared)
     else:
         with cluster.joined():
-            asked = config.resources
-            cluster.wait_for_place(asked.workers_per_trial, asked.cpus_per_worker, asked.gpus_per_worker, say)
-            cluster.check_shared({"output": run.root, "MINITRON_SEARCH_CACHE": cache_folder()})
+            cluster.wait_for_place(config.resources, say)
+            prepared = connected(prepared)
             resolved = resolved_precision(config.precision)
             prepared, speeds = hold_to_speed(prepared, resolved)
             begin_run(prepared)
-            run.write_environment({**environment(prepared), "precision": resolved})
-            if speeds and not run.latency.exists():
-                run.write_latency(speeds)
-                run.event("latency_measured", seconds=speeds["seconds"], on=speeds["on"])
-            if foretold:
-                write_forecast(prepared, resolved)
-            if correction_tokens(config):
-                with stage(run, "correction"):
-                    prepared = correct_teacher(prepared, resolved)
-                run.write_environment({**environment(prepared), "precision": resolved})
-            if "importance" in config.stages and not run.importance.exists():
-                with stage(run, "importance"):
-                    measure_importance(prepared, resolved)
-            if "depth" in config.stages and not run.depth_recommendation.exists():
-                with stage(run, "depth"):
-                    measure_depth(prepared, resolved)
-            if set(config.stages) & {"search", "retrain"}:
-                search_and_retrain(prepared, resolved)
+            with cluster.watched(run, say):
+                compute(prepared, resolved, speeds, foretold)
     if "report" in config.stages:
         from analysis.report import write_report  # reads the run directory only; Plotly is not needed before
 
         say("report")
         say(f"report: {write_report(run)}")
+
+
+def compute(prepared: Prepared, resolved: Precision, speeds: dict[str, Any], foretold: bool) -> None:
+    """The stages that Ray runs. `speeds`: what was measured for budgets on speed."""
+    config, run = prepared.config, prepared.run
+    run.write_environment({**environment(prepared), "precision": resolved})
+    if speeds and not run.latency.exists():
+        run.write_latency(speeds)
+        run.event("latency_measured", seconds=speeds["seconds"], on=speeds["on"])
+    if foretold:
+        write_forecast(prepared, resolved)
+    if correction_tokens(config):
+        with stage(run, "correction"):
+            prepared = correct_teacher(prepared, resolved)
+        run.write_environment({**environment(prepared), "precision": resolved})
+    if "importance" in config.stages and not run.importance.exists():
+        with stage(run, "importance"):
+            measure_importance(prepared, resolved)
+    if "depth" in config.stages and not run.depth_recommendation.exists():
+        with stage(run, "depth"):
+            measure_depth(prepared, resolved)
+    if set(config.stages) & {"search", "retrain"}:
+        search_and_retrain(prepared, resolved)
 
 
 def search_and_retrain(prepared: Prepared, resolved: Precision) -> None:
@@ -213,15 +228,15 @@ def search_and_retrain(prepared: Prepared, resolved: Precision) -> None:
         say(advice)
     settings = distillation_settings(config, resolved)
     resources = config.resources
-    slots = cluster.slots(resources.workers_per_trial, resources.cpus_per_worker, resources.gpus_per_worker)
     teacher = make_trial(space, space.teacher, "teacher", config, untrained(settings))
+    seeds = layer_seeds(prepared)
     with stage(run, "teacher"):
-        materials = ray.put(make_materials(prepared, resolved))
+        materials = ray.put(replace(make_materials(prepared, resolved), merges=read_merges(run)))
         begin(run, [teacher])
-        on_all_cpus(retraining.score_now, materials, teacher)
+        on_all_cpus(run.depot, retraining.score_now, materials, teacher)
     refuse_at_chance(run, teacher.id, config.search.objectives)
 
-    space.anchors += space.largest_without(layer_seeds(prepared))
+    space.anchors += space.largest_without(seeds)
     search = Search(run, config, space, settings)
 
     def computed(name: str) -> dict[str, float]:
@@ -240,7 +255,7 @@ def search_and_retrain(prepared: Prepared, resolved: Precision) -> None:
     if "retrain" in config.stages:
         with stage(run, "retrain", computed):
             for rank, architecture in enumerate(best, 1):
-                retrain(prepared, search, architecture, rank, materials, slots)
+                retrain(prepared, search, architecture, rank, materials)
         run.write_evidence(evidence(run, config.search.ranks_by))
         if config.evaluation.tasks:
             with stage(run, "evaluation"):
@@ -258,15 +273,14 @@ def layer_seeds(prepared: Prepared) -> list[Cut]:
         return [block(start, length) for length, start in blocks.items()]
     if asked.seeds == "laco":
         windows = calibration_windows(prepared)
-        on_all_cpus(write_merges, run, prepared.teacher_folder, prepared.teacher_fingerprint, windows, lengths)
-        return merged_away(run, prepared.teacher_config.num_hidden_layers)
+        collapse = partial(on_all_cpus, run.depot, collapsed, prepared.teacher_folder, windows, lengths)
+        write_merges(run, [prepared.teacher_fingerprint, windows.tolist(), lengths], collapse)
+        return merged_away(read_merges(run), prepared.teacher_config.num_hidden_layers)
     choose = least_block if asked.seeds == "bi" else least_layers
     return choose(Importance.load(run.importance).block_bi, lengths)
 
 
-def retrain(
-    prepared: Prepared, search: Search, architecture: Architecture, rank: int, materials: Any, slots: int
-) -> None:
+def retrain(prepared: Prepared, search: Search, architecture: Architecture, rank: int, materials: Any) -> None:
     config, run, space = prepared.config, prepared.run, prepared.space
     settings = retraining_settings(config, search.settings.precision)
     trial = make_trial(space, architecture, "retrained", config, settings)
@@ -274,15 +288,18 @@ def retrain(
     begin(run, [trial, before])
     say(f"retrain: {architecture} on {config.retraining.tokens:,} tokens")
     run.event("trial_started", trial=trial.id)
-    on_all_cpus(retraining.score_now, materials, before)
+    on_all_cpus(run.depot, retraining.score_now, materials, before)
     if not run.best(rank).exists():
+        slots = cluster.slots(config.resources)  # nodes may have come and gone since the search began
         try:
-            retraining.retrain(config, trial, materials, slots, say)
+            retraining.retrain(config, trial, materials, slots, say, run)
         except RuntimeError:  # one that diverged is a row that says so
             search.write_tables(promoted(run))
             raise
         names = config.teacher.model, taught_by(prepared)
-        on_all_cpus(retraining.export, materials, trial, *names, prepared.teacher_folder, run.best(rank))
+        on_all_cpus(run.depot, retraining.export, materials, trial, *names, prepared.teacher_folder, run.best(rank))
+        if run.depot is not None:
+            run.depot.fetch(run.best(rank))
     run.event("trial_finished", trial=trial.id, status="complete")
     search.write_tables(promoted(run))
     say(f"retrain: {run.best(rank)}")
@@ -307,7 +324,8 @@ def evaluate_all(prepared: Prepared, students: int) -> None:
     for name, folder in folders.items():
         if name not in run.read_evaluation():
             say(f"evaluation: {', '.join(tasks)} on {name}")
-            run.write_evaluation({**run.read_evaluation(), name: on_all_cpus(evaluation.evaluate, folder, tasks)})
+            scores = on_all_cpus(run.depot, evaluation.evaluate, folder, tasks)
+            run.write_evaluation({**run.read_evaluation(), name: scores})
 
 
 @contextmanager

@@ -21,7 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from minitron_search.depot import Depot
 from minitron_search.folders import working_folder
+from minitron_search.logs import LOCAL, Files, Log, append_line, read_lines, replace_text
 
 AXES = (
     "hidden_size",
@@ -83,10 +85,15 @@ FINISHED = ("stopped", "complete", "promoted", "failed")
 
 
 class RunDirectory:
-    """One run's folder. Creating the object touches nothing on disk."""
+    """One run's folder. Creating the object touches nothing on disk.
 
-    def __init__(self, root: str | Path):
+    `files`: how its logs are reached, and `depot`: what carries its folders, from the nodes of a cluster whose disks
+    are their own. Tables are the driver's, which is where they are.
+    """
+
+    def __init__(self, root: str | Path, files: Files = LOCAL, depot: Depot | None = None):
         self.root = working_folder(str(root))
+        self.files, self.depot = files, depot
         self.config = self.root / "config.yaml"
         self.environment = self.root / "environment.json"
         self.importance = self.root / "importance.safetensors"
@@ -106,13 +113,22 @@ class RunDirectory:
         self._rungs: dict[tuple[str, int], dict[str, Any]] = {}
 
     def __reduce__(self) -> tuple:
-        return RunDirectory, (self.root,)  # what it has read stays where it was read
+        return RunDirectory, (self.root, self.files, self.depot)  # what it has read stays where it was read
 
     def trial(self, trial: str) -> Path:
         return self.root / "trials" / trial
 
+    def _metrics(self, trial: str) -> Path:
+        return self.trial(trial) / "metrics.jsonl"
+
     def checkpoint(self, trial: str) -> Path:
         return self.trial(trial) / "checkpoint"
+
+    @property
+    def ray_storage(self) -> str:
+        """Where Ray keeps what it writes of its own: all nodes have to see it, though nobody here reads it."""
+        travels = self.depot is not None and self.depot.travels(self.scratch)
+        return self.depot.address(self.scratch.name) if self.depot is not None and travels else str(self.scratch)
 
     def best(self, rank: int = 1) -> Path:
         """Folder of the student promoted `rank`-th: best/, best-2/, ..."""
@@ -139,26 +155,27 @@ class RunDirectory:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one event with its Unix time in seconds, durable when this returns."""
-        append_line(self.events_log, {"time": time.time(), "event": kind, **fields})
+        append_line(self.events_log, {"time": time.time(), "event": kind, **fields}, files=self.files)
 
     def events(self) -> list[dict[str, Any]]:
-        return read_lines(self.events_log)
+        return read_lines(self.events_log, self.files)
 
     def start_trial(self, trial: str, architecture: Mapping[str, Any]) -> None:
         """`architecture` holds what makes the trial: axes, kept layers, arm, seed, proposal."""
         replace_text(self.trial(trial) / "architecture.json", json.dumps(architecture, indent=1))
 
     def log_step(self, trial: str, **metrics: Any) -> None:
-        append_line(self.trial(trial) / "metrics.jsonl", {"kind": "step", **metrics}, durable=False)
+        append_line(self._metrics(trial), {"kind": "step", **metrics}, durable=False, files=self.files)
 
     def log_rung(self, trial: str, row: Mapping[str, Any]) -> None:
         """Append one finished rung: a row of `TRIALS_SCHEMA`, whose status is still the search's to set."""
-        append_line(self.trial(trial) / "metrics.jsonl", {"kind": "rung", **row})
+        append_line(self._metrics(trial), {"kind": "rung", **row}, files=self.files)
 
     def log_scores(self, trial: str, rung: int, **scores: list[float]) -> None:
         """Append what a rung's means were taken over: a value for every window, or example;
         `winogrande_twin` numbers the examples, twins alike. Written before the rung."""
-        append_line(self.trial(trial) / "metrics.jsonl", {"kind": "scores", "rung": rung, **scores}, durable=False)
+        line = {"kind": "scores", "rung": rung, **scores}
+        append_line(self._metrics(trial), line, durable=False, files=self.files)
 
     def scores(self) -> dict[tuple[str, int], dict[str, list[float]]]:
         """By trial and rung, what `log_scores` was given."""
@@ -194,14 +211,14 @@ class RunDirectory:
 
     def decisions(self, trial: str) -> dict[int, dict[str, Any]]:
         """The decision lines of a trial, by rung."""
-        return {line["rung"]: line for line in read_lines(self.trial(trial) / "decisions.jsonl")}
+        return {line["rung"]: line for line in read_lines(self.trial(trial) / "decisions.jsonl", self.files)}
 
     def metrics(self, trial: str) -> list[dict[str, Any]]:
-        return read_lines(self.trial(trial) / "metrics.jsonl")
+        return read_lines(self._metrics(trial), self.files)
 
     def follow(self, trial: str) -> "Log":
         """The same lines as they come."""
-        return Log(self.trial(trial) / "metrics.jsonl")
+        return Log(self._metrics(trial), self.files)
 
     def rungs(self) -> list[dict[str, Any]]:
         """Every finished rung of every trial; a rung that a restarted trial wrote twice counts once."""
@@ -276,70 +293,3 @@ def write_table(path: Path, table: pa.Table) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     pq.write_table(table, temporary)
     os.replace(temporary, path)
-
-
-def replace_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def append_line(path: Path, record: Mapping[str, Any], durable: bool = True) -> None:
-    """Append one JSON line in a single write, so that two processes never mix their lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = (json.dumps(record) + "\n").encode()
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        if not ends_whole(path):
-            line = b"\n" + line
-        os.write(file, line)
-        if durable:
-            os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def ends_whole(path: Path) -> bool:
-    """False where a kill in the middle of a write left a line without its end."""
-    with open(path, "rb") as file:
-        if file.seek(0, os.SEEK_END) == 0:
-            return True
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
-
-
-class Log:
-    """A growing log, each line of it read once."""
-
-    def __init__(self, path: Path):
-        self.path, self.offset = path, 0
-
-    def new(self) -> list[dict[str, Any]]:
-        """The whole lines since the last call."""
-        if not self.path.exists() or self.path.stat().st_size == self.offset:
-            return []
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        self.offset += len(whole)
-        return list(_parsed(whole.decode().splitlines()))
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a log; a line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    return list(_parsed(path.read_text().splitlines()))
-
-
-def _parsed(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
-    for line in lines:
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue

@@ -11,7 +11,6 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from minitron_search.architecture import Architecture
-from minitron_search.cluster import Membership
 from minitron_search.evidence import evidence
 from minitron_search.kept_actors import kept_actors
 from minitron_search.launchers import tune_function
@@ -40,12 +39,12 @@ def run_search(
     if first is not None:
         resources: dict[str, float] = {"memory": TRIAL_MEMORY}
         if config.resources.launcher == "inline":
-            resources = {"CPU": config.resources.cpus_per_worker}
-            if config.resources.gpus_per_worker:
-                resources["GPU"] = config.resources.gpus_per_worker
+            resources = config.resources.of_worker()
         proposals = Proposals(search, first, room)
-        # Tune looks for result files that nobody here writes, and says so for every trial
+        # Tune looks for result files that nobody here writes, and says so for every trial; of a trial that fails its
+        # controller prints thirty lines, and `Bookkeeping` the one that says why
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
+        logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)
         tuner = tune.Tuner(
             tune.with_resources(tune_function(materials, run, config.resources), resources),
             tune_config=tune.TuneConfig(
@@ -58,7 +57,7 @@ def run_search(
             ),
             run_config=tune.RunConfig(
                 name="search",
-                storage_path=str(run.scratch.absolute()),
+                storage_path=run.ray_storage,
                 failure_config=tune.FailureConfig(max_failures=TRIAL_RESTARTS),
                 callbacks=[Bookkeeping(search, study, progress)],
                 verbose=0,
@@ -116,7 +115,6 @@ class Bookkeeping(tune.Callback):
         self.search, self.study, self.progress = search, study, progress
         self.began = 0.0  # to train: rungs at 0 tokens come before
         self.tokens = 0
-        self.membership = Membership()
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         ours: Trial = trial.config["trial"]
@@ -147,9 +145,6 @@ class Bookkeeping(tune.Callback):
             self.progress(f"{self._place(ours)} failed: {self.search.failures[ours.id]}")
 
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
-        for kind, about in self.membership.changes():
-            self.search.run.event(kind, **about)
-            self.progress(f"cluster: {kind.replace('_', ' ')}: {about['node']}")
         # at every step, some ten a second: Ray ends a group a while after it was killed
         make_room(self.search.run, "search")
 
@@ -198,4 +193,4 @@ def _cause(trial: Any) -> str:
     """The last line of what a trial died of; Tune has written it to a file by now, and not yet to storage."""
     error = Path(trial.error_file)
     lines = error.read_text().strip().splitlines() if error.is_file() else []
-    return lines[-1] if lines else "its process died"
+    return lines[-1].strip() if lines else "its process died"

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from minitron_search.distillation import Milestone
 from minitron_search.distillation_loss import OutputHead
 from minitron_search.intermediate_loss import state_map
 from minitron_search.layer_choice import merges_of
-from minitron_search.layer_merge import merged_model
+from minitron_search.layer_merge import Merged, merged_model
 from minitron_search.loop_settings import LoopSettings, Precision
 from minitron_search.precision import device, on_device
 from minitron_search.rankings import Rankings
@@ -33,8 +33,6 @@ from minitron_search.trimming import load_head, load_teacher, random_student, re
 from minitron_search.views import as_views
 from minitron_search.winogrande import PackedOptions
 
-DECISION_POLL_S = 0.02
-
 
 @dataclass(frozen=True)
 class Materials:
@@ -44,7 +42,8 @@ class Materials:
     same in the dtype of the products, which nobody then converts for itself. `train_cache` and `validation_cache`
     are teacher caches of the windows beside them; None for a train cache means that the teacher is asked live.
     Where another model teaches than the one that is pruned, or the same one corrected, `compute_folder` and the caches
-    are that model's. `parallel`: how it is corrected meanwhile, from the weights in `parallel_folder`.
+    are that model's. `parallel`: how it is corrected meanwhile, from the weights in `parallel_folder`. `merges`: LaCo's
+    stacks of layers, which students of initialization `merged` start with.
     """
 
     run: RunDirectory
@@ -59,6 +58,24 @@ class Materials:
     precision: Precision
     parallel: Correction | None = None
     parallel_folder: Path | None = None
+    merges: Sequence[Merged] = ()
+
+    def here(self) -> "Materials":
+        """Itself, once all of its folders are on this node."""
+        if self.run.depot is not None:
+            for folder in self.folders():
+                self.run.depot.fetch(folder)
+        return self
+
+    def folders(self) -> list[Path]:
+        found = (
+            self.teacher_folder,
+            self.compute_folder,
+            self.train_cache,
+            self.validation_cache,
+            self.parallel_folder,
+        )
+        return [folder for folder in dict.fromkeys(found) if folder is not None]
 
 
 def run_trial(
@@ -80,9 +97,11 @@ def run_trial(
     torch.set_num_threads(settings.threads)  # scoring too: how sums are split over threads decides their rounding
     logged = {row["rung"] for row in run.metrics(trial.id) if row["kind"] == "rung"}
     folder = run.checkpoint(trial.id)
-    resume = checkpoints.latest_checkpoint(folder)
+    resume = checkpoints.latest_checkpoint(folder, run.depot)
     if world_size > 1:
         logged, resume = parallel.agreed((logged, resume))
+        if resume is not None and run.depot is not None:
+            run.depot.fetch(resume)
     began = time.monotonic()
 
     def reached(milestone: Milestone) -> bool:
@@ -112,7 +131,8 @@ def run_trial(
                     winogrande_twin=materials.packed.twin.tolist(),
                 )  # fmt: skip
                 run.log_rung(trial.id, row)
-                checkpoints.keep_newest(folder)
+            if rank == 0 or (run.depot is not None and parallel.leads_node()):
+                checkpoints.keep_newest(folder, run.depot if rank == 0 else None)
             logged.add(rung)
         last = rung == len(settings.milestones) - 1
         go_on = last or not decided or wait_for_decision(run, trial.id, rung)
@@ -135,6 +155,7 @@ def run_trial(
         on_milestone=reached,
         log=lambda record: run.log_step(trial.id, **record),
         checkpoint_folder=folder,
+        depot=run.depot,
         resume=resume,
         world_size=world_size,
         rank=rank,
@@ -154,8 +175,9 @@ def run_to_end(materials: Materials, trial: Trial, *, decided: bool = True, rank
 def wait_for_decision(run: RunDirectory, trial: str, rung: int) -> bool:
     """Whether the search lets `trial` train past `rung`. Blocks until it has said so: a trial that the search
     stops has then trained exactly as far as its last row, whatever the timing."""
+    began = time.monotonic()
     while rung not in run.decisions(trial):
-        time.sleep(DECISION_POLL_S)
+        time.sleep(run.files.poll_s(time.monotonic() - began))
     return run.decisions(trial)[rung]["decision"] == "continue"
 
 
@@ -170,7 +192,7 @@ def initial_student(materials: Materials, trial: Trial, *, trains: bool = True) 
         config = AutoConfig.from_pretrained(materials.teacher_folder)
         return random_student(config, trial.architecture, trial.seed)
     if trial.initialization == "merged":
-        merged, config = merges_of(materials.run, trial.architecture.layers), AutoConfig.from_pretrained(folder)
+        merged, config = merges_of(materials.merges, trial.architecture.layers), AutoConfig.from_pretrained(folder)
         return merged_model(reader(folder), config, trial.architecture, merged)
     rankings = None
     if trial.initialization == "random_pruned":

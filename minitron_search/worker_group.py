@@ -34,12 +34,12 @@ from ray.util.placement_group import (
 )
 
 from minitron_search.config import Resources
+from minitron_search.logs import Files
 from minitron_search.memory import release_memory
 from minitron_search.run_directory import RunDirectory
 from minitron_search.trial import Trial
 
 WORKER_RESTARTS = 2  # of a group whose worker died
-POLL_S = 0.02
 LOOK_S, QUIET_LOOKS = 0.2, 5
 IDLE_S = 2.0  # without a trial, then a group gives its place to one that waits; between two trials are some 0.1 s
 
@@ -60,23 +60,19 @@ class WorkerGroup:
 
     def __init__(self, materials: ray.ObjectRef, run: RunDirectory, resources: Resources, stage: str):
         name = uuid.uuid4().hex  # a name used before resumes that group, even one that has ended
-        self.folder = run.scratch / "groups" / stage / name
-        self.folder.mkdir(parents=True)
+        self.folder, self.files, self.jobs = run.scratch / "groups" / stage / name, run.files, 0
         trainer = Trainer(
             _worker,
             # a list hides the reference from Ray, which would otherwise ship the object to the controller
-            train_loop_config={"materials": [materials], "folder": str(self.folder)},
+            train_loop_config={"materials": [materials], "folder": self.folder},
             scaling_config=ScalingConfig(
                 num_workers=resources.workers_per_trial,
                 use_gpu=resources.gpus_per_worker > 0,
-                resources_per_worker={
-                    "CPU": resources.cpus_per_worker,
-                    **({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
-                },
+                resources_per_worker=resources.of_worker(),
             ),
             run_config=RunConfig(
                 name=name,
-                storage_path=str(run.scratch),
+                storage_path=run.ray_storage,
                 failure_config=FailureConfig(max_failures=WORKER_RESTARTS, controller_failure_limit=WORKER_RESTARTS),
             ),
         )
@@ -85,25 +81,26 @@ class WorkerGroup:
     def run(self, trial: Trial, *, decided: bool) -> bool:
         """Run one trial to its end; raises what ended the group before. False where the group had left: then the trial
         has not begun."""
-        job = self.folder / f"{len(list(self.folder.glob('*.job'))):05d}-{trial.id}.job"
-        write(job, ray.cloudpickle.dumps((trial, decided)))
-        while not job.with_suffix(".done").exists():
+        job = self.folder / f"{self.jobs:05d}-{trial.id}.job"
+        self.jobs += 1
+        self.files.replace(job, ray.cloudpickle.dumps((trial, decided)))
+        done, began = job.with_suffix(".done").name, time.monotonic()
+        while done not in self.files.names(self.folder):
             if self.ended.done():
                 self.ended.result()
-                return job.with_suffix(".done").exists()
-            time.sleep(POLL_S)
+                return done in self.files.names(self.folder)
+            time.sleep(self.files.poll_s(time.monotonic() - began))
         return True
 
     def close(self) -> None:
         """No trial will follow in any group of the stage; returns when this one has given back what it occupies."""
-        (self.folder.parent / "closed").touch()
+        self.files.replace(self.folder.parent / "closed", b"")
         self.ended.result()
 
 
 def close_groups(run: RunDirectory, stage: str) -> None:
     """No trial will follow in any group of the stage."""
-    if (folder := run.scratch / "groups" / stage).exists():
-        (folder / "closed").touch()
+    run.files.replace(run.scratch / "groups" / stage / "closed", b"")
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -111,35 +108,40 @@ def _worker(config: dict[str, Any]) -> None:
     from minitron_search.trial_run import run_to_end  # models are imported by the process that trains, and no other
 
     context = ray.train.get_context()
-    rank, folder = context.get_world_rank(), Path(config["folder"])
-    materials = ray.get(config["materials"][0])
-    number = len(list(folder.glob("*.done")))  # a restarted group goes on with the job it had
-    while job := next_job(folder, number, rank):
-        trial, decided = ray.cloudpickle.loads(job.read_bytes())
+    rank, folder = context.get_world_rank(), config["folder"]
+    materials = ray.get(config["materials"][0]).here()
+    files = materials.run.files
+    # a restarted group goes on with the job it had
+    number = sum(name.endswith(".done") for name in files.names(folder))
+    while job := next_job(files, folder, number, rank):
+        trial, decided = ray.cloudpickle.loads(files.read(job))
         if rank == 0:
             materials.run.event("trial_placed", trial=trial.id, node=ray.util.get_node_ip_address())
         run_to_end(materials, trial, decided=decided, rank=rank, world_size=context.get_world_size())
         if rank == 0:
-            job.with_suffix(".done").touch()
+            files.replace(job.with_suffix(".done"), b"")
         release_memory()
         number += 1
 
 
-def next_job(folder: Path, number: int, rank: int) -> Path | None:
+def next_job(files: Files, folder: Path, number: int, rank: int) -> Path | None:
     """The file of job `number`, when it is there; None when no more will come, or another group is to have the place.
     The first process says which, and the others do as it does."""
     began = time.monotonic()
-    while not (folder / "left").exists():
-        closed = (folder.parent / "closed").exists()  # looked at first: it is written after the last job
-        if found := list(folder.glob(f"{number:05d}-*.{'taken' if rank else 'job'}")):
-            job = found[0].with_suffix(".job")
-            job.with_suffix(".taken").touch()
+    while True:
+        above = files.names(folder.parent)  # looked at first: `closed` is written after the last job
+        if "left" in (names := files.names(folder)):
+            return None
+        suffix = ".taken" if rank else ".job"
+        if found := [name for name in names if name.startswith(f"{number:05d}-") and name.endswith(suffix)]:
+            job = (folder / found[0]).with_suffix(".job")
+            files.replace(job.with_suffix(".taken"), b"")
             return job
-        idle = time.monotonic() - began > IDLE_S
-        if rank == 0 and (closed or (idle and (folder.parent / "wanted").exists())):
-            (folder / "left").touch()
-        time.sleep(POLL_S)
-    return None
+        waited = time.monotonic() - began
+        if rank == 0 and ("closed" in above or (waited > IDLE_S and "wanted" in above)):
+            files.replace(folder / "left", b"")
+        else:
+            time.sleep(files.poll_s(waited))
 
 
 def make_room(run: RunDirectory, stage: str) -> None:
@@ -187,10 +189,3 @@ def in_background(work: Callable[[], Any]) -> Future[None]:
 
     threading.Thread(target=to_the_end, daemon=True).start()
     return result
-
-
-def write(path: Path, content: bytes) -> None:
-    """Appears whole: another process is waiting for it."""
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(content)
-    partial.rename(path)

@@ -18,7 +18,7 @@ import pytest
 
 from minitron_search import depth, depth_stage, winogrande
 from minitron_search.config import DepthConfig
-from minitron_search.depth_stage import CHOICES, TAYLOR, TEXT, Job, _streamed, compute, missing_pieces, read
+from minitron_search.depth_stage import CHOICES, TAYLOR, TEXT, Job, _streamed, compute, keep, missing_pieces, read
 from minitron_search.run import main
 from minitron_search.run_directory import DEPTH_SCHEMA, RunDirectory
 from tests import tiny
@@ -107,7 +107,7 @@ def test_more_workers_than_chunks_share_a_chunk_and_change_nothing(data: Path, t
     for made, workers in ((few, 1), (many, 7)):
         pieces = missing_pieces(made, {TEXT: (cuts, cuts[1:]), CHOICES: (cuts, [])}, workers)
         for piece in pieces:
-            compute(made, piece)
+            keep(made, *compute(made, piece))
         for kind in (TEXT, CHOICES):
             chunks = len(made.chunks(kind))
             assert sum(piece.kind == kind for piece in pieces) == (chunks if workers == 1 else chunks * (7 // chunks))
@@ -123,7 +123,7 @@ def test_more_workers_than_chunks_share_a_chunk_and_change_nothing(data: Path, t
 def test_what_is_kept_is_for_the_same_content_only(data: Path, tmp_path: Path) -> None:
     made, cuts = job(data, tmp_path), [depth.TEACHER, (1,)]
     for piece in missing_pieces(made, {TEXT: (cuts, [])}, 1):
-        compute(made, piece)
+        keep(made, *compute(made, piece))
     assert missing_pieces(made, {TEXT: (cuts, [])}, 1) == []
     more = missing_pieces(made, {TEXT: ([*cuts, (2,)], [(1,)])}, 1)
     assert {(piece.cuts, piece.bi_blocks) for piece in more} == {(((2,),), ((1,),))}
@@ -142,7 +142,7 @@ def test_taylor_is_one_piece_a_chunk_for_all_layers_and_is_kept(data: Path, tmp_
     pieces = missing_pieces(made, {TAYLOR: (layers, [])}, workers=64)
     assert [piece.rows for piece in pieces] == made.chunks(TAYLOR)
     for piece in pieces:
-        compute(made, piece)
+        keep(made, *compute(made, piece))
     assert missing_pieces(made, {TAYLOR: (layers, [])}, workers=64) == []
     found = read(made, TAYLOR)["taylor"]
     assert sorted(found) == layers and all(values.shape == (40,) and (values > 0).all() for values in found.values())
@@ -157,7 +157,7 @@ class Here:
 
     def complete(self, wanted: dict[str, Any]) -> None:
         for piece in missing_pieces(self.job, wanted, self.workers):
-            compute(self.job, piece)
+            keep(self.job, *compute(self.job, piece))
             self.computed += 1
 
 

@@ -345,7 +345,9 @@ def test_a_run_that_goes_on_keeps_its_forecast_and_adds_what_it_lacks(
     node = {"Alive": True, "Resources": {"CPU": 4.0}}
     monkeypatch.setattr(forecast_stage.ray, "cluster_resources", lambda: {"CPU": 8.0})
     monkeypatch.setattr(forecast_stage.ray, "nodes", lambda: [node, node, {"Alive": False}])
-    monkeypatch.setattr(forecast_stage, "on_all_cpus", lambda work, *arguments: measured.append(arguments) or PLAIN)
+    monkeypatch.setattr(
+        forecast_stage, "on_all_cpus", lambda depot, work, *arguments, kind: measured.append(arguments) or PLAIN
+    )
     config = config_of(resources={"price_per_hour": 1})
     prepared: Any = SimpleNamespace(
         config=config, run=RunDirectory(tmp_path), space=SearchSpace(config.space, tiny.config()),

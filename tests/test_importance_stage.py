@@ -33,8 +33,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepared(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Prepared]:
     monkeypatch.setenv("MINITRON_SEARCH_CACHE", str(tmp_path / "cache"))
     for stage in (importance_stage, materials):
-        monkeypatch.setattr(stage, "in_parts", lambda function, parts, *arguments: function(parts, *arguments))
-        monkeypatch.setattr(stage, "on_all_cpus", lambda function, *arguments: function(*arguments))
+        monkeypatch.setattr(stage, "in_parts", lambda depot, function, parts, *arguments: function(parts, *arguments))
+        monkeypatch.setattr(stage, "on_all_cpus", lambda depot, function, *arguments: function(*arguments))
 
     def made(name: str = "run", **importance: Any) -> Prepared:
         given = {

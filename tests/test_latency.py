@@ -215,7 +215,7 @@ def test_layers_of_several_kinds_are_each_measured() -> None:
 def asked(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A run whose space has a budget on speed, and tasks that run here."""
     budget = {"latency_ms": {"target": 1_000, "tolerance": 0.99999, "batch_size": 1, "context_length": 8}}
-    monkeypatch.setattr(latency_stage, "on_all_cpus", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(latency_stage, "on_all_cpus", lambda depot, function, *arguments, kind: function(*arguments))
     monkeypatch.setattr(latency, "ROUNDS", 1)
     monkeypatch.setattr(latency_stage, "replace", lambda made, **given: SimpleNamespace(**{**vars(made), **given}))
     axes = {"hidden_size": {"choices": [12, 24]}, "drop_block": {"lengths": [0, 1]}}
@@ -231,8 +231,8 @@ def test_a_run_measures_once_and_goes_on_with_what_it_measured(asked: Any, monke
     assert found["on"] == "1 CPU thread" and found["precision"] == "float32"
     assert len(found["tables"][0]["whole"]) == 2  # the smallest is the least deep
     assert all(row["summed_ms"] > 0 < row["measured_ms"] for row in found["tables"][0]["whole"])
-    monkeypatch.setattr(latency_stage, "on_all_cpus", lambda *_: pytest.fail("measured again"))
-    monkeypatch.setattr(latency_stage, "measure_tables", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(latency_stage, "on_all_cpus", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(latency_stage, "measure_tables", lambda *_, **__: pytest.fail("measured again"))
     again, _ = latency_stage.hold_to_speed(asked, "float32")
     there = latency_stage.held_here(asked.config, asked.space)
     for held in (again.space, there):

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from minitron_search import layer_merge
 from minitron_search.config import parse
 from minitron_search.families import decoder_layers, whole
-from minitron_search.layer_choice import least_block, least_layers, merged_away, merges_of, write_merges
+from minitron_search.layer_choice import least_block, least_layers, merged_away, merges_of, read_merges, write_merges
 from minitron_search.layer_merge import C, collapsed, merged_model
 from minitron_search.loop_settings import LoopSettings
 from minitron_search.proposals import params_of, propose
@@ -143,15 +143,15 @@ def test_a_trial_begins_as_its_run_s_merges_say_and_others_as_they_are(
     made = materials(tmp_path, num_hidden_layers=5)
     config = AutoConfig.from_pretrained(made.teacher_folder)
     windows = tiny.tokens(config, rows=3).numpy()
-    write_merges(made.run, made.teacher_folder, "a teacher", windows, [2, 3])
-    cuts = merged_away(made.run, 5)
+    made = replace(made, merges=collapsed(made.teacher_folder, windows, [2, 3]))
+    cuts = merged_away(made.merges, 5)
     assert [len(cut) for cut in cuts] == [2, 3] and all(0 not in cut for cut in cuts)
     ids = tiny.tokens(config)
     for cut in cuts:
         architecture = replace(whole(config), layers=tuple(layer for layer in range(5) if layer not in cut))
         student = initial_student(made, trial(architecture, UNTRAINED, "merged"))
         expected = merged_model(
-            reader(made.teacher_folder), config, architecture, merges_of(made.run, architecture.layers)
+            reader(made.teacher_folder), config, architecture, merges_of(made.merges, architecture.layers)
         )
         assert torch.equal(tiny.logits(student, ids), tiny.logits(expected, ids))
         plain = initial_student(made, trial(architecture, UNTRAINED))
@@ -163,15 +163,14 @@ def test_a_trial_begins_as_its_run_s_merges_say_and_others_as_they_are(
 
 def test_merges_are_found_once_for_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINITRON_SEARCH_CACHE", str(tmp_path / "cache"))
-    teacher = tiny.teacher_folder(tmp_path / "teacher")
-    windows = tiny.tokens(AutoConfig.from_pretrained(teacher), rows=3).numpy()
     one, other = (RunDirectory(tmp_path / name) for name in ("one", "other"))
-    write_merges(one, teacher, "a", windows, [2])
-    monkeypatch.setattr("minitron_search.layer_choice.collapsed", None)
-    write_merges(other, teacher, "a", windows, [2])
-    assert merged_away(one, 4) == merged_away(other, 4)
-    with pytest.raises(TypeError):
-        write_merges(other, teacher, "another", windows, [2])
+    assert read_merges(one) == []
+    stacks = [{0: {0: 1}, 1: {1: -1, 2: 1, 3: 1}}, {0: {0: -2, 1: 1, 2: 1, 3: 1}}]
+    write_merges(one, ["a teacher", [2, 3]], lambda: stacks)
+    write_merges(other, ["a teacher", [2, 3]], lambda: [])
+    assert read_merges(one) == read_merges(other) == stacks and merged_away(stacks, 4) == [(2, 3), (1, 2, 3)]
+    write_merges(other, ["another", [2, 3]], lambda: stacks[:1])
+    assert read_merges(other) == stacks[:1]
 
 
 @pytest.mark.parametrize(

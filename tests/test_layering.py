@@ -16,7 +16,7 @@ ANALYSIS = sorted((ROOT / "analysis").rglob("*.py"))
 # where work is placed
 RAY = {
     "cluster", "correction_stage", "depth_stage", "forecast_stage", "launchers", "retraining", "ruling", "run",
-    "kept_actors", "search", "worker_group",
+    "kept_actors", "node_disks", "node_files", "search", "worker_group", "workshop",
 }  # fmt: skip
 # Each layer imports from those before it, and from itself where that makes no cycle.
 LAYERS = (
@@ -79,9 +79,14 @@ def test_ray_is_imported_only_where_work_is_placed(name: str) -> None:
 def test_analysis_reads_run_directories_with_neither_torch_nor_ray(path: Path) -> None:
     assert not top_level(path) & {"torch", "ray", "transformers"}
     assert of_package(path) <= {"minitron_search.run_directory", "minitron_search.mirror"}
-    for name in ("run_directory", "mirror"):
+    for name in ("run_directory", "mirror", "logs", "depot"):
         read = of_package(PACKAGE[f"minitron_search.{name}"])
-        assert read <= {"minitron_search.folders", "minitron_search.run_directory"}
+        assert read <= {
+            "minitron_search.folders",
+            "minitron_search.logs",
+            "minitron_search.depot",
+            "minitron_search.run_directory",
+        }
 
 
 def test_the_run_directory_needs_neither_torch_nor_ray() -> None:

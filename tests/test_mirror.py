@@ -67,13 +67,13 @@ def test_what_is_here_comes_back_on_an_empty_machine(tmp_path: Path, run: RunDir
 @pytest.fixture
 def put(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of what is put there from now on."""
-    names, original = list[str](), Mirror._put
+    names, original = list[str](), Mirror.put
 
     def noted(self: Mirror, file: Path, name: Any) -> None:
         names.append(str(name))
         original(self, file, name)
 
-    monkeypatch.setattr(Mirror, "_put", noted)
+    monkeypatch.setattr(Mirror, "put", noted)
     return names
 
 
@@ -154,7 +154,7 @@ def test_storage_that_fails_for_a_while_loses_nothing_and_says_so(
     monkeypatch.setattr(module, "BACK_OFF_S", (0.02, 0.05))
     fill(run)
     kept, said, gone, failed = mirror(there, run), list[str](), threading.Event(), threading.Event()
-    original = Mirror._put
+    original = Mirror.put
 
     def put(self: Mirror, file: Path, name: Any) -> None:
         if gone.is_set():
@@ -162,7 +162,7 @@ def test_storage_that_fails_for_a_while_loses_nothing_and_says_so(
             raise OSError("no route to storage")
         original(self, file, name)
 
-    monkeypatch.setattr(Mirror, "_put", put)
+    monkeypatch.setattr(Mirror, "put", put)
     gone.set()
     with kept.kept(said.append):
         assert failed.wait(10)
@@ -189,7 +189,7 @@ def test_storage_that_never_comes_back_ends_with_where_everything_is(
     def put(self: Mirror, file: Path, name: Any) -> None:
         raise OSError("no route to storage")
 
-    monkeypatch.setattr(Mirror, "_put", put)
+    monkeypatch.setattr(Mirror, "put", put)
     with pytest.raises(RuntimeError, match=f"no route to storage.*{run.root}"), kept.kept(lambda said: None):
         pass
 

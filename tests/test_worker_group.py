@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from minitron_search import worker_group
+from minitron_search.logs import LOCAL
 from minitron_search.worker_group import next_job
 
 
@@ -20,7 +21,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def in_thread(*arguments: Any) -> tuple[threading.Thread, list[Any]]:
     found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(next_job(*arguments)), daemon=True)
+    thread = threading.Thread(target=lambda: found.append(next_job(LOCAL, *arguments)), daemon=True)
     thread.start()
     return thread, found
 
@@ -38,7 +39,7 @@ def test_a_group_that_has_a_trial_takes_it_though_another_waits(folder: Path) ->
     (folder.parent / "wanted").touch()
     job = folder / "00000-a.job"
     job.touch()
-    assert next_job(folder, 0, 0) == job
+    assert next_job(LOCAL, folder, 0, 0) == job
     assert not (folder / "left").exists()
 
 
@@ -48,12 +49,12 @@ def test_every_process_does_as_the_first(folder: Path) -> None:
     (folder / "00000-a.job").touch()
     thread.join(0.3)
     assert thread.is_alive(), "it took what the first process has not"
-    assert next_job(folder, 0, 0) == folder / "00000-a.job"
+    assert next_job(LOCAL, folder, 0, 0) == folder / "00000-a.job"
     thread.join(5)
     assert found == [folder / "00000-a.job"]
     thread, found = in_thread(folder, 1, 1)
     (folder.parent / "wanted").touch()
-    assert next_job(folder, 1, 0) is None
+    assert next_job(LOCAL, folder, 1, 0) is None
     (folder / "00001-b.job").touch()
     thread.join(5)
     assert found == [None]
@@ -62,6 +63,6 @@ def test_every_process_does_as_the_first(folder: Path) -> None:
 def test_a_closed_stage_ends_every_process(folder: Path) -> None:
     (folder.parent / "closed").touch()
     thread, found = in_thread(folder, 0, 1)
-    assert next_job(folder, 0, 0) is None
+    assert next_job(LOCAL, folder, 0, 0) is None
     thread.join(5)
     assert found == [None]

@@ -1,5 +1,6 @@
 """Synthetic runs, written through RunDirectory's own writers."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,15 @@ LAYERS, HIDDEN, MLP, HEADS = 30, 576, 1536, 9
 TEACHER_PARAMS, EMBEDDING = 134_515_008, 28_311_552
 RUNGS = (8192, 32768)
 LENGTHS = (1, 2)  # of the depth sweep
+FULL = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": MLP,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 3,
+    "num_hidden_layers": LAYERS,
+    "drop_block_start": 0,
+    "drop_block_length": 0,
+}
 METRICS = ("lm_loss", "winogrande_acc", "winogrande_margin", "bi")
 HOSTILE = "</script><script>alert(1)</script>"
 
@@ -55,6 +65,18 @@ def log_losses(run: RunDirectory, trial: str, tokens: int, start: float, end: fl
     for seen in range(1024, tokens + 1, 1024):
         loss = end + (start - end) * (1 + seen / 2000) ** -1.1 + 0.04 * rng.standard_normal()
         run.log_step(trial, tokens=seen, loss=float(loss), learning_rate=3e-4, tokens_per_second=900.0)
+
+
+TEXT = np.random.default_rng(9).normal(0, 0.25, 32)  # how much harder each validation window is than the mean
+
+
+def log_scored(run: RunDirectory, trial: str, row: dict[str, object]) -> None:
+    """A rung with the loss of every window, and the event that it ended."""
+    noise = np.random.default_rng(len(trial)).normal(0, 0.02, len(TEXT))
+    windows = float(row["lm_loss"]) + TEXT - TEXT.mean() + noise - noise.mean()
+    run.log_scores(trial, int(row["rung"]), lm_loss=windows.tolist())
+    run.log_rung(trial, row)
+    run.event("rung_finished", trial=trial, rung=row["rung"], tokens=row["tokens"])
 
 
 def write_importance(run: RunDirectory) -> None:
@@ -100,6 +122,11 @@ def write_depth(run: RunDirectory, metrics: tuple[str, ...], words: tuple[str, .
     run.write_depth(rows)
     run.write_depth_recommendation({"words": list(words), "at_chance": True})
     run.write_evidence(EVIDENCE)
+
+
+# Beside the promoted candidate: arm, LM loss above it in nats per token, tokens.
+CONTROLS = (("untrained", 4.3, 0), ("random_pruned", 0.6, RUNGS[1]), ("random_init", 3.1, RUNGS[1]),
+            ("retrained", -0.35, 262144), ("random_init_retrained", 0.9, 262144))  # fmt: skip
 
 
 def write_run(root: Path, trials: int = 12, name: str = "smollm2-135m", hostile: str = "") -> RunDirectory:
@@ -149,20 +176,12 @@ def write_run(root: Path, trials: int = 12, name: str = "smollm2-135m", hostile:
         run.event("trial_started", trial=trial)
         return made
 
-    full = {
-        "hidden_size": HIDDEN,
-        "intermediate_size": MLP,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": 3,
-        "num_hidden_layers": LAYERS,
-        "drop_block_start": 0,
-        "drop_block_length": 0,
-    }
+    full = FULL
     run.event("stage_started", stage="evaluation" + hostile)
     run.event("stage_started", stage="search")
     teacher = start("teacher", "teacher", full, -1)
     row = scored(3.214, TEACHER_PARAMS, rng, 0) | {"kl": 0.0, "winogrande_acc": 0.52}
-    run.log_rung("teacher", {**teacher, **row, "rung": 0})
+    log_scored(run, "teacher", {**teacher, **row, "rung": 0})
 
     statuses, messages = {"teacher": "complete"}, {}
     finished = []
@@ -187,26 +206,34 @@ def write_run(root: Path, trials: int = 12, name: str = "smollm2-135m", hostile:
         final = 3.3 + 3.2 * (1 - params / TEACHER_PARAMS) + 0.12 * rng.standard_normal()
         log_losses(run, trial, RUNGS[0], 4.0, final - 2.7, proposal)
         first = scored(final + 0.5, params, rng, RUNGS[0]) | {"bi": 0.1}
-        run.log_rung(trial, {**made, **first, "rung": 0})
+        log_scored(run, trial, {**made, **first, "rung": 0})
         statuses[trial] = "stopped"
         finished.append((final, trial, made, params))
     finished.sort(key=lambda item: item[0])
     kept = finished[: max(1, len(finished) // 3)]
     for final, trial, made, params in kept:
         log_losses(run, trial, RUNGS[1], 4.0, final - 2.9, 7)
-        run.log_rung(trial, {**made, **scored(final, params, rng, RUNGS[1]), "bi": 0.1, "rung": 1})
+        log_scored(run, trial, {**made, **scored(final, params, rng, RUNGS[1]), "bi": 0.1, "rung": 1})
         statuses[trial] = "complete"
     final, trial, made, params = kept[0]
     statuses[trial] = "promoted"
     run.event("promoted", trial=trial)
     run.event("stage_finished", stage="search", tokens=1, flops=1e12)
     run.event("stage_started", stage="retrain")
-    for arm, loss, tokens in (("untrained", 7.9, 0), ("retrained", final - 0.35, 262144)):
+    for kind, about in (
+        ("node_lost", {"node": "10.0.0.2" + hostile}), ("node_joined", {"node": "10.0.0.3"}),
+        ("trial_restarted", {"trial": trial, "message": "the host went away" + hostile}),
+        ("storage_failed", {"message": "timed out" + hostile}), ("storage_back", {"seconds": 3.5}),
+    ):  # fmt: skip
+        run.event(kind, **about)
+    for arm, loss, tokens in CONTROLS:
+        loss = final + loss
         other = start(f"{trial}-{arm}", arm, {axis: made[axis] for axis in full}, made["proposal"])
         other["architecture"] = made["architecture"]
         if tokens:
             log_losses(run, f"{trial}-{arm}", tokens, 2.0, final - 3.2, 9)
-        run.log_rung(f"{trial}-{arm}", {**other, **scored(loss, params, rng, tokens), "rung": 0})
+        rung = 1 if arm in ("random_pruned", "random_init") else 0
+        log_scored(run, f"{trial}-{arm}", {**other, **scored(loss, params, rng, tokens), "rung": rung})
         statuses[f"{trial}-{arm}"] = "complete"
     run.write_trials(statuses, messages)
     run.event("stage_finished", stage="retrain")
@@ -255,6 +282,45 @@ EVIDENCE = {
              for arm in ("random_pruned", "random_init", "untrained", "teacher")]},
     ],
 }  # fmt: skip
+
+
+ARMS = ("kept", "random", "none")  # of an ablation: LM loss above the first, nats per token: 0, 0.2, 0.2
+SHIFTS = (0.0, 0.2, 0.2)
+MILESTONES = (0, 4096, 8192)
+
+
+def write_ablation(
+    folder: Path, arms: tuple[str, ...] = ARMS, seeds: tuple[int, ...] = (0, 1, 2), hostile: str = ""
+) -> Path:
+    """An ablation whose `arms` have finished, of the three that were asked for. Seeds scatter by 0.1 in the last."""
+    names = [arm + hostile for arm in ARMS]
+    asked = {"name": "figure-6" + hostile, "question": "What is pruning worth?" + hostile, "baseline": names[0],
+             "figure": "Figure 6" + hostile, "arms": names, "seeds": list(seeds), "tokens": MILESTONES[-1],
+             "changes": {name: {"distillation": {"loss": name}} for name in names}}  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "ablation.json").write_text(json.dumps(asked))
+    rng = np.random.default_rng(3)
+    for place, arm in enumerate(ARMS):
+        if arm not in arms:
+            continue
+        run = RunDirectory(folder / names[place])
+        run.write_config({"name": names[place], "corpus": {"validation": "text"}, "distillation": {"loss": arm}})
+        run.event("run_started", stages=["search"])
+        run.event("stage_started", stage="search")
+        for seed in seeds:
+            made = {"trial": f"s{seed}", "architecture": "a", "arm": "search", "seed": seed, "proposal": 0, **FULL}
+            run.start_trial(made["trial"], made)
+            shift = SHIFTS[place] + (0.1 * (seed - 1) if place == 2 else 0.0)
+            for rung, tokens in enumerate(MILESTONES):
+                loss = 3.5 + 2 * np.exp(-tokens / 4096) + shift
+                windows = loss + TEXT + rng.normal(0, 0.02, len(TEXT))
+                run.log_scores(made["trial"], rung, lm_loss=windows.tolist())
+                row = scored(float(windows.mean()), 90_000_000, rng, tokens)
+                run.log_rung(made["trial"], {**made, **row, "rung": rung})
+        run.write_trials({})
+        run.event("stage_finished", stage="search", flops=1e14)
+        run.event("run_finished", seconds=1.0)
+    return folder
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """The papers' depth figures from a run's depth.parquet and depth.json alone."""
 
 import io
-import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -86,27 +86,36 @@ def test_a_sweep_of_bi_alone_and_no_sweep_still_make_a_report(tmp_path: Path) ->
 def test_the_command_writes_the_page_and_says_when_it_cannot_draw_static_figures(
     swept: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def no_browser(*_: object, **__: object) -> None:
-        raise ValueError("Image export requires the Kaleido package")
-
-    monkeypatch.setattr("plotly.graph_objects.Figure.write_image", no_browser)
+    monkeypatch.setattr("analysis.static_figures.BROWSERS", ())
+    monkeypatch.delenv("BROWSER_PATH", raising=False)
     assert depth_figures.main([str(swept.root)]) == 0
     out, err = capsys.readouterr()
     assert out.split() == [str(swept.root / "depth_figures.html")]
-    assert "no static figures: Image export requires the Kaleido package" in err and "pip install kaleido" in err
+    assert "no static figures: they need Chromium or Chrome" in err and "BROWSER_PATH" in err
     page = (swept.root / "depth_figures.html").read_text()
     assert "depth_lm_loss" in page and "https://" not in re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
 
 
-def test_static_figures_are_one_file_a_figure(swept: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    def draw(figure: object, path: Path, **size: object) -> None:
-        path.write_text(json.dumps(size))
-
-    monkeypatch.setattr("plotly.graph_objects.Figure.write_image", draw)
+def test_static_figures_are_one_file_a_figure(
+    swept: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a browser that prints what it was given."""
+    fake = tmp_path / "browser"
+    fake.write_text(
+        f"#!{sys.executable}\n"
+        "import json, re, sys, urllib.parse\n"
+        "page = open(urllib.parse.unquote(sys.argv[-1].removeprefix('file://'))).read()\n"
+        "for name, figure in json.loads(re.search(r'id=\"figures\">(.*?)</script>', page)[1]):\n"
+        "    for kind, data in ('svg', '+xml,%3Csvg%3E'), ('png', ';base64,iVBORw=='):\n"
+        "        print(f'<pre id=\"{name}.{kind}\">data:image/{kind}{data}</pre>')\n"
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("BROWSER_PATH", str(fake))
     written, reason = depth_figures.write_figures(swept)
     assert not reason
-    names = {path.name for path in written}
-    assert {"depth_lm_loss.svg", "depth_winogrande_acc.png", "depth_bi.svg", "depth_map_lm_loss.svg"} < names
+    names = {path.name: path for path in written}
+    assert {"depth_lm_loss.svg", "depth_winogrande_acc.png", "depth_bi.svg", "depth_map_lm_loss.svg"} < set(names)
+    assert names["depth_bi.svg"].read_bytes() == b"<svg>" and names["depth_bi.png"].read_bytes() == b"\x89PNG"
 
 
 def test_a_folder_without_a_sweep_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

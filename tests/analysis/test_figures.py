@@ -8,8 +8,8 @@ from analysis import formatting as f
 from analysis.health import health_info
 from analysis.importance import COLUMNS, descending, importance_info, places, shrink
 from analysis.loss_curves import POINTS_PER_TRIAL, loss_curves_info, thin
+from analysis.pareto import pareto_front, pareto_info
 from analysis.run_data import best_candidate, common_rung, last_rungs, load_run
-from analysis.size_and_loss import pareto_front, size_and_loss_info
 from analysis.summary import chance_warning, summary_info
 from analysis.trials_table import trials_table_info
 from minitron_search.run_directory import RunDirectory
@@ -45,11 +45,11 @@ def test_a_diverged_trial_is_counted_and_never_best():
 
 def test_a_finished_run_has_every_point_once(finished: RunDirectory):
     run = load_run(finished)
-    info = size_and_loss_info(run)
+    info = pareto_info(run)
     assert info.points["trial"].is_unique
     assert len(info.points) == run.trials["trial"].nunique() - 1  # the failed one has no loss
-    assert info.front_rung == 1 and set(info.front["rung"]) == {1}
-    assert info.front["lm_loss"].is_monotonic_decreasing
+    assert info.rung == 1 and set(info.level["rung"]) == {1}
+    assert pareto_front(info.level)["lm_loss"].is_monotonic_decreasing
     assert all("hidden_size" in hover and "rung" in hover for hover in info.points["hover"])
 
 
@@ -138,7 +138,7 @@ def test_an_empty_run_has_empty_figures(tmp_path):
     empty = RunDirectory(tmp_path)
     empty.write_config({"name": "empty"})
     run = load_run(empty)
-    assert size_and_loss_info(run).points.empty and size_and_loss_info(run).front.empty
+    assert pareto_info(run).points.empty and pareto_info(run).level.empty
     assert loss_curves_info(run).steps.empty and importance_info(run) is None
     assert trials_table_info(run).rows.empty and last_rungs(run.trials).empty
     assert not summary_info(run).rows and health_info(run).statuses == {}

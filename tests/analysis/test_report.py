@@ -12,14 +12,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis import cards
+from analysis import cards, report
 from analysis.page import embedded, fill, no_formula
+from analysis.pareto import AXES
 from analysis.report import main, write_report
+from minitron_search.mirror import Mirror
 from minitron_search.run_directory import RunDirectory
 from tests.analysis.conftest import HOSTILE, METRICS
 
-TITLES = ["Outcome", "Size against LM loss", "Loss against tokens", "Importance", "Depth", "Evidence", "Trials",
-          "Spend against forecast", "Configuration and environment", "Health"]  # fmt: skip
+TITLES = ["Summary", "Pareto fronts", "Convergence", "Depth", "Importance", "Axes of the search",
+          "Ablations and controls", "Rank agreement", "Spend against forecast", "Health", "Trials",
+          "Configuration and environment"]  # fmt: skip
 
 
 class Page(HTMLParser):
@@ -61,7 +64,7 @@ def read(run: RunDirectory) -> Page:
 def test_a_finished_run_fills_every_card(finished: RunDirectory):
     page = read(finished)
     assert page.titles == TITLES and page.reasons == []
-    assert sum(attributes.get("class") == "plot" for _, attributes in page.tags) == 16
+    assert sum(attributes.get("class") == "plot" for _, attributes in page.tags) == 24
     assert finished.report.stat().st_size < 10_000_000
 
 
@@ -92,8 +95,9 @@ def test_no_word_of_a_run_becomes_a_formula(kind: str):
 def test_every_figure_offers_its_data(finished: RunDirectory):
     links = {a["download"]: a["href"] or "" for _, a in read(finished).tags if "download" in a}
     assert set(links) == {f"{name}.csv" for name in (
-        "outcome", "size_and_loss", "loss_curves", "layer_importance", "hidden_importance", "mlp_importance",
-        "head_importance", "finalists", "controls", "rungs", "spend", "trials",
+        "summary", "convergence", "loss_curves", "layer_importance", "hidden_importance", "mlp_importance",
+        "head_importance", "parallel_coordinates", "axis_importance", "axis_direction", "finalists", "controls",
+        "agreement_0", "rungs", "spend", "incidents", "trials", *(f"pareto_{axis.column}" for axis in AXES),
         *(f"depth_{metric}" for metric in METRICS),
         *(f"depth_map_{metric}" for metric in METRICS if metric != "bi"))}  # fmt: skip
     tables = {
@@ -101,7 +105,7 @@ def test_every_figure_offers_its_data(finished: RunDirectory):
     }
     assert len(tables["trials.csv"]) == len(finished.read_trials())
     assert tables["layer_importance.csv"].columns.tolist() == ["layer", "bi"]
-    assert tables["size_and_loss.csv"]["on_front"].any()
+    assert tables["pareto_params.csv"]["on_front"].any()
 
 
 def test_a_run_that_is_going_renders(going: RunDirectory):
@@ -142,7 +146,7 @@ def test_a_card_that_fails_says_so_in_its_place(finished: RunDirectory, monkeypa
 
     monkeypatch.setattr(cards, "CARDS", [cards.summary_card, broken_card])
     page = read(finished)
-    assert page.titles == ["Outcome", "Broken"] and "KeyError" in page.reasons[0]
+    assert page.titles == ["Summary", "Broken"] and "KeyError" in page.reasons[0]
 
 
 def test_a_folder_without_a_run_is_refused_in_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -153,11 +157,29 @@ def test_a_folder_without_a_run_is_refused_in_one_message(tmp_path: Path, capsys
     assert not list(tmp_path.iterdir())
 
 
-def test_the_report_needs_neither_torch_nor_ray():
-    code = "import sys, analysis.report; print({'torch', 'ray', 'transformers'} & set(sys.modules))"
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+def test_the_report_needs_neither_torch_nor_ray(finished: RunDirectory):
+    code = (
+        "import sys, analysis.ablation_report, analysis.report; analysis.report.main([sys.argv[1]]); "
+        "print({'torch', 'ray', 'transformers'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code, str(finished.root)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_of_a_run_in_storage_the_report_is_all_that_is_put_there(
+    make_run: Callable[..., RunDirectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    there = make_run(tmp_path / "there").root
+    before = {path: path.stat().st_mtime_ns for path in there.rglob("*") if path.is_file()}
+    monkeypatch.setattr(report, "mirror_of", lambda address, run: Mirror(there.as_uri(), run))
+    here = tmp_path / "here"
+    assert main([str(here)]) == 0 and (here / "report.html").exists()
+    after = {path: path.stat().st_mtime_ns for path in there.rglob("*") if path.is_file()}
+    assert after.keys() - before.keys() == {there / "report.html"}
+    assert {path: after[path] for path in before} == before
+    assert main([str(here), "--output", str(tmp_path / "elsewhere.html")]) == 0
+    assert (there / "report.html").stat().st_mtime_ns == after[there / "report.html"]
 
 
 def test_what_fills_a_placeholder_is_never_one():

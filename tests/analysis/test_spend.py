@@ -51,7 +51,7 @@ def test_tokens_and_flops_are_those_of_the_log(finished: RunDirectory) -> None:
     run = load_run(finished)
     rows = spend.spend_info(run).rows.set_index("stage")
     last = run.trials.groupby("trial")["tokens"].max()
-    searched = run.trials[run.trials["arm"] == "search"]["trial"].unique()
+    searched = run.trials[run.trials["arm"].isin(["search", "random_pruned", "random_init"])]["trial"].unique()
     assert rows.loc["search", "spent_tokens"] == last[searched].sum()
     assert rows.loc["retrain", "spent_tokens"] == 262144
     assert rows.loc["search", "spent_flops"] == 1e12

@@ -1,6 +1,5 @@
 """What `two_hosts` does by hand; skipped, and said to be, where no namespaces can be made."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,8 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_search_on_two_hosts_survives_power_cuts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = os.environ.get("TWO_HOSTS")  # beside other load a node joins later than any patience a suite should have
-    reason = missing() if asked else "it takes minutes of a quiet machine; TWO_HOSTS=1 asks for it"
     with capsys.disabled():
-        if reason:
+        if reason := missing():
             print(f"\ntests/cluster: no search on two hosts: {reason}")
             pytest.skip(reason)
-        scenario(tmp_path / "hosts", "train", list(POWER_CUTS), lambda line: print(line, flush=True))
+        scenario(tmp_path / "hosts", "train", list(POWER_CUTS), "bucket", print)

@@ -1,6 +1,7 @@
 """A search on two hosts of one's own, brought up as a user brings them up, one of which loses power on the way.
 
-    python -m tests.cluster.two_hosts [--launcher train | inline] [--power-cuts stays-away comes-back] [--folder DIR]
+    python -m tests.cluster.two_hosts [--launcher train | inline] [--power-cuts stays-away comes-back]
+                                      [--storage folder | bucket] [--folder DIR]
 
 On a laptop and two hosts, which are namespaces of this machine (see `hosts`):
 
@@ -12,7 +13,9 @@ On a laptop and two hosts, which are namespaces of this machine (see `hosts`):
     a second job; the worker loses power, comes back, joins again, and trains on
     ray down clusters/on-prem.yaml
 
-and the same search on the laptop, without a cluster: it has the same rows, number by number.
+and the same search on the laptop, without a cluster: it has the same rows, number by number. Caches are on each host's
+own disk; the run is in a folder that both mount, or in a bucket (moto's server, on the laptop) and then on no shared
+disk at all. The winner is retrained on all hosts there are by then, together.
 
 What differs from two real hosts: of the project's file the addresses, user and key are filled in, and each host says it
 has one CPU; installing the environment twice would take minutes, so each finds it installed (this machine's, read-only)
@@ -28,12 +31,16 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import psutil
 import yaml
 
-from tests.cluster.hosts import ROOT, SSH, Machine, Network, address, missing
+from minitron_search.folders import is_uri, working_folder
+from tests.cluster.hosts import LAPTOP, ROOT, SSH, Machine, Network, address, missing
 from tests.runs import rows, tiny_inputs
 
 HEAD, WORKER = 11, 12
@@ -41,11 +48,16 @@ HOSTS = {HEAD: "head", WORKER: "worker"}
 ADDRESSES = {address(number) for number in HOSTS}
 CLUSTER_FILE = ROOT / "clusters" / "on-prem.yaml"
 CHECKOUT, SHARED = "/srv/checkout", "/srv/shared"  # the laptop sees the one, all three see the other
-CACHE = "/root/.cache"  # where node.sh has a host keep its caches
-CACHE_IS_SHARED = True  # False: each host has one of its own
+CACHE = ".cache/minitron_search"  # of its home, where node.sh has a host keep its caches
+PORT, BUCKET = 5000, "searches"  # of the S3 server on the laptop
+BUCKET_S = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_EC2_METADATA_DISABLED": "true"}
+MAKE_BUCKET = f"""
+import boto3
+boto3.client("s3", endpoint_url="http://127.0.0.1:{PORT}", region_name="us-east-1").create_bucket(Bucket="{BUCKET}")
+"""
 DASHBOARD = "http://127.0.0.1:8265"
 POWER_CUTS = ("stays-away", "comes-back")
-TRAINS = ("ray::RayTrainWorker", "ray::ImplicitFunc")  # what Ray calls the processes of trials
+TRAINS = {"train": "ray::RayTrainWorker", "inline": "ray::ImplicitFunc"}  # what Ray calls those that train
 STEP_TOKENS = 256
 # seconds: for two hosts to be nodes; from a job's start to a trial on the worker; until its loss is noticed; until it
 # is a node again; until a job has ended; until no Ray process is left. Many times what they take on a quiet machine.
@@ -72,7 +84,8 @@ def configuration(folder: Path) -> dict[str, Any]:
     found = tiny_inputs(folder)
     found["teacher"]["model"] = f"{SHARED}/teacher"
     found["corpus"]["train"] = found["corpus"]["validation"] = f"{SHARED}/text.txt"
-    found["stages"] = ["importance", "search"]
+    found["stages"] = ["importance", "search", "retrain"]
+    found["retraining"] = {"tokens": 20 * STEP_TOKENS}
     found["search"] = {"trials": 8, "rungs": [steps * STEP_TOKENS for steps in (25, 125, 225)], "reduction_factor": 2,
                        "sampler": "random", "controls": False}  # fmt: skip
     found["distillation"] = {"batch_tokens": STEP_TOKENS}
@@ -98,7 +111,8 @@ class Cluster:
         self._write(folder / "laptop" / "cluster.yaml", cluster_file(CLUSTER_FILE.read_text()))
         self._write(folder / "laptop" / ".ray" / "auth_token", uuid.uuid4().hex)
         for number, name in HOSTS.items():
-            lines = [f"export {name}={value}\n" for name, value in {**PATIENCE, "HF_HUB_OFFLINE": "1"}.items()]
+            own = {**PATIENCE, **BUCKET_S, "HF_HUB_OFFLINE": "1"}
+            lines = [f"export {name}={value}\n" for name, value in own.items()]
             self._write(folder / name / ".bashrc", "".join(lines))
             installed(folder / name / "venv")
             self.boot(number)
@@ -108,8 +122,7 @@ class Cluster:
         path.write_text(text)
 
     def boot(self, number: int) -> None:
-        cache = {CACHE: self.shared / "cache"} if CACHE_IS_SHARED else {}
-        self.network.boot(number, {SHARED: self.shared, **cache})
+        self.network.boot(number, {SHARED: self.shared})
 
     def typed(self, *command: str) -> list[str]:
         """To be run on the laptop, in the checkout."""
@@ -121,6 +134,16 @@ class Cluster:
         forward = [*SSH, "-N", "-L", "8265:127.0.0.1:8265", f"root@{address(HEAD)}"]
         self.laptop.start(*forward, log=self.folder / "dashboard.log")
         self.wait_for_nodes()
+
+    def serve_bucket(self) -> None:
+        self.laptop.start("moto_server", "-H", "0.0.0.0", "-p", str(PORT), log=self.folder / "bucket.log")
+        deadline = time.monotonic() + UP_S
+        while True:
+            try:
+                self.laptop.run("python", "-c", MAKE_BUCKET, **BUCKET_S)
+                return
+            except RuntimeError:
+                assert time.monotonic() < deadline, (self.folder / "bucket.log").read_text()
 
     def down(self) -> None:
         self.laptop.run(*self.typed("ray", "down", "-y", "/root/cluster.yaml"), **LAPTOP_S)
@@ -155,15 +178,22 @@ def installed(venv: Path) -> None:
 
 
 class Job:
-    """A search, submitted from the laptop: what it prints is in `log`, its run directory is `output`."""
+    """A search, submitted from the laptop: what it prints is in `log`. `output`: its run directory, or the working copy
+    of one in a bucket, on the head's disk."""
 
     def __init__(self, cluster: Cluster, name: str, launcher: str, folder: str = SHARED):
-        self.cluster, self.output, self.log = cluster, cluster.shared / name, cluster.folder / f"{name}.log"
+        self.cluster, self.name, self.log = cluster, name, cluster.folder / f"{name}.log"
+        address = f"{folder}/{name}"
+        if is_uri(folder):  # moto refuses the delayed way of pyarrow's to open a stream otherwise
+            endpoint = quote(f"http://{LAPTOP}:{PORT}", safe="")
+            address += f"?region=us-east-1&allow_delayed_open=true&endpoint_override={endpoint}"
+            self.output = cluster.folder / HOSTS[HEAD] / CACHE / "runs" / working_folder(address).name
+        else:
+            self.output = cluster.shared / name
         submit = ["ray", "job", "submit", "--address", DASHBOARD, "--working-dir", ".", "--"]
         self.process = cluster.laptop.start(
-            *cluster.typed(*submit, *search(f"{folder}/{name}", launcher)), log=self.log, PYTHONUNBUFFERED="1",
-            **LAPTOP_S,
-        )  # fmt: skip
+            *cluster.typed(*submit, *search(address, launcher)), log=self.log, PYTHONUNBUFFERED="1", **LAPTOP_S
+        )
 
     def until(self, what: str, happened: Callable[[], Any], seconds: float) -> Any:
         """What `happened` returns, once that is something."""
@@ -200,7 +230,10 @@ class Job:
 def search(output: str, launcher: str) -> list[str]:
     """The command."""
     module = ["python", "-m", "minitron_search.run", "--config", f"{SHARED}/search.yaml"]
-    return [*module, "--output", output, "--resources.launcher", launcher]
+    shards = (
+        ["--resources.strategy", "fsdp2"] if launcher == "train" else []
+    )  # of the retraining: they are on both hosts
+    return [*module, "--output", output, "--resources.launcher", launcher, *shards]
 
 
 def lines(log: Path) -> list[dict[str, Any]]:
@@ -220,9 +253,17 @@ def finished(output: Path) -> dict[tuple[str, int], float]:
     return found
 
 
-def searched(output: Path) -> list[dict[str, Any]]:
-    """The search's rows, but for times."""
-    return [row for row in rows(output) if row["arm"] == "search"]
+def compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    """Every row of the search is the same. A retraining that two processes shared sums in another order."""
+    apart = [[row for row in table if row["arm"] != "retrained"] for table in (ours, theirs)]
+    assert apart[0] == apart[1]
+    retrained = [[row["lm_loss"] for row in table if row["arm"] == "retrained"] for table in (ours, theirs)]
+    assert len(retrained[0]) == len(retrained[1]) == 1
+    assert abs(retrained[0][0] - retrained[1][0]) < 1e-4 * retrained[1][0], retrained
+
+
+def told_of(told: Callable[[str], None], what: str, line: str) -> None:
+    told(f"{what}: {line}")
 
 
 def alone(cluster: Cluster) -> list[dict[str, Any]]:
@@ -232,26 +273,42 @@ def alone(cluster: Cluster) -> list[dict[str, Any]]:
         RAY_OVERRIDE_RESOURCES='{"CPU": 1}',  # how many threads compute the importance decides how it is rounded
         OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", MINITRON_SEARCH_CACHE="/root/cache",
     )  # fmt: skip
-    return searched(cluster.shared / "alone")
+    return rows(cluster.shared / "alone")
 
 
 def search_through_a_power_cut(
-    cluster: Cluster, launcher: str, power_cut: str, say: Callable[[str], None]
+    cluster: Cluster, launcher: str, power_cut: str, folder: str, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Its rows; no finished one is lost or computed again."""
     worker, comes_back = address(WORKER), power_cut == "comes-back"
-    job = Job(cluster, f"{launcher}-{power_cut}", launcher)
+    job = Job(cluster, f"{launcher}-{power_cut}", launcher, folder)
+    with StandingStill(cluster.network.hosts[HEAD], launcher) as head:
+
+        def placed() -> list[dict[str, Any]]:
+            head.look()
+            return job.events("trial_placed", node=worker)
+
+        job.until("a trial is placed on the worker", placed, TRIAL_S)
     trial = job.until("a trial trains on the worker", lambda: job.trains_on(worker), TRIAL_S)
     before = finished(job.output)
     say(f"the worker loses power; {trial} trains on it; {len(before)} rungs are finished")
     cluster.network.cut_power(WORKER)
-    with waiting(cluster.network.hosts[HEAD], comes_back):
-        lost = job.until("the loss is a row of events.jsonl", lambda: job.events("node_lost", node=worker), LOST_S)[0]
+    with StandingStill(cluster.network.hosts[HEAD], launcher) as head:
+
+        def noticed(kind: str) -> list[dict[str, Any]]:
+            if comes_back:
+                head.look()
+            return job.events(kind, node=worker)
+
+        lost = job.until("the loss is a row of events.jsonl", lambda: noticed("node_lost"), LOST_S)[0]
         say(f"the driver has seen it: {lost['message']}")
         if comes_back:
             cluster.boot(WORKER)
-            back = job.until("the worker is a node again", lambda: job.events("node_joined", node=worker), BACK_S)[0]
+            back = job.until("the worker is a node again", lambda: noticed("node_joined"), BACK_S)[0]
             say(f"it is back, {back['time'] - lost['time']:.0f} s later")
+            job.until("it has a trial again", lambda: any(
+                event["time"] > back["time"] for event in noticed("trial_placed")
+            ), TRIAL_S)  # fmt: skip
     assert job.ended() == 0, job.log.read_text()
     placed = job.events("trial_placed")
     assert {event["node"] for event in placed} == ADDRESSES
@@ -259,8 +316,8 @@ def search_through_a_power_cut(
     assert len(nodes := [event["node"] for event in placed if event["trial"] == trial]) > 1
     reached = finished(job.output)
     assert before.items() <= reached.items()
-    table = searched(job.output)
-    assert {(row["trial"], row["rung"]): row["lm_loss"] for row in table} == reached
+    table = rows(job.output)
+    assert {(row["trial"], row["rung"]): row["lm_loss"] for row in table if row["arm"] == "search"} == reached
     say(f"the search has ended, {len(table)} rows; {trial} ran on {', '.join(nodes)}")
     return table
 
@@ -273,30 +330,40 @@ def refuse_a_folder_of_one_host(cluster: Cluster) -> None:
     assert not (cluster.folder / HOSTS[HEAD] / "unshared").exists()
 
 
-@contextmanager
-def waiting(host: Machine, do: bool) -> Iterator[None]:
-    """What trains on `host` stands still meanwhile: it would end a search this short by itself."""
-    training = [process for process, name in host.processes().items() if do and name.startswith(TRAINS)]
-    for process in training:
-        process.suspend()
-    try:
-        yield
-    finally:
-        for process in training:
-            process.resume()
+class StandingStill:
+    """What trains on `host` does not, until this is left: it would end a search this short by itself. `look` finds what
+    has begun to since, and is called often."""
+
+    def __init__(self, host: Machine, launcher: str):
+        self.host, self.trains, self.stopped = host, TRAINS[launcher], set[psutil.Process]()
+
+    def look(self) -> None:
+        for process, name in self.host.processes().items():
+            if name.startswith(self.trains) and process not in self.stopped:
+                with suppress(psutil.NoSuchProcess):
+                    process.suspend()
+                    self.stopped.add(process)
+
+    def __enter__(self) -> "StandingStill":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.stopped:
+            with suppress(psutil.NoSuchProcess):  # its group was half on the host that was lost
+                process.resume()
 
 
 @contextmanager
 def two_hosts(folder: Path) -> Iterator[Cluster]:
     """All three, booted. Nothing is left of them afterwards but `folder`."""
     shared = folder / "shared"
-    (shared / "cache").mkdir(parents=True)
+    shared.mkdir(parents=True)
     (shared / "search.yaml").write_text(yaml.safe_dump(configuration(shared)))
     with Network(folder, HOSTS, {SHARED: shared, CHECKOUT: ROOT}) as network:
         yield Cluster(folder, network)
 
 
-def scenario(folder: Path, launcher: str, power_cuts: list[str], say: Callable[[str], None]) -> None:
+def scenario(folder: Path, launcher: str, power_cuts: list[str], storage: str, say: Callable[[str], None]) -> None:
     began = time.monotonic()
 
     def told(line: str) -> None:
@@ -306,6 +373,9 @@ def scenario(folder: Path, launcher: str, power_cuts: list[str], say: Callable[[
         told("two hosts and a laptop are up")
         theirs = alone(cluster)
         told(f"a search on the laptop alone has ended, {len(theirs)} rows")
+        if storage == "bucket":
+            cluster.serve_bucket()
+            told("a bucket is served")
         cluster.up()
         told("ray up: both hosts are nodes")
         refuse_a_folder_of_one_host(cluster)
@@ -315,8 +385,9 @@ def scenario(folder: Path, launcher: str, power_cuts: list[str], say: Callable[[
                 cluster.boot(WORKER)
                 cluster.wait_for_nodes()
                 told("the worker is a node again")
-            ours = search_through_a_power_cut(cluster, launcher, power_cut, lambda line: told(f"{launcher}: {line}"))
-            assert ours == theirs
+            place = f"s3://{BUCKET}" if storage == "bucket" else SHARED
+            said = partial(told_of, told, f"{launcher}, {power_cut}")
+            compare(search_through_a_power_cut(cluster, launcher, power_cut, place, said), theirs)
             told(f"{launcher}: every row is the same as on the laptop alone")
         cluster.down()
         told(f"ray down; left: {cluster.processes()}")
@@ -331,6 +402,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--launcher", choices=["train", "inline"], default="train")
     parser.add_argument("--power-cuts", choices=POWER_CUTS, nargs="+", default=POWER_CUTS)
+    parser.add_argument("--storage", choices=["folder", "bucket"], default="folder")
     parser.add_argument("--folder", type=Path, help="a new one, kept; default: a temporary one")
     options = parser.parse_args(arguments)
     if reason := missing():
@@ -338,7 +410,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary) / "hosts"
-        scenario(folder.absolute(), options.launcher, options.power_cuts, lambda line: print(line, flush=True))
+        scenario(folder.absolute(), options.launcher, options.power_cuts, options.storage, print)
     return 0
 
 

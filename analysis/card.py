@@ -1,0 +1,29 @@
+"""What the page is made of: cards, and the figures on them."""
+
+from typing import NamedTuple
+
+import pandas as pd
+import plotly.graph_objects as go
+
+
+class Panel(NamedTuple):
+    """One figure of a card and the data behind it, which the page offers as `<name>.csv`. `columns`: of the six
+    that the card is wide; a card with one figure gives it all."""
+
+    name: str
+    figure: go.Figure
+    data: pd.DataFrame
+    heading: str = ""
+    columns: int = 3
+
+
+class Card(NamedTuple):
+    """sample: n and units. body: HTML with every word from the run escaped. reason: why there is no more."""
+
+    title: str
+    how_to_read: str
+    sample: str = ""
+    body: str = ""
+    panels: tuple[Panel, ...] = ()
+    data: tuple[tuple[str, pd.DataFrame], ...] = ()  # downloads that belong to no figure
+    reason: str = ""

@@ -1,0 +1,19 @@
+"""A plain table of the page, every cell escaped."""
+
+import html
+from collections.abc import Iterable, Sequence
+
+
+def plain_table(heads: Sequence[str], lines: Iterable[Sequence[str]], text: Sequence[int] = (0,)) -> str:
+    """`text`: places of the columns that hold words; the others are numbers, to the right. The first heads its row."""
+
+    def cell(place: int, content: str, tag: str, scope: str) -> str:
+        number = "" if place in text else ' class="number"'
+        return f"<{tag}{scope}{number}>{html.escape(content)}</{tag}>"
+
+    top = "".join(cell(place, head, "th", ' scope="col"') for place, head in enumerate(heads))
+    rows = ""
+    for line in lines:
+        first = cell(0, line[0], "th", ' scope="row"')
+        rows += f"<tr>{first}{''.join(cell(place, each, 'td', '') for place, each in enumerate(line) if place)}</tr>"
+    return f'<div class="scroll"><table class="plain"><thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table></div>'
