@@ -58,13 +58,13 @@ class Architecture:
         """From what a trial's architecture.json holds."""
         return cls.from_dict({name: about[name] for name in cls.__dataclass_fields__})
 
-    def dropped_block(self, teacher_layers: int) -> tuple[int, int]:
-        """(start, length) of the contiguous block of teacher layers that is missing; (0, 0) for none."""
+    def dropped_block(self, teacher_layers: int) -> tuple[int, int] | None:
+        """(start, length) of the contiguous block of teacher layers that is missing; (0, 0) where none is, None where
+        the missing layers are not one block."""
         missing = sorted(set(range(teacher_layers)) - set(self.layers))
         if not missing:
             return 0, 0
-        assert missing[-1] - missing[0] + 1 == len(missing), "the dropped layers are not one block"
-        return missing[0], len(missing)
+        return (missing[0], len(missing)) if missing[-1] - missing[0] + 1 == len(missing) else None
 
     def __str__(self) -> str:
         heads = f"heads {self.num_attention_heads} in {self.num_key_value_heads} groups"

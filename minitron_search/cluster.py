@@ -46,8 +46,12 @@ PLACE_S, PROGRESS_S = 1200.0, 30.0  # a spot node is there in some ten minutes, 
 def joined() -> Iterator[None]:
     """Join the cluster that `RAY_ADDRESS` names, else start Ray inside this process on all of this machine.
 
-    An embedded Ray listens on loopback only and is gone when the block ends; a cluster is left as it was.
+    An embedded Ray listens on loopback only and is gone when the block ends; a cluster is left as it was. Inside
+    another such block it is the same.
     """
+    if ray.is_initialized():
+        yield
+        return
     # Ray says at every start that its own authentication is on, as it should be
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     for name, value in ENVIRONMENT.items():

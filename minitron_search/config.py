@@ -102,8 +102,11 @@ class Teacher(Section):
 
 
 class CorpusConfig(Section):
+    """calibration: what importance is measured on; null is the train source. random: uniform random tokens."""
+
     train: str = "docstrings"
     validation: str = "docstrings"
+    calibration: str | None = None
     sequence_length: Annotated[Count, Field(ge=8)] = 256
     calibration_samples: Count = 64
     validation_samples: Annotated[Count, Field(ge=2)] = 32
@@ -120,6 +123,8 @@ class ImportanceConfig(Section):
 
     seed: of the calibration windows and of method `random`; null for the run's own.
     rounds: 1 ranks the teacher once; k ranks, trims towards the smallest candidate and ranks again, k times in all.
+    samples: how many of the calibration windows are read; null is all. Where it is given, `seed` draws them, and the
+        run's own seed draws the windows: then neither changes the text that students are distilled on.
     """
 
     method: Literal["activation", "random", "magnitude", "taylor", "wanda", "pca"] = "activation"
@@ -127,6 +132,7 @@ class ImportanceConfig(Section):
     sequence: Literal["mean", "l2", "variance"] = "mean"
     seed: CountOrZero | None = None
     rounds: Count = 1
+    samples: Count | None = None
 
     @model_validator(mode="after")
     def _a_rotation_is_no_order(self) -> "ImportanceConfig":
@@ -244,11 +250,13 @@ class Axis(Section):
 class DropBlock(Section):
     """A contiguous block of layers to drop: its length; where it starts is free.
 
-    seeds: whether the search first proposes, for every length, the best block that the depth sweep found.
+    seeds: what the search first proposes for every length. sweep: the best block that the depth sweep found. bi: the
+        block of least BI. one_by_one: the layers of least BI each, which need not lie together (ShortGPT,
+        arXiv:2403.03853). laco: all but the layers that LaCo merges the others into (`layer_merge.py`).
     """
 
     lengths: Annotated[tuple[CountOrZero, ...], BeforeValidator(_listed), Field(min_length=1)] = (0,)
-    seeds: Literal["none", "sweep"] = "none"
+    seeds: Literal["none", "sweep", "bi", "one_by_one", "laco"] = "none"
 
 
 class Axes(Section):
@@ -356,6 +364,8 @@ class Distillation(Section):
     intermediate_layers: how many of the student's layers L_is compares the outputs of, from the last; more than a
         student has are all of its.
     embedding: whether it compares the embedding's output too.
+    initialization: merged gives the layers that LaCo keeps what it merges into them, in the teacher's own order of
+        elements, and every other student its layers as they are.
     teacher_cache: what is kept of the teacher, asked once for all trials. hidden: its final hidden states, exact;
         topk: its `topk` most probable tokens, smaller and approximate; off: nothing, every batch asks it live; auto:
         hidden if that takes at most teacher_cache_bytes (auto: a quarter of the free disk, and at most 16 GiB), else
@@ -374,7 +384,7 @@ class Distillation(Section):
     teacher_cache_bytes: AutoCount = "auto"
     topk: Count = 64
     teacher: str | None = None  # another model that teaches, as teacher.model names one; null for the pruned model
-    initialization: Literal["pruned", "random", "random_pruned"] = "pruned"
+    initialization: Literal["pruned", "random", "random_pruned", "merged"] = "pruned"
     gradient_checkpointing: bool = False
     compile: bool = False
 
@@ -566,6 +576,29 @@ class Config(Section):
             raise ValueError(f"teacher.prune: corrected, but {why}; valid: original or auto")
         return self
 
+    @model_validator(mode="after")
+    def _merged_layers_are_lacos(self) -> "Config":
+        axes = self.space.axes
+        if self.distillation.initialization != "merged":
+            return self
+        if axes.drop_block is None or axes.drop_block.seeds != "laco":
+            seeds = axes.drop_block.seeds if axes.drop_block else "none"
+            raise ValueError(f"distillation.initialization: merged with space.axes.drop_block.seeds {seeds}; "
+                             "valid: space.axes.drop_block.seeds laco, or initialization pruned")  # fmt: skip
+        if any(getattr(axes, name) for name in type(axes).model_fields if name != "drop_block"):
+            raise ValueError("distillation.initialization: merged adds layers up element by element, in the teacher's "
+                             "own order, and space.axes ranks widths; valid: drop_block alone, or initialization "
+                             "pruned")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _samples_are_of_the_calibration(self) -> "Config":
+        asked, most = self.importance.samples, self.corpus.calibration_samples
+        if asked is not None and asked > most:
+            raise ValueError(f"importance.samples: {asked} of corpus.calibration_samples {most}; "
+                             f"valid: at most {most}")  # fmt: skip
+        return self
+
     @property
     def prunes_corrected(self) -> bool:
         """Whether students are cut from the corrected teacher, rather than only taught by it."""
@@ -582,13 +615,18 @@ def load(file: str | None, overrides: list[str]) -> Config:
 
     Raises ValueError with one message that names every wrong key, its value and a valid alternative.
     """
-    resolved = parse(_read_yaml(file) if file else {}).dump()
+    resolved = parse(read_yaml(file) if file else {}).dump()
     given = dict(_pairs(overrides))
     if "name" in given and "output" not in given and resolved["output"] == f"runs/{resolved['name']}":
         resolved["output"] = ""  # the folder follows the name
-    for key, text in given.items():
-        _set(resolved, key, _value(text))
+    override(resolved, overrides)
     return parse(resolved)
+
+
+def override(values: dict[str, Any], overrides: list[str]) -> None:
+    """Set `--KEY.SUBKEY VALUE` in `values`. Raises ValueError for what is no option, or has no value."""
+    for key, text in dict(_pairs(overrides)).items():
+        _set(values, key, _value(text))
 
 
 def parse(values: Mapping[str, Any]) -> Config:
@@ -627,7 +665,7 @@ def _section(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _read_yaml(file: str) -> dict[str, Any]:
+def read_yaml(file: str) -> dict[str, Any]:
     path = Path(file)
     if not path.is_file():
         near = sorted(str(other) for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []

@@ -32,6 +32,7 @@ from minitron_search.teacher import file_hash, near_names
 Windows = np.ndarray  # int32 (count, sequence_length)
 HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
 VALID = "'docstrings', a .txt, .jsonl or .parquet file or glob, or a Hub data set as owner/name[/config][:split]"
+RANDOM = "random"  # a source of calibration windows: uniform random tokens
 BATCH = 4_000_000  # characters tokenised at once
 CUT = 1024  # tokens before a cut in a text that are not trusted to be those of the whole text
 
@@ -70,15 +71,19 @@ def load_corpus(
     validation_samples: int,
     train_tokens: int,
     seed: int,
+    calibration: str | None = None,
 ) -> Corpus:
     """Validation is the first `validation_samples` windows of its source in order. From the train source,
     without the validation windows when it is the same text and without every document that validation holds
     when it is another, come the windows of calibration (drawn at random by `seed`) and of training (the
     others, in order).
 
+    `calibration`: another source for the calibration windows, the first that it has outside validation, or `random`
+    for uniform random tokens by `seed`; the train windows stay the same.
+
     `train_tokens`: tokens training reads at the most, rounded up to whole windows. Token ids are cached by
-    content. Raises ValueError, naming `corpus.train` or `corpus.validation`, for a source that is missing,
-    unreadable or too short.
+    content. Raises ValueError, naming `corpus.train`, `corpus.validation` or `corpus.calibration`, for a source that
+    is missing, unreadable or too short.
     """
     bos = _bos(tokenizer)
     step = sequence_length - (bos is not None)
@@ -94,10 +99,10 @@ def load_corpus(
             f"corpus.validation: {validation!r} has {len(held)} windows of {sequence_length} tokens and "
             f"{validation_samples} were asked; valid: a longer text, or a smaller corpus.validation_samples"
         )
+    seen = held_tokens.hashes[held_tokens.starts < step * validation_samples]
     if same:
         pool = held[validation_samples : validation_samples + asked]
     else:
-        seen = held_tokens.hashes[held_tokens.starts < step * validation_samples]
         pool = _windows(_tokens(train_source, tokenizer, step * asked, seen), sequence_length, bos)[:asked]
     if len(pool) < asked:
         raise ValueError(
@@ -108,6 +113,19 @@ def load_corpus(
     drawn = np.zeros(asked, bool)
     drawn[np.random.default_rng(seed).choice(asked, calibration_samples, replace=False)] = True
     parts = pool[drawn], pool[~drawn], held[:validation_samples]
+    if calibration == RANDOM:
+        tokens = np.random.default_rng(seed).integers(len(tokenizer), size=parts[0].shape, dtype=parts[0].dtype)
+        parts = tokens, *parts[1:]
+    elif calibration is not None:
+        found = _tokens(_source("corpus.calibration", calibration), tokenizer, step * calibration_samples, seen)
+        windows = _windows(found, sequence_length, bos)[:calibration_samples]
+        if len(windows) < calibration_samples:
+            raise ValueError(
+                f"corpus.calibration: {calibration!r} has, outside validation, {len(windows)} windows of "
+                f"{sequence_length} tokens and {calibration_samples} were asked; valid: a longer text, or a smaller "
+                "corpus.calibration_samples"
+            )
+        parts = windows, *parts[1:]
     return Corpus(*parts, id=_digest(*(f"{part.shape}".encode() + part.tobytes() for part in parts)))
 
 

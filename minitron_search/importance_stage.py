@@ -32,7 +32,7 @@ def measure_importance(prepared: Prepared, resolved: Precision) -> None:
     config, asked, teacher = prepared.config, prepared.config.importance, prepared.space.teacher
     began = time.monotonic()
     smallest = smallest_widths(config.space.axes, teacher) if asked.rounds > 1 else teacher
-    windows = prepared.corpus.calibration
+    windows = calibration_windows(prepared)
     content = hashlib.sha256(np.ascontiguousarray(windows).tobytes()).hexdigest()
     settings = [asked.model_dump(), importance_seed(config), resolved, smallest.to_dict()]
     key = digest([FORMULA, torch.__version__, prepared.teacher_fingerprint, content, list(windows.shape), *settings])
@@ -51,6 +51,15 @@ def measure_importance(prepared: Prepared, resolved: Precision) -> None:
     temporary.rename(prepared.run.importance)
     prepared.run.event("importance_finished", seconds=time.monotonic() - began)
     say(f"importance: {time.monotonic() - began:.0f} s")
+
+
+def calibration_windows(prepared: Prepared) -> np.ndarray:
+    """Those that importance is measured on: (samples, length)."""
+    windows, asked = prepared.corpus.calibration, prepared.config.importance.samples
+    if asked is None:
+        return windows
+    drawn = np.random.default_rng(importance_seed(prepared.config)).choice(len(windows), asked, replace=False)
+    return windows[np.sort(drawn)]
 
 
 def _measured(

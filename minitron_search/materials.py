@@ -51,7 +51,10 @@ def _materials(prepared: Prepared, resolved: Precision) -> tuple[Materials, dict
     depot = prepared.run.depot
     found = Importance.load(prepared.run.importance)
     rankings = found.rankings(prepared.space.teacher.num_key_value_heads)
-    key = digest([prepared.teacher_fingerprint, importance_id(prepared.run)])
+    order = importance_id(prepared.run)
+    if distillation.initialization == "merged":  # layers add up element by element, as the teacher has them
+        rankings, order = Rankings.identity(prepared.teacher_config), "as it is"
+    key = digest([prepared.teacher_fingerprint, order])
     folder, teacher = cache_folder() / "permuted" / key, prepared.teacher_folder
     if found.rotation is not None:
         teacher = on_all_cpus(depot, rotate_teacher, teacher, found.rotation, folder / "rotated")
@@ -59,7 +62,7 @@ def _materials(prepared: Prepared, resolved: Precision) -> tuple[Materials, dict
     corrected = correction(config) if config.teacher.correction.parallel else None
     if prepared.other is not None:
         alike = lines_up(prepared.other.config, prepared.teacher_config)
-        key = digest([prepared.other.fingerprint, importance_id(prepared.run) if alike else "as it is"])
+        key = digest([prepared.other.fingerprint, order if alike else "as it is"])
         folder, teacher = folder.with_name(key), prepared.other.folder
         if alike and found.rotation is not None:
             teacher = on_all_cpus(depot, rotate_teacher, teacher, found.rotation, folder / "rotated")

@@ -131,7 +131,8 @@ def prepare(config: Config, resume: bool) -> Prepared:
         calibration_samples=config.corpus.calibration_samples,
         validation_samples=config.corpus.validation_samples,
         train_tokens=max(config.search.rungs[-1], config.retraining.tokens, corrected) if trains else 0,
-        seed=importance_seed(config),
+        seed=config.seed if config.importance.samples else importance_seed(config),
+        calibration=config.corpus.calibration,
     )
     _check_teacher_cache(config, teacher, corpus)
     return Prepared(

@@ -63,7 +63,9 @@ class Ruling(ASHAScheduler):
         return TrialScheduler.CONTINUE
 
     def _passes(self, trial: Trial, result: dict[str, Any]) -> bool:
-        if self.search.is_extra(trial):
+        asked = self.search.config.search
+        alone = asked.trials == 1 and asked.tokens == "auto"  # its seeds are compared with nobody
+        if self.search.is_extra(trial) or alone:
             return True
         if self.search.config.search.scheduler == "halving":
             return False

@@ -13,7 +13,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -24,17 +25,31 @@ import tyro  # noqa: E402
 
 from minitron_search import cluster, evaluation, retraining  # noqa: E402
 from minitron_search import config as configuration  # noqa: E402
+from minitron_search.ablation import checked, is_ablation  # noqa: E402
+from minitron_search.ablation import load as load_ablation  # noqa: E402
+from minitron_search.ablation_run import dry_run as dry_run_ablation  # noqa: E402
+from minitron_search.ablation_run import prepare_ablation, run_ablation  # noqa: E402
 from minitron_search.architecture import Architecture  # noqa: E402
 from minitron_search.chance import refuse_at_chance  # noqa: E402
 from minitron_search.console import console, say  # noqa: E402
 from minitron_search.correction_stage import correct_teacher  # noqa: E402
+from minitron_search.depth import Cut, block  # noqa: E402
 from minitron_search.depth_recommendation import best_blocks  # noqa: E402
 from minitron_search.depth_stage import measure_depth  # noqa: E402
 from minitron_search.evidence import evidence  # noqa: E402
 from minitron_search.forecast import comparison, dry_run, intermediate_advice  # noqa: E402
 from minitron_search.forecast_stage import costs_of, write_forecast  # noqa: E402
-from minitron_search.importance_stage import measure_importance  # noqa: E402
+from minitron_search.importance import Importance  # noqa: E402
+from minitron_search.importance_stage import calibration_windows, measure_importance  # noqa: E402
 from minitron_search.latency_stage import held_here, hold_to_speed  # noqa: E402
+from minitron_search.layer_choice import (  # noqa: E402
+    least_block,
+    least_layers,
+    merged_away,
+    read_merges,
+    write_merges,
+)
+from minitron_search.layer_merge import collapsed  # noqa: E402
 from minitron_search.loop_settings import Precision  # noqa: E402
 from minitron_search.materials import make_materials  # noqa: E402
 from minitron_search.memory import release_memory  # noqa: E402
@@ -82,6 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
         if getattr(options, name) is not None:
             overrides += [f"--{name}", getattr(options, name)]
     try:
+        if is_ablation(options.config):
+            return ablate(options, overrides)
         config = configuration.load(options.config, overrides)
         if options.dry_run:
             _, space = check(config, options.resume)
@@ -110,12 +127,36 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(prepared: Prepared) -> None:
-    """The pipeline. Each stage reads what those before it left in the run directory."""
+def ablate(options: Options, overrides: list[str]) -> int:
+    """As `main`, of a YAML with arms: each is a run of its own. Raises what is wrong before anything is written."""
+    assert options.config
+    ablation = load_ablation(options.config, overrides)
+    if options.dry_run:
+        dry_run_ablation(ablation, checked(ablation, options.resume), console)
+        return 0
+    prepared = prepare_ablation(ablation, options.resume)
+    again = f"continue with --output {ablation.output} --resume"
+    try:
+        failed = run_ablation(ablation, prepared, lambda arm: run(arm, foretold=False))
+        from analysis.ablation_report import write_ablation_report  # reads run directories only, as below
+
+        say(f"report: {write_ablation_report(ablation.output)}")
+    except cluster.UnfitError as error:
+        return complain(error, 2)
+    except KeyboardInterrupt:
+        return complain(f"interrupted; every finished row is kept; {again}", 130)
+    except (ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
+        return complain(f"{error}\n{again}", 1)
+    return complain(f"failed: {', '.join(failed)}; {again}", 1) if failed else 0
+
+
+def run(prepared: Prepared, foretold: bool = True) -> None:
+    """The pipeline. Each stage reads what those before it left in the run directory. Where it is not to be `foretold`,
+    no forecast is measured."""
     config, run = prepared.config, prepared.run
     began = time.monotonic()
     try:
-        stages(prepared)
+        stages(prepared, foretold)
     except (ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
         if run.config.exists():
             run.event("run_failed", message=str(error).strip().splitlines()[-1])
@@ -137,7 +178,7 @@ def begin_run(prepared: Prepared) -> None:
     shutil.rmtree(run.scratch, ignore_errors=True)  # of a run that was killed
 
 
-def stages(prepared: Prepared) -> None:
+def stages(prepared: Prepared, foretold: bool = True) -> None:
     config, run = prepared.config, prepared.run
     if not set(config.stages) & {"importance", "depth", "search", "retrain"}:
         begin_run(prepared)
@@ -149,7 +190,7 @@ def stages(prepared: Prepared) -> None:
             prepared, speeds = hold_to_speed(prepared, resolved)
             begin_run(prepared)
             with cluster.watched(run, say):
-                compute(prepared, resolved, speeds)
+                compute(prepared, resolved, speeds, foretold)
     if "report" in config.stages:
         from analysis.report import write_report  # reads the run directory only; Plotly is not needed before
 
@@ -157,14 +198,15 @@ def stages(prepared: Prepared) -> None:
         say(f"report: {write_report(run)}")
 
 
-def compute(prepared: Prepared, resolved: Precision, speeds: dict[str, Any]) -> None:
+def compute(prepared: Prepared, resolved: Precision, speeds: dict[str, Any], foretold: bool) -> None:
     """The stages that Ray runs. `speeds`: what was measured for budgets on speed."""
     config, run = prepared.config, prepared.run
     run.write_environment({**environment(prepared), "precision": resolved})
     if speeds and not run.latency.exists():
         run.write_latency(speeds)
         run.event("latency_measured", seconds=speeds["seconds"], on=speeds["on"])
-    write_forecast(prepared, resolved)
+    if foretold:
+        write_forecast(prepared, resolved)
     if correction_tokens(config):
         with stage(run, "correction"):
             prepared = correct_teacher(prepared, resolved)
@@ -187,15 +229,14 @@ def search_and_retrain(prepared: Prepared, resolved: Precision) -> None:
     settings = distillation_settings(config, resolved)
     resources = config.resources
     teacher = make_trial(space, space.teacher, "teacher", config, untrained(settings))
+    seeds = layer_seeds(prepared)
     with stage(run, "teacher"):
-        materials = ray.put(make_materials(prepared, resolved))
+        materials = ray.put(replace(make_materials(prepared, resolved), merges=read_merges(run)))
         begin(run, [teacher])
         on_all_cpus(run.depot, retraining.score_now, materials, teacher)
     refuse_at_chance(run, teacher.id, config.search.objectives)
 
-    drop_block = config.space.axes.drop_block
-    if drop_block and drop_block.seeds == "sweep":
-        space.anchors += space.largest_without(best_blocks(run.read_depth_recommendation(), config.search.ranks_by))
+    space.anchors += space.largest_without(seeds)
     search = Search(run, config, space, settings)
 
     def computed(name: str) -> dict[str, float]:
@@ -219,6 +260,24 @@ def search_and_retrain(prepared: Prepared, resolved: Precision) -> None:
         if config.evaluation.tasks:
             with stage(run, "evaluation"):
                 evaluate_all(prepared, len(best))
+
+
+def layer_seeds(prepared: Prepared) -> list[Cut]:
+    """The layers that `space.axes.drop_block.seeds` says to drop first, of every length."""
+    config, run, asked = prepared.config, prepared.run, prepared.config.space.axes.drop_block
+    lengths = [length for length in asked.lengths if length] if asked else []
+    if asked is None or asked.seeds == "none":
+        return []
+    if asked.seeds == "sweep":
+        blocks = best_blocks(run.read_depth_recommendation(), config.search.ranks_by)
+        return [block(start, length) for length, start in blocks.items()]
+    if asked.seeds == "laco":
+        windows = calibration_windows(prepared)
+        collapse = partial(on_all_cpus, run.depot, collapsed, prepared.teacher_folder, windows, lengths)
+        write_merges(run, [prepared.teacher_fingerprint, windows.tolist(), lengths], collapse)
+        return merged_away(read_merges(run), prepared.teacher_config.num_hidden_layers)
+    choose = least_block if asked.seeds == "bi" else least_layers
+    return choose(Importance.load(run.importance).block_bi, lengths)
 
 
 def retrain(prepared: Prepared, search: Search, architecture: Architecture, rank: int, materials: Any) -> None:

@@ -6,8 +6,8 @@ the budget, times every place its dropped block may start. A proposal is always 
 
 import copy
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -139,15 +139,17 @@ class SearchSpace:
         return {name: IntDistribution(int(seen[0]), int(seen[-1])) for name, seen in columns.items() if len(seen) > 1}
 
     def coordinates(self, architecture: Architecture) -> dict[str, int]:
-        """Of `COORDINATES`, those that the architecture has: a block that is not there starts nowhere."""
-        start, length = architecture.dropped_block(self.teacher.num_hidden_layers)
+        """Of `COORDINATES`, those that the architecture has: a block that is not there starts nowhere, and neither do
+        layers that are no block."""
+        block = architecture.dropped_block(self.teacher.num_hidden_layers)
+        length = self.teacher.num_hidden_layers - architecture.num_hidden_layers
         return {
             "hidden_size": architecture.hidden_size,
             "intermediate_size": architecture.intermediate_size,
             "num_attention_heads": architecture.num_attention_heads,
             "num_key_value_heads": architecture.num_key_value_heads,
             "drop_block_length": length,
-            **({"drop_block_start": start} if length else {}),
+            **({"drop_block_start": block[0]} if block and length else {}),
         }
 
     def nearest(self, coordinates: Mapping[str, int], taken: Collection[str]) -> Architecture | None:
@@ -184,14 +186,17 @@ class SearchSpace:
         free = [row for row in range(len(self.points)) if self._id(row) not in taken]
         return self.architecture(self.points[free[generator.integers(len(free))]].tolist()) if free else None
 
-    def largest_without(self, blocks: Mapping[int, int]) -> tuple[Architecture, ...]:
-        """For each block, length -> start, the legal architecture of most parameters that drops it, if any does."""
-        params = np.asarray(self._measures(self.points[:, :5]).params)
+    def largest_without(self, cuts: Iterable[Collection[int]]) -> tuple[Architecture, ...]:
+        """For each cut, the teacher's layers to drop, the legal architecture of most parameters that drops as many,
+        without those, if there is one."""
+        params = np.asarray(self._measures(self.shapes).params)
         found = []
-        for length, start in sorted(blocks.items()):
-            legal = np.flatnonzero((self.points[:, 4] == length) & (self.points[:, 5] == start))
+        for cut in sorted(map(sorted, cuts), key=len):
+            legal = np.flatnonzero(self.shapes[:, 4] == len(cut))
             if len(legal):
-                found.append(self.architecture(self.points[legal[params[legal].argmax()]].tolist()))
+                shape = self.architecture(self.shapes[legal[params[legal].argmax()]].tolist())
+                kept = tuple(layer for layer in range(self.teacher.num_hidden_layers) if layer not in cut)
+                found.append(replace(shape, layers=kept))
         return tuple(found)
 
     def measures(self, architecture: Architecture) -> Measures:

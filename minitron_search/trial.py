@@ -22,7 +22,7 @@ class Trial:
     initialization: str
     settings: LoopSettings
     score_precision: Precision
-    counts: dict[str, int]
+    counts: dict[str, int | None]
 
     @property
     def id(self) -> str:

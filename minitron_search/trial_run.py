@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ from minitron_search.correction_settings import Correction, method_of
 from minitron_search.distillation import Milestone
 from minitron_search.distillation_loss import OutputHead
 from minitron_search.intermediate_loss import state_map
+from minitron_search.layer_choice import merges_of
+from minitron_search.layer_merge import Merged, merged_model
 from minitron_search.loop_settings import LoopSettings, Precision
 from minitron_search.precision import device, on_device
 from minitron_search.rankings import Rankings
@@ -27,7 +29,7 @@ from minitron_search.teacher_cache import CacheReader
 from minitron_search.teacher_source import Teacher, cached_teacher, live_teacher
 from minitron_search.training_log import DivergedError
 from minitron_search.trial import Trial
-from minitron_search.trimming import load_head, load_teacher, random_student, trim
+from minitron_search.trimming import load_head, load_teacher, random_student, reader, trim
 from minitron_search.views import as_views
 from minitron_search.winogrande import PackedOptions
 
@@ -40,7 +42,8 @@ class Materials:
     same in the dtype of the products, which nobody then converts for itself. `train_cache` and `validation_cache`
     are teacher caches of the windows beside them; None for a train cache means that the teacher is asked live.
     Where another model teaches than the one that is pruned, or the same one corrected, `compute_folder` and the caches
-    are that model's. `parallel`: how it is corrected meanwhile, from the weights in `parallel_folder`.
+    are that model's. `parallel`: how it is corrected meanwhile, from the weights in `parallel_folder`. `merges`: LaCo's
+    stacks of layers, which students of initialization `merged` start with.
     """
 
     run: RunDirectory
@@ -55,6 +58,7 @@ class Materials:
     precision: Precision
     parallel: Correction | None = None
     parallel_folder: Path | None = None
+    merges: Sequence[Merged] = ()
 
     def here(self) -> "Materials":
         """Itself, once all of its folders are on this node."""
@@ -178,13 +182,18 @@ def wait_for_decision(run: RunDirectory, trial: str, rung: int) -> bool:
 
 
 def initial_student(materials: Materials, trial: Trial, *, trains: bool = True) -> PreTrainedModel:
-    """Figure 6's starting points: pruned by importance, pruned at random, or random weights. A trial that corrects the
-    teacher starts with the teacher itself. One that does not train is not to be written to."""
+    """Figure 6's starting points: pruned by importance, pruned at random, or random weights; or layers merged by LaCo.
+    A trial that corrects the teacher starts with the teacher itself. One that does not train is not to be written
+    to."""
+    folder = materials.teacher_folder
     if method := method_of(trial.initialization):
         return trainable(float32_of(materials.teacher_folder), method, trial.seed)
     if trial.initialization == "random":
         config = AutoConfig.from_pretrained(materials.teacher_folder)
         return random_student(config, trial.architecture, trial.seed)
+    if trial.initialization == "merged":
+        merged, config = merges_of(materials.merges, trial.architecture.layers), AutoConfig.from_pretrained(folder)
+        return merged_model(reader(folder), config, trial.architecture, merged)
     rankings = None
     if trial.initialization == "random_pruned":
         rankings = Rankings.random(AutoConfig.from_pretrained(materials.teacher_folder), trial.seed)
@@ -254,11 +263,12 @@ def score_student(materials: Materials, student: PreTrainedModel, trial: Trial) 
 
 
 def columns_of(materials: Materials, student: PreTrainedModel, trial: Trial, scored: Scored) -> dict[str, Any]:
-    """The columns of `Score`, `bi` (the teacher's block importance of the block this architecture drops) and
-    `tokens_per_second` of a forward pass in the run's own precision, whatever the score's."""
-    start, length = trial.architecture.dropped_block(len(materials.block_bi) - 1)
+    """The columns of `Score`, `bi` (the teacher's block importance of the block this architecture drops, None where
+    what it drops is no block) and `tokens_per_second` of a forward pass in the run's own precision, whatever the
+    score's."""
+    block = trial.architecture.dropped_block(len(materials.block_bi) - 1)
     return {
         **asdict(scored.score),
-        "bi": float(materials.block_bi[start, start + length]),
+        "bi": None if block is None else float(materials.block_bi[block[0], sum(block)]),
         "tokens_per_second": throughput(student, materials.validation, materials.precision),
     }

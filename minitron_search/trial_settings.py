@@ -113,10 +113,11 @@ def make_trial(
     )
 
 
-def counts(space: SearchSpace, architecture: Architecture) -> dict[str, int]:
-    """The columns of the table that an architecture has by itself: counts and axes."""
+def counts(space: SearchSpace, architecture: Architecture) -> dict[str, int | None]:
+    """The columns of the table that an architecture has by itself: counts and axes. Layers that are no block have no
+    start and no length."""
     measures = space.measures(architecture)
-    start, length = architecture.dropped_block(space.teacher.num_hidden_layers)
+    start, length = architecture.dropped_block(space.teacher.num_hidden_layers) or (None, None)
     return {
         "params": measures.params,
         "non_embedding_params": measures.non_embedding_params,

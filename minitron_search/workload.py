@@ -239,7 +239,7 @@ def option_tokens(asked: WinograndeConfig) -> int:
 
 def _importance(costs: Costs) -> Work:
     asked = costs.config.importance
-    tokens = asked.rounds * costs.config.corpus.calibration_samples * costs.length
+    tokens = asked.rounds * (asked.samples or costs.config.corpus.calibration_samples) * costs.length
     pruned = costs.student(costs.space.teacher)
     body = pruned - 2 * costs.space.teacher.hidden_size * costs.space.config.vocab_size
     return Work(tokens, forward=tokens * (body + (3 * pruned if asked.method == "taylor" else 0)))

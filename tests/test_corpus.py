@@ -297,3 +297,23 @@ def test_the_teachers_loss_on_wikitext_is_the_reference_one(monkeypatch):
         logits = AutoModelForCausalLM.from_pretrained(teacher_folder("smollm2-135m"))(tokens).logits[:, :-1]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     assert loss.item() == pytest.approx(3.214261, abs=2e-5)
+
+
+def test_another_calibration_text_changes_no_window_that_is_trained_on_or_scored(tokenizer, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [prose(40, seed) for seed in range(20)])
+    # validation holds the beginning of the first
+    write_jsonl(tmp_path / "b.jsonl", [prose(40, 0), *(prose(40, seed) for seed in range(50, 60))])
+    plain = load("a.jsonl", "a.jsonl", tokenizer)
+    other, noise, again = (
+        load("a.jsonl", "a.jsonl", tokenizer, calibration=source) for source in ("b.jsonl", "random", "random")
+    )
+    for changed in (other, noise):
+        assert (changed.train == plain.train).all() and (changed.validation == plain.validation).all()
+        assert changed.calibration.shape == plain.calibration.shape and changed.calibration.dtype == np.int32
+        assert not rows(changed.calibration) & rows(plain.calibration) and changed.id != plain.id
+    text = tokenizer.decode(other.calibration.ravel()[:20])
+    assert text.strip() in prose(40, 50), "validation's own text is left out"
+    assert (noise.calibration == again.calibration).all() and noise.id == again.id
+    write_jsonl(tmp_path / "short.jsonl", [prose(9, 70)])
+    with pytest.raises(ValueError, match="corpus.calibration: 'short.jsonl' has, outside validation, .* 3 were asked"):
+        load("a.jsonl", "a.jsonl", tokenizer, calibration="short.jsonl")

@@ -107,6 +107,6 @@ def test_a_seed_is_the_largest_legal_architecture_without_the_block() -> None:
     axes = {"intermediate_size": {"choices": [10, 20]}, "drop_block": {"lengths": [0, 1, 2]}}
     budget = {"params": {"target": 8_000, "tolerance": 0.5}}
     space = SearchSpace(parse({"space": {"axes": axes, "budget": budget}}).space, teacher)
-    seeds = space.largest_without({2: 1, 1: 3, 3: 0})  # length 3 is not in the space
+    seeds = space.largest_without([(1, 2), (3,), (0, 1, 2)])  # length 3 is not in the space
     assert [seed.layers for seed in seeds] == [(0, 1, 2), (0, 3)]
     assert all(seed.intermediate_size == 20 and seed in list(space.architectures()) for seed in seeds)

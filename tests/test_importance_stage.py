@@ -15,7 +15,7 @@ from minitron_search.architecture import parameter_count
 from minitron_search.families import sizes, weights
 from minitron_search.folders import cache_folder
 from minitron_search.importance import Importance, measure
-from minitron_search.importance_stage import PART, measure_importance
+from minitron_search.importance_stage import PART, calibration_windows, measure_importance
 from minitron_search.materials import make_materials
 from minitron_search.preparation import Prepared, prepare
 from minitron_search.trimming import trim
@@ -128,3 +128,15 @@ def test_rounds_compose_an_order_of_the_searched_axes(prepared: Callable[..., Pr
     assert [path.suffix for path in cache.iterdir()] == [".safetensors"]  # the trims in between are gone
     made = make_materials(ready, "float32")
     trim(made.teacher_folder, ready.space.smallest_and_largest()[0])
+
+
+def test_samples_are_drawn_by_seed_and_leave_the_text_as_it_is(prepared: Callable[..., Prepared]) -> None:
+    whole, one, other = (prepared(str(n), **asked) for n, asked in enumerate(
+        ({}, {"samples": 5, "seed": 1}, {"samples": 5, "seed": 2})))  # fmt: skip
+    assert calibration_windows(whole) is whole.corpus.calibration
+    assert whole.corpus.id == one.corpus.id == other.corpus.id
+    drawn = [{tuple(row) for row in calibration_windows(ready).tolist()} for ready in (one, other)]
+    assert len(drawn[0]) == len(drawn[1]) == 5 and drawn[0] != drawn[1]
+    assert all(rows <= {tuple(row) for row in whole.corpus.calibration.tolist()} for rows in drawn)
+    with pytest.raises(ValueError, match="importance.samples: 99 of corpus.calibration_samples 16; valid: at most 16"):
+        prepared("more", samples=99)

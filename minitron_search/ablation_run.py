@@ -1,0 +1,172 @@
+"""An ablation's arms, one after another in one Ray: each an ordinary run, whose caches the next one finds."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from minitron_search import cluster
+from minitron_search import config as configuration
+from minitron_search.ablation import BEFORE, Ablation, check_arm, check_text, checked
+from minitron_search.ablation_evidence import differences, read_arms, shown, write_differences
+from minitron_search.calibration import measure, stated
+from minitron_search.config import Config
+from minitron_search.console import console, say
+from minitron_search.forecast import fitting, forecast, teaching_config, this_machine, total
+from minitron_search.memory import release_memory
+from minitron_search.precision import resolve
+from minitron_search.preparation import Prepared, prepare
+from minitron_search.run_directory import RunDirectory, replace_text
+from minitron_search.search_space import SearchSpace
+from minitron_search.workload import Costs, option_tokens
+
+FILE = "ablation.json"
+
+
+def prepare_ablation(ablation: Ablation, resume: bool) -> dict[str, Prepared]:
+    """Every run that does not wait for another, by its folder in the output; those that have ended are left out.
+
+    Raises ValueError, naming the arm, for what is wrong with any.
+    """
+    _check_output(ablation, resume)
+    prepared: dict[str, Prepared] = {}
+    for place, (config, _) in checked(ablation, resume).items():
+        say(f"preparing {place}")
+        prepared[place] = _prepared(ablation, place, config, resume, prepared)
+        release_memory()
+    return {place: each for place, each in prepared.items() if not _ended(each.run)}
+
+
+def run_ablation(ablation: Ablation, prepared: dict[str, Prepared], run: Callable[[Prepared], None]) -> list[str]:
+    """Run what is left, by `run`, and write what the arms are worth. Returns the arms that failed.
+
+    Raises what `run` raises for a run that others wait for.
+    """
+    about, root = ablation.about(), ablation.output
+    root.mkdir(parents=True, exist_ok=True)
+    replace_text(root / FILE, json.dumps(about, indent=1))
+    failed = []
+    with cluster.joined():
+        for name in ablation.before:
+            if (place := f"{BEFORE}/{name}") in prepared:
+                say(f"{place}: made first")
+                run(prepared[place])
+                _drop_checkpoints(prepared[place].run)
+        for number, arm in enumerate(ablation.changes, 1):
+            if _ended(RunDirectory(root / arm)):
+                continue
+            say(f"arm {number} of {len(ablation.changes)}, {arm}: {_said(ablation.changes[arm])}")
+            try:
+                if arm not in prepared:
+                    config, _ = check_arm(ablation, arm, resume=True)
+                    prepared[arm] = _prepared(ablation, arm, config, True, prepared)
+                scored = [RunDirectory(root / other) for other in ablation.changes if other != arm]
+                _take_teacher_scores(prepared[arm], [other for other in scored if _ended(other)])
+                run(prepared[arm])
+                _drop_checkpoints(prepared[arm].run)
+            except cluster.UnfitError:
+                raise
+            except (ValueError, RuntimeError) as error:  # the other arms are worth having
+                say(f"arm {arm} failed: {error}")
+                failed.append(arm)
+            release_memory()
+    rows, scores = read_arms(root, about["arms"])
+    found = differences(rows, scores, ablation.baseline)
+    write_differences(root, found)
+    console.print(shown(about, rows, found))
+    return failed
+
+
+def dry_run(ablation: Ablation, runs: dict[str, tuple[Config, SearchSpace]], out: Console) -> None:
+    """What every run would be and cost, from one measurement of the first."""
+    about = ablation.about()
+    out.print(yaml.safe_dump({**about, "changes": ablation.changes}, sort_keys=False).rstrip(), markup=False)
+    table = Table(title="forecast", box=SIMPLE_HEAD)
+    for name in ("", "architecture", "parameters", "tokens", "FLOPs", "hours"):
+        table.add_column(name, justify="right" if name not in ("", "architecture") else "left")
+    speed, machine, hours = None, this_machine(), 0.0
+    for place, (config, space) in runs.items():
+        precision, teaching = resolve(config.precision), teaching_config(config, space)
+        costs = Costs(config, space, teaching, precision, option_tokens(config.winogrande))
+        at_once = fitting(config, machine) * config.resources.workers_per_trial
+        speed = speed or stated(config) or measure(config, costs, teaching.hidden_size, precision, at_once)
+        cost = total(forecast(costs, speed, machine))
+        shape, block = (space.anchors or (space.typical(),))[0], config.space.axes.drop_block
+        which = f", {block.seeds}" if block and block.seeds != "none" else ""
+        hours += cost.seconds / 3600
+        table.add_row(place, f"{shape}{which}", f"{space.measures(shape).params:,}", f"{cost.tokens:,}",
+                      f"{cost.flops:.3g}", f"{cost.seconds / 3600:.2f}")  # fmt: skip
+    out.print(table)
+    for arm, changes in ablation.changes.items():
+        if ablation.waits(arm, changes):
+            out.print(f"{arm}: looked at once {BEFORE}/ is there", markup=False)
+    if speed:
+        out.print(f"{hours:.2f} hours, start-up of {len(runs)} runs apart; time: {speed.basis}", markup=False)
+
+
+def _prepared(
+    ablation: Ablation, place: str, config: Config, resume: bool, others: dict[str, Prepared]
+) -> Prepared:  # fmt: skip
+    made = prepare(config, resume and (Path(config.output) / "config.yaml").exists())
+    first = next((each for name, each in others.items() if name in ablation.changes), None)
+    if first is not None and place in ablation.changes:
+        check_text(place, ablation.changes[place], made, first)
+    return made
+
+
+def _check_output(ablation: Ablation, resume: bool) -> None:
+    root, file = ablation.output, ablation.output / FILE
+    if resume and not file.exists():
+        raise ValueError(f"output: {root} holds no ablation to continue; valid: the same command without --resume")
+    if not resume and root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise ValueError(f"output: {root} is not empty; valid: another folder, or --resume to continue the ablation "
+                         "that it holds")  # fmt: skip
+    if resume:
+        there, asked = json.loads(file.read_text()), json.loads(json.dumps(ablation.about()))
+        changed = [key for key in asked if asked[key] != there.get(key)]
+        if changed:
+            raise ValueError(f"output: {root} holds an ablation of another {', '.join(changed)}; valid: the same "
+                             "values, or another folder")  # fmt: skip
+
+
+def _ended(run: RunDirectory) -> bool:
+    return any(event["event"] == "run_finished" for event in run.events())
+
+
+def _take_teacher_scores(prepared: Prepared, ended: Sequence[RunDirectory]) -> None:
+    """The teacher's scores of an arm that had the same one, in the same order, at the same questions."""
+    run, config = prepared.run, prepared.config
+    same = [other for other in ended if _heard(configuration.parse(other.read_config())) == _heard(config)]
+    if not same or run.config.exists():
+        return
+    run.write_config(config.dump())
+    for trial in same[0].root.glob("trials/teacher-*"):
+        shutil.copytree(trial, run.trial(trial.name))
+
+
+def _heard(config: Config) -> dict[str, Any]:
+    """What of a configuration decides the teacher's scores: to a rounding, the order of its elements does too."""
+    given, distillation = config.dump(), config.distillation
+    decides = ("seed", "precision", "teacher", "corpus", "winogrande", "importance", "retraining")
+    order = given["space"] if config.importance.rounds > 1 else None
+    return {
+        **{key: given[key] for key in decides},
+        "order": ["as it is"] if distillation.initialization == "merged" else order,
+        "taught by": distillation.teacher,
+    }
+
+
+def _drop_checkpoints(run: RunDirectory) -> None:
+    """Of a run that has ended nothing goes on; a gigabyte a seed of the smallest teacher."""
+    for checkpoint in run.root.glob("trials/*/checkpoint"):
+        shutil.rmtree(checkpoint)
+
+
+def _said(changes: dict) -> str:
+    return yaml.safe_dump(changes, default_flow_style=True, width=10_000).strip() if changes else "as the others"
