@@ -76,6 +76,7 @@ def shown(about: Mapping[str, Any], rows: Mapping[str, Sequence[Row]], found: Se
         title=f"{about['question']}\nLM loss, nats per token, {len(about['seeds'])} seeds; (standard error over them) "
         f"in the last digits\n95% intervals of arm - {about['baseline']}; p after Holm's correction for the arms",
         box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),  # eight columns in the 120 of a job's log
     )
     at = [f"at {tokens:,}" for tokens in (0, about["tokens"])]
     for name in ("", "size", *at, "over windows", "p", "over seeds", "p"):
@@ -100,7 +101,8 @@ def _against(test: Mapping[str, Any]) -> tuple[str, str, str, str]:
         return "" if low is None or high is None else f"[{low:+.3f}, {high:+.3f}]"
 
     def p(value: float | None) -> str:
-        return "" if value is None else f"{value:.2g}{' *' if value < LEVEL else ''}"
+        shown = "" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
+        return f"{shown} *" if value is not None and value < LEVEL else shown
 
     return (f"{test['difference']:+.3f} {interval(test['low'], test['high'])}", p(test["p_holm"]),
             interval(test["seeds_low"], test["seeds_high"]), p(test["seeds_p_holm"]))  # fmt: skip

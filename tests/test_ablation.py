@@ -413,6 +413,10 @@ def test_the_table_says_who_differs_and_who_failed(runs: tuple[Path, dict[str, A
     rows, scores = read_arms(root, about["arms"])
     out = Console(width=200, record=True, file=open("/dev/null", "w"))
     out.print(shown(about, rows, differences(rows, scores, "base")))
+    narrow = Console(width=120, record=True, file=open("/dev/null", "w"))
+    long = {"a_name_of_twenty_three_l": rows["worse"], **rows}
+    narrow.print(shown({**about, "arms": list(long)}, long, differences(long, scores, "base")))
+    assert "\u2026" not in narrow.export_text(), "a job's log has 120 columns"
     lines = {line.split()[0]: line for line in out.export_text().splitlines() if line.split()}
     assert "failed" in lines["gone"] and "90.0M" in lines["base"] and "[" not in lines["base"]
     assert "*" in lines["worse"] and "*" not in lines["same"]
