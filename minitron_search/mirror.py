@@ -91,17 +91,17 @@ class Mirror:
 
     def push(self) -> None:
         """What has changed since the last call. Whole folders first: a row is not there before what it goes on from."""
-        if self.run.depot is None:  # else the node that makes one has put it there, and takes it away
-            self._push_whole_folders()
+        # none of a depot's: the node that makes one has put it there, and takes it away
+        folders = self._whole_folders() if self.run.depot is None else self._whole
+        self._push_folders(folders)
         for name, state in sorted(self._here().items()):
             if self._kept.get(name) != state:
                 self.put(self.run.root / name, name)
                 self._kept[name] = state
-        if self.run.depot is None:
-            self._remove_folders()
+        self._remove_all_but(folders)
 
-    def _push_whole_folders(self) -> None:
-        for folder in sorted(self._whole_folders() - self._whole):
+    def _push_folders(self, folders: set[PurePosixPath]) -> None:
+        for folder in sorted(folders - self._whole):
             try:
                 for file in sorted((self.run.root / folder).rglob("*")):
                     if file.is_file():
@@ -112,8 +112,8 @@ class Mirror:
                 stream.write(b"")
             self._whole.add(folder)
 
-    def _remove_folders(self) -> None:
-        for folder in sorted(self._whole - self._whole_folders()):
+    def _remove_all_but(self, folders: set[PurePosixPath]) -> None:
+        for folder in sorted(self._whole - folders):
             self.there.delete_file(self._at(self._marked(folder)))
             self.there.delete_dir(self._at(folder))
             self._whole.remove(folder)

@@ -55,6 +55,7 @@ def test_a_second_driver_goes_on_from_the_bucket_alone(tmp_path: Path, address: 
     there, base = FileSystem.from_uri(address)
     with there.open_input_file(f"{base}/trials.parquet") as file:
         table = pq.read_table(file).to_pylist()
+    assert not [row["message"] for row in table if row["message"]]
     assert [{key: value for key, value in row.items() if key not in TIMES} for row in table] == rows(unbroken)
 
     (tmp_path / "downloaded").mkdir()
