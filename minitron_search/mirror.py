@@ -114,8 +114,10 @@ class Mirror:
 
     def _remove_all_but(self, folders: set[PurePosixPath]) -> None:
         for folder in sorted(self._whole - folders):
-            self.there.delete_file(self._at(self._marked(folder)))
-            self.there.delete_dir(self._at(folder))
+            with suppress(FileNotFoundError):  # storage may have failed after it was removed
+                self.there.delete_file(self._at(self._marked(folder)))
+            with suppress(FileNotFoundError):
+                self.there.delete_dir(self._at(folder))
             self._whole.remove(folder)
             self._made = {made for made in self._made if folder not in (made, *made.parents)}
 

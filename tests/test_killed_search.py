@@ -7,9 +7,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.runs import Command, children, kill_child, rows, tiny_inputs
@@ -138,8 +140,22 @@ def test_kills_among_two_trials_at_once_lose_no_row(command: Command, unbroken: 
     """A trial's process and a train worker die as two trials train; then the driver."""
     output = command.folder / "two"
 
+    held: list[psutil.Process] = []
+
     def a_worker_and_a_trial(driver: "subprocess.Popen[str]") -> bool:
-        return len(in_steps(output, first=True)) == 2 and kill_child(driver, WORKER) and kill_child(driver, TRIAL)
+        """Whoever trains alone, for half a second, is held until another one does."""
+        training = in_steps(output, first=True)
+        killed = len(training) == 2 and kill_child(driver, WORKER) and kill_child(driver, TRIAL)
+        if len(training) == 1 and not held:
+            held.extend(children(driver, WORKER))
+            for process in held:
+                process.suspend()
+        elif held and len(training) != 1:
+            for process in held:
+                with suppress(psutil.NoSuchProcess):
+                    process.resume()
+            held.clear()
+        return bool(killed)
 
     process = command.start(output, *STAGES, *TWO)
     finished = kill_in_turn(process, output, a_worker_and_a_trial)

@@ -103,6 +103,20 @@ def test_a_checkpoint_that_was_replaced_is_gone_there_too(run: RunDirectory, the
     assert [mark.name for mark in there.rglob("trials/a/checkpoint/*.whole")] == ["step-00000016.whole"]
 
 
+@pytest.mark.parametrize("gone", ["step-00000008", "step-00000008.whole"])
+def test_what_is_half_removed_there_already_is_removed(run: RunDirectory, there: Path, gone: str) -> None:
+    fill(run)
+    kept = mirror(there, run)
+    kept.push()
+    checkpoint = there / "trials" / "a" / "checkpoint"
+    shutil.rmtree(checkpoint / gone, ignore_errors=True)
+    (checkpoint / gone).unlink(missing_ok=True)
+    shutil.rmtree(run.checkpoint("a") / "step-00000008")
+    kept.push()
+    assert not list(checkpoint.iterdir())
+    kept.push()
+
+
 def test_a_folder_that_is_not_whole_there_does_not_come_back(tmp_path: Path, run: RunDirectory, there: Path) -> None:
     fill(run)
     mirror(there, run).push()
