@@ -7,11 +7,9 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from tests.runs import Command, children, kill_child, rows, tiny_inputs
@@ -29,7 +27,7 @@ INLINE = ("--resources.launcher", "inline")
 def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
     folder = tmp_path_factory.mktemp("killed")
     configuration = tiny_inputs(folder)
-    configuration["search"] = {"trials": TRIALS, "rungs": [24 * 64, 48 * 64, 72 * 64], "reduction_factor": 2}
+    configuration["search"] = {"trials": TRIALS, "rungs": [96 * 64, 192 * 64, 288 * 64], "reduction_factor": 2}
     return Command(folder, configuration)
 
 
@@ -140,22 +138,8 @@ def test_kills_among_two_trials_at_once_lose_no_row(command: Command, unbroken: 
     """A trial's process and a train worker die as two trials train; then the driver."""
     output = command.folder / "two"
 
-    held: list[psutil.Process] = []
-
     def a_worker_and_a_trial(driver: "subprocess.Popen[str]") -> bool:
-        """Whoever trains alone, for half a second, is held until another one does."""
-        training = in_steps(output, first=True)
-        killed = len(training) == 2 and kill_child(driver, WORKER) and kill_child(driver, TRIAL)
-        if len(training) == 1 and not held:
-            held.extend(children(driver, WORKER))
-            for process in held:
-                process.suspend()
-        elif held and len(training) != 1:
-            for process in held:
-                with suppress(psutil.NoSuchProcess):
-                    process.resume()
-            held.clear()
-        return bool(killed)
+        return len(in_steps(output, first=True)) == 2 and kill_child(driver, WORKER) and kill_child(driver, TRIAL)
 
     process = command.start(output, *STAGES, *TWO)
     finished = kill_in_turn(process, output, a_worker_and_a_trial)
