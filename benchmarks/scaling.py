@@ -5,7 +5,7 @@
 Nodes are raylets of this machine (`ray.cluster_utils.Cluster`), `--slots` CPUs each; the head runs no trials, as in
 cluster.yaml. Everything but the work of a trial is real: proposals, Tune, a process a trial, rungs, rulings, tables,
 the study, and logs written through the actor of the driver's node, as by nodes that share no disk. A trial waits
-`--wait` seconds a rung. For every number of nodes:
+`--wait` seconds and has one rung: of several, a slot also waits for its rung's last trial. For every number of nodes:
 
     throughput        rungs a minute from the first trial of the second wave on, beside slots / wait
     driver CPU        seconds of the driver's processor time a rung, the same window
@@ -74,7 +74,7 @@ def asked(trials: int, slots: int) -> configuration.Config:
                      "intermediate_size": {"low": 64, "high": 256, "step": 16},
                      "num_attention_heads": {"choices": [3, 6]}, "drop_block": {"lengths": [0, 1, 2, 3]}},
         },
-        "search": {"trials": trials, "rungs": [64, 192], "sampler": "tpe", "concurrency": slots, "controls": False},
+        "search": {"trials": trials, "rungs": [64], "sampler": "tpe", "concurrency": slots, "controls": False},
         "resources": {"launcher": "inline"},
     })  # fmt: skip
 
