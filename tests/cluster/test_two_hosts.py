@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.hosts import missing
-from tests.cluster.two_hosts import POWER_CUTS, scenario
+from tests.cluster.two_hosts import scenario
 
 pytestmark = pytest.mark.slow
 
@@ -15,4 +15,4 @@ def test_a_search_on_two_hosts_survives_power_cuts(tmp_path: Path, capsys: pytes
         if reason := missing():
             print(f"\ntests/cluster: no search on two hosts: {reason}")
             pytest.skip(reason)
-        scenario(tmp_path / "hosts", "train", list(POWER_CUTS), "bucket", print)
+        scenario(tmp_path / "hosts", "inline", ["comes-back"], "folder", print)

@@ -233,7 +233,7 @@ def search(output: str, launcher: str) -> list[str]:
     shards = (
         ["--resources.strategy", "fsdp2"] if launcher == "train" else []
     )  # of the retraining: they are on both hosts
-    return [*module, "--output", output, "--resources.launcher", launcher, *shards]
+    return [*module, "--output", output, "--resources.launcher", launcher]
 
 
 def lines(log: Path) -> list[dict[str, Any]]:
