@@ -230,9 +230,6 @@ class Job:
 def search(output: str, launcher: str) -> list[str]:
     """The command."""
     module = ["python", "-m", "minitron_search.run", "--config", f"{SHARED}/search.yaml"]
-    shards = (
-        ["--resources.strategy", "fsdp2"] if launcher == "train" else []
-    )  # of the retraining: they are on both hosts
     return [*module, "--output", output, "--resources.launcher", launcher]
 
 
