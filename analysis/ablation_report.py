@@ -257,26 +257,35 @@ def by_tokens_plot(ablation: Ablation, table: pd.DataFrame) -> go.Figure:
         rows = table[table["arm"] == arm].sort_values("tokens")
         if rows.empty:
             continue
-        colour, dash = palette.series(place)
         low, high = rows[["low", "seeds_low"]].min(axis=1), rows[["high", "seeds_high"]].max(axis=1)
-        name = f.in_figure(arm)
-        figure.add_scatter(
-            x=[*rows["tokens"], *rows["tokens"][::-1]], y=[*high, *low[::-1]], fill="toself", mode="lines",
-            fillcolor=palette.faint(colour), line={"width": 0}, hoverinfo="skip", showlegend=False, legendgroup=name,
-        )  # fmt: skip
-        figure.add_scatter(
-            x=rows["tokens"], y=rows["difference"], mode="lines+markers", name=name, legendgroup=name,
-            line={"color": colour, "dash": dash, "width": 2.2}, marker={"color": colour, "size": 6}, hoverinfo="text",
-            hovertext=[
-                f"<b>{name}</b><br>{f.tokens(row['tokens'])} tokens<br>{differences.interval(row)} nats per token over "
-                f"{row['windows']} windows"
-                for row in rows.to_dict("records")
-            ],
-        )  # fmt: skip
+        hover = [
+            f"{differences.interval(row)} nats per token over {row['windows']} windows"
+            for row in rows.to_dict("records")
+        ]
+        _band(figure, place, arm, rows["tokens"], low, high)
+        _line(figure, place, arm, rows["tokens"], rows["difference"], hover)
     figure.add_hline(0, line_color=palette.INK, line_width=1)
     figure.update_xaxes(title_text="tokens a student has seen", tickformat="~s")
     figure.update_yaxes(title_text="LM loss minus the baseline’s<br>(nats per token)")
     return figure
+
+
+def _band(figure: go.Figure, place: int, arm: str, tokens: pd.Series, low: pd.Series, high: pd.Series) -> None:
+    """Of the arm in a `place`, faint, under its line."""
+    figure.add_scatter(
+        x=[*tokens, *tokens[::-1]], y=[*high, *low[::-1]], fill="toself", mode="lines", line={"width": 0},
+        fillcolor=palette.faint(palette.series(place)[0]), hoverinfo="skip", showlegend=False,
+        legendgroup=f.in_figure(arm),
+    )  # fmt: skip
+
+
+def _line(figure: go.Figure, place: int, arm: str, tokens: pd.Series, values: pd.Series, hover: list[str]) -> None:
+    (colour, dash), name = palette.series(place), f.in_figure(arm)
+    figure.add_scatter(
+        x=tokens, y=values, mode="lines+markers", name=name, legendgroup=name,
+        line={"color": colour, "dash": dash, "width": 2.2}, marker={"color": colour, "size": 6}, hoverinfo="text",
+        hovertext=[f"<b>{name}</b><br>{f.tokens(at)} tokens<br>{told}" for at, told in zip(tokens, hover, strict=True)],
+    )  # fmt: skip
 
 
 def curves_card(ablation: Ablation) -> Card:
@@ -290,23 +299,14 @@ def curves_card(ablation: Ablation) -> Card:
         if arm not in ablation.runs or not len(rows := students(ablation.runs[arm])):
             continue
         of = rows.groupby("tokens")["lm_loss"].agg(["mean", "min", "max", "count"]).reset_index()
-        colour, dash = palette.series(place)
-        name = f.in_figure(arm)
         if (of["count"] > 1).any():
-            figure.add_scatter(
-                x=[*of["tokens"], *of["tokens"][::-1]], y=[*of["max"], *of["min"][::-1]], fill="toself",
-                fillcolor=palette.faint(colour), line={"width": 0}, mode="lines", hoverinfo="skip", showlegend=False,
-                legendgroup=name,
-            )  # fmt: skip
-        figure.add_scatter(
-            x=of["tokens"], y=of["mean"], mode="lines+markers", name=name, legendgroup=name,
-            line={"color": colour, "dash": dash, "width": 2.2}, marker={"color": colour, "size": 6}, hoverinfo="text",
-            hovertext=[
-                f"<b>{name}</b><br>{f.tokens(row['tokens'])} tokens<br>LM loss {f.fixed(row['mean'], 4)} "
-                f"({f.fixed(row['min'], 4)} to {f.fixed(row['max'], 4)}, {f.plural(int(row['count']), 'seed')})"
-                for row in of.to_dict("records")
-            ],
-        )  # fmt: skip
+            _band(figure, place, arm, of["tokens"], of["min"], of["max"])
+        hover = [
+            f"LM loss {f.fixed(row['mean'], 4)} ({f.fixed(row['min'], 4)} to {f.fixed(row['max'], 4)}, "
+            f"{f.plural(int(row['count']), 'seed')})"
+            for row in of.to_dict("records")
+        ]
+        _line(figure, place, arm, of["tokens"], of["mean"], hover)
         data.append(of.assign(arm=arm))
     if not data:
         return Card(title, read, reason="No student has been scored yet.")

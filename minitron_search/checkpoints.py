@@ -62,11 +62,13 @@ def save(
     One that is there is left: it is of the same step of the same training, and in the moment between its end and
     that of its successor there would be none.
     """
+    if depot is not None and not depot.travels(folder):
+        depot = None
     together = _is_sharded(student)
     if agreed(folder.exists()) if together else folder.exists():
         return
     first = not together or dist.get_rank() == 0
-    makes = first or (depot is not None and depot.travels(folder) and leads_node())
+    makes = first or (depot is not None and leads_node())
     partial = folder.with_name(f".{folder.name}.partial")
     if makes:
         shutil.rmtree(partial, ignore_errors=True)
@@ -86,11 +88,11 @@ def save(
         (partial / "state.json").write_text(json.dumps(state, indent=1))
     if makes:
         os.rename(partial, folder)
-        if depot is not None and depot.travels(folder):
+        if depot is not None:
             depot.put_files(folder)
     if together:
         dist.barrier()
-    if first and depot is not None and depot.travels(folder):
+    if first and depot is not None:
         depot.mark(folder)
 
 
