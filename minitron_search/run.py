@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
@@ -158,8 +158,9 @@ def run(prepared: Prepared, foretold: bool = True) -> None:
     try:
         stages(prepared, foretold)
     except (ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
-        if run.config.exists():
-            run.event("run_failed", message=str(error).strip().splitlines()[-1])
+        with suppress(OSError):  # of a disk that is full the message is what stopped the run
+            if run.config.exists():
+                run.event("run_failed", message=str(error).strip().splitlines()[-1])
         raise
     shutil.rmtree(run.scratch, ignore_errors=True)
     disconnect(run)

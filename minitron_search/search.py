@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.error import TuneError
 from ray.tune.search import Searcher
 
 from minitron_search.architecture import Architecture
@@ -31,7 +32,7 @@ def run_search(
 ) -> list[Architecture]:
     """Run what is left of the search, `room()` trials at once; returns the promoted architectures, best first.
 
-    Raises KeyboardInterrupt after Ctrl-C, with every finished row kept.
+    Raises KeyboardInterrupt after Ctrl-C, with every finished row kept, and OSError where nothing can be written.
     """
     config, run = search.config, search.run
     study = LiveStudy(run.study, config.name, search.space, config.search.objectives)
@@ -63,8 +64,11 @@ def run_search(
                 verbose=0,
             ),
         )
-        with kept_actors():
-            tuner.fit()
+        try:
+            with kept_actors():
+                tuner.fit()
+        except TuneError as error:
+            raise _cause_of(error) from None
         free_groups()
         if not proposals.ended:
             raise KeyboardInterrupt  # Tune returns quietly when it is interrupted
@@ -187,6 +191,13 @@ class Bookkeeping(tune.Callback):
 
 def _id_of(trial: Any) -> str:
     return trial.config["trial"].id
+
+
+def _cause_of(error: BaseException) -> BaseException:
+    """What `Bookkeeping` died of: Tune raises it in errors of its own, whose messages are tracebacks."""
+    while isinstance(error, TuneError) and (inner := error.__cause__ or error.__context__):
+        error = inner
+    return error
 
 
 def _cause(trial: Any) -> str:

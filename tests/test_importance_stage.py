@@ -35,6 +35,7 @@ def prepared(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     for stage in (importance_stage, materials):
         monkeypatch.setattr(stage, "in_parts", lambda depot, function, parts, *arguments: function(parts, *arguments))
         monkeypatch.setattr(stage, "on_all_cpus", lambda depot, function, *arguments: function(*arguments))
+    monkeypatch.setattr(materials, "at_the_workshop", lambda depot, function, *arguments: function(*arguments))
 
     def made(name: str = "run", **importance: Any) -> Prepared:
         given = {
