@@ -12,6 +12,8 @@ from typing import Any
 
 import ray
 from ray._private.state import state  # the public API lists no draining nodes
+from ray.exceptions import RayTaskError
+from ray.train.v2.api.exceptions import WorkerGroupError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -97,6 +99,15 @@ def blind_node(folder: Path) -> str | None:
     if made:
         folder.rmdir()
     return blind[0] if blind else None
+
+
+def words_of(error: BaseException) -> str:
+    """What `error` has to tell. Where the system refused a task or a worker something, a full disk say, its words:
+    Ray's are a traceback, which is for faults of the program."""
+    inner = error
+    while isinstance(inner, (RayTaskError, WorkerGroupError)):
+        inner = inner.cause if isinstance(inner, RayTaskError) else next(iter(inner.worker_failures.values()))
+    return str(inner if isinstance(inner, OSError) else error)
 
 
 @contextmanager

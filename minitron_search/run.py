@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"interrupted; every finished row is kept. Continue with --output {config.output} --resume", 130
         )
     except (ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
-        return complain(f"{error}\n{config.output} keeps what is finished; --resume continues it", 1)
+        return complain(f"{cluster.words_of(error)}\n{config.output} keeps what is finished; --resume continues it", 1)
     return 0
 
 
@@ -146,7 +146,7 @@ def ablate(options: Options, overrides: list[str]) -> int:
     except KeyboardInterrupt:
         return complain(f"interrupted; every finished row is kept; {again}", 130)
     except (ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
-        return complain(f"{error}\n{again}", 1)
+        return complain(f"{cluster.words_of(error)}\n{again}", 1)
     return complain(f"failed: {', '.join(failed)}; {again}", 1) if failed else 0
 
 
@@ -160,7 +160,7 @@ def run(prepared: Prepared, foretold: bool = True) -> None:
     except (ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
         with suppress(OSError):  # of a disk that is full the message is what stopped the run
             if run.config.exists():
-                run.event("run_failed", message=str(error).strip().splitlines()[-1])
+                run.event("run_failed", message=cluster.words_of(error).strip().splitlines()[-1])
         raise
     shutil.rmtree(run.scratch, ignore_errors=True)
     disconnect(run)

@@ -1,6 +1,8 @@
 """Ray Tune runs what the search asks for, slot by slot; then the best are promoted."""
 
+import errno
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +26,7 @@ from minitron_search.worker_group import close_groups, free_groups, make_room
 from minitron_search.workload import search_phases
 
 TRIAL_RESTARTS = 1  # of a trial whose process died
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or a user's share of it
 TRIAL_MEMORY = 300 * 2**20  # a Tune trial that only waits for its workers asks for memory, not for a CPU
 
 
@@ -155,6 +158,8 @@ class Bookkeeping(tune.Callback):
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         ours: Trial = trial.config["trial"]
         message = _cause(trial)
+        if any(os.strerror(full) in message for full in FULL):  # no fault of the trial's: it would fail, and others too
+            raise OSError(f"{message}; {ours.id} could not go on")
         self.search.run.event("trial_restarted", trial=ours.id, message=message)
         self.progress(f"{self._place(ours)} is started again: {message}")
 

@@ -1,7 +1,7 @@
 """A search on two hosts of one's own, brought up as a user brings them up, one of which loses power on the way.
 
     python -m tests.cluster.two_hosts [--launcher train | inline] [--power-cuts stays-away comes-back]
-                                      [--storage folder | bucket] [--folder DIR]
+                                      [--storage folder | bucket] [--strategy ddp | fsdp2] [--folder DIR]
 
 On a laptop and two hosts, which are namespaces of this machine (see `hosts`):
 
@@ -15,7 +15,7 @@ On a laptop and two hosts, which are namespaces of this machine (see `hosts`):
 
 and the same search on the laptop, without a cluster: it has the same rows, number by number. Caches are on each host's
 own disk; the run is in a folder that both mount, or in a bucket (moto's server, on the laptop) and then on no shared
-disk at all. The winner is retrained on all hosts there are by then, together.
+disk at all. The winner is retrained on all hosts there are by then, together: whole on each, or a share of it.
 
 What differs from two real hosts: of the project's file the addresses, user and key are filled in, and each host says it
 has one CPU; installing the environment twice would take minutes, so each finds it installed (this machine's, read-only)
@@ -181,7 +181,7 @@ class Job:
     """A search, submitted from the laptop: what it prints is in `log`. `output`: its run directory, or the working copy
     of one in a bucket, on the head's disk."""
 
-    def __init__(self, cluster: Cluster, name: str, launcher: str, folder: str = SHARED):
+    def __init__(self, cluster: Cluster, name: str, flags: list[str], folder: str = SHARED):
         self.cluster, self.name, self.log = cluster, name, cluster.folder / f"{name}.log"
         address = f"{folder}/{name}"
         if is_uri(folder):  # moto refuses the delayed way of pyarrow's to open a stream otherwise
@@ -192,7 +192,7 @@ class Job:
             self.output = cluster.shared / name
         submit = ["ray", "job", "submit", "--address", DASHBOARD, "--working-dir", ".", "--"]
         self.process = cluster.laptop.start(
-            *cluster.typed(*submit, *search(address, launcher)), log=self.log, PYTHONUNBUFFERED="1", **LAPTOP_S
+            *cluster.typed(*submit, *search(address, flags)), log=self.log, PYTHONUNBUFFERED="1", **LAPTOP_S
         )
 
     def until(self, what: str, happened: Callable[[], Any], seconds: float) -> Any:
@@ -227,10 +227,9 @@ class Job:
         return None
 
 
-def search(output: str, launcher: str) -> list[str]:
+def search(output: str, flags: list[str]) -> list[str]:
     """The command."""
-    module = ["python", "-m", "minitron_search.run", "--config", f"{SHARED}/search.yaml"]
-    return [*module, "--output", output, "--resources.launcher", launcher]
+    return ["python", "-m", "minitron_search.run", "--config", f"{SHARED}/search.yaml", "--output", output, *flags]
 
 
 def lines(log: Path) -> list[dict[str, Any]]:
@@ -266,7 +265,7 @@ def told_of(told: Callable[[str], None], what: str, line: str) -> None:
 def alone(cluster: Cluster) -> list[dict[str, Any]]:
     """The rows of the same search on the laptop, without a cluster."""
     cluster.laptop.run(
-        *cluster.typed(*search(f"{SHARED}/alone", "inline")), timeout=END_S,
+        *cluster.typed(*search(f"{SHARED}/alone", ["--resources.launcher", "inline"])), timeout=END_S,
         RAY_OVERRIDE_RESOURCES='{"CPU": 1}',  # how many threads compute the importance decides how it is rounded
         OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", MINITRON_SEARCH_CACHE="/root/cache",
     )  # fmt: skip
@@ -274,11 +273,12 @@ def alone(cluster: Cluster) -> list[dict[str, Any]]:
 
 
 def search_through_a_power_cut(
-    cluster: Cluster, launcher: str, power_cut: str, folder: str, say: Callable[[str], None]
+    cluster: Cluster, launcher: str, strategy: str, power_cut: str, folder: str, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Its rows; no finished one is lost or computed again."""
     worker, comes_back = address(WORKER), power_cut == "comes-back"
-    job = Job(cluster, f"{launcher}-{power_cut}", launcher, folder)
+    flags = ["--resources.launcher", launcher, "--resources.strategy", strategy]
+    job = Job(cluster, f"{launcher}-{power_cut}", flags, folder)
     with StandingStill(cluster.network.hosts[HEAD], launcher) as head:
 
         def placed() -> list[dict[str, Any]]:
@@ -321,7 +321,7 @@ def search_through_a_power_cut(
 
 def refuse_a_folder_of_one_host(cluster: Cluster) -> None:
     """Output that only the head would see: said before anything is written, and the job has failed."""
-    job = Job(cluster, "unshared", "train", "/root")
+    job = Job(cluster, "unshared", [], "/root")
     assert job.ended() != 0
     assert "output: /root/unshared is on this machine alone" in job.log.read_text()
     assert not (cluster.folder / HOSTS[HEAD] / "unshared").exists()
@@ -360,7 +360,9 @@ def two_hosts(folder: Path) -> Iterator[Cluster]:
         yield Cluster(folder, network)
 
 
-def scenario(folder: Path, launcher: str, power_cuts: list[str], storage: str, say: Callable[[str], None]) -> None:
+def scenario(
+    folder: Path, launcher: str, strategy: str, power_cuts: list[str], storage: str, say: Callable[[str], None]
+) -> None:
     began = time.monotonic()
 
     def told(line: str) -> None:
@@ -384,8 +386,8 @@ def scenario(folder: Path, launcher: str, power_cuts: list[str], storage: str, s
                 told("the worker is a node again")
             place = f"s3://{BUCKET}" if storage == "bucket" else SHARED
             said = partial(told_of, told, f"{launcher}, {power_cut}")
-            compare(search_through_a_power_cut(cluster, launcher, power_cut, place, said), theirs)
-            told(f"{launcher}: every row is the same as on the laptop alone")
+            compare(search_through_a_power_cut(cluster, launcher, strategy, power_cut, place, said), theirs)
+            told(f"{launcher}, {strategy}: every row is the same as on the laptop alone")
         cluster.down()
         told(f"ray down; left: {cluster.processes()}")
         deadline = time.monotonic() + DOWN_S
@@ -400,6 +402,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--launcher", choices=["train", "inline"], default="train")
     parser.add_argument("--power-cuts", choices=POWER_CUTS, nargs="+", default=POWER_CUTS)
     parser.add_argument("--storage", choices=["folder", "bucket"], default="folder")
+    parser.add_argument("--strategy", choices=["ddp", "fsdp2"], default="ddp", help="of a retraining on both hosts")
     parser.add_argument("--folder", type=Path, help="a new one, kept; default: a temporary one")
     options = parser.parse_args(arguments)
     if reason := missing():
@@ -407,7 +410,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary) / "hosts"
-        scenario(folder.absolute(), options.launcher, options.power_cuts, options.storage, print)
+        scenario(folder.absolute(), options.launcher, options.strategy, options.power_cuts, options.storage, print)
     return 0
 
 
