@@ -15,8 +15,8 @@ from minitron_search.statistics import LEVEL, holm, mean_and_error
 from minitron_search.summary import with_error
 
 # One row per arm (but the baseline), rung and metric: the arm minus the baseline, of means over the seeds both have.
-# `difference` to `p_holm` are over windows (twin questions); `seeds_*` over seeds, null of one seed. p_holm is p after
-# Holm's correction for as many arms. An arm's kl is from its own teacher.
+# `difference` to `p_holm` are over windows (twin questions); `seeds_*` over seeds, null where all are alike. p_holm
+# is p after Holm's correction for as many arms. An arm's kl is from its own teacher.
 SCHEMA = pa.schema([
     ("arm", pa.string()), ("baseline", pa.string()), ("metric", pa.string()), ("rung", pa.int64()),
     ("tokens", pa.int64()), ("value", pa.float64()), ("baseline_value", pa.float64()), ("seeds", pa.int64()),
@@ -50,9 +50,9 @@ def differences(rows: Mapping[str, Sequence[Row]], scores: Scores, baseline: str
         for metric in METRICS:
             tested = {arm: test[metric] for arm, test in tests.items() if metric in test}
             by_window = holm([test["p"] for test in tested.values()])
-            several = [test["over_seeds"]["p"] for test in tested.values() if "over_seeds" in test]
-            by_seed = holm(several) if len(several) == len(tested) else [None] * len(tested)
-            for (arm, test), p_holm, seeds_p_holm in zip(tested.items(), by_window, by_seed, strict=True):
+            several = {arm: test["over_seeds"]["p"] for arm, test in tested.items() if "over_seeds" in test}
+            by_seed = dict(zip(several, holm(list(several.values())), strict=True))
+            for (arm, test), p_holm in zip(tested.items(), by_window, strict=True):
                 over_seeds = test.get("over_seeds", {})
                 found.append({
                     "arm": arm, "baseline": baseline, "metric": metric, "rung": rung,
@@ -61,7 +61,7 @@ def differences(rows: Mapping[str, Sequence[Row]], scores: Scores, baseline: str
                     **{name: test.get(name) for name in ("difference", "stderr", "low", "high", "p", "n")},
                     "p_holm": p_holm,
                     **{f"seeds_{name}": over_seeds.get(name) for name in ("stderr", "low", "high", "p")},
-                    "seeds_p_holm": seeds_p_holm,
+                    "seeds_p_holm": by_seed.get(arm),
                 })  # fmt: skip
     return found
 

@@ -22,7 +22,7 @@ def by_architecture(rows: Iterable[Row]) -> dict[str, list[Row]]:
 def against(one: Sequence[Row], other: Sequence[Row], scores: Scores) -> dict[str, dict[str, Any]]:
     """By metric, `other` minus `one` (a row per seed each): `statistics.compared` of means over the seeds both have.
 
-    That is noise of windows, or of twin questions: these very students on other text. With several seeds `over_seeds`
+    That is noise of windows, or of twin questions: these very students on other text. Where seeds differ, `over_seeds`
     is the noise of training: other students on this text. A difference to be trusted withstands both. `seeds` says
     how many. Of accuracy, one seed's p is McNemar's, over questions. Empty where they share no seed; a metric that an
     older version did not log is left out.
@@ -40,8 +40,9 @@ def against(one: Sequence[Row], other: Sequence[Row], scores: Scores) -> dict[st
         if metric == "winogrande_acc" and len(seeds) == 1:  # of several seeds they are no more 0 or 1
             test |= mcnemar(a[0], b[0])
         test["seeds"] = len(seeds)
-        if len(seeds) > 1:
-            test["over_seeds"] = over_seeds((b - a).mean(1))
+        apart = (b - a).mean(1)
+        if np.ptp(apart) > 1e-12:  # an untrained trim is the same with every seed: nothing of theirs to measure
+            test["over_seeds"] = over_seeds(apart)
         found[metric] = test
     return found
 
