@@ -20,8 +20,9 @@ YAML = sorted((ROOT / "examples").glob("*.yaml"))
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 RUN = "python -m minitron_search.run"
 KEYS = {key for key, _ in configuration.keys()}
-# two sections of an ablation, which hold an arm's own keys under its own name
+# sections of an ablation, which hold the keys of an arm under its name
 OWN_SECTIONS = ("arms", "before")
+SUFFIXES = ("py", "json", "jsonl", "parquet", "safetensors", "yaml", "md")  # of files, which look like keys
 
 
 def fenced(document: Path, language: str) -> list[str]:
@@ -134,7 +135,7 @@ def test_keys_that_are_named_are_known(document: Path) -> None:
     flags = re.findall(r"--([a-z_]+\.[a-z_.]+)", document.read_text())
     plain = re.findall(rf"^((?:{'|'.join(sections)})\.[a-z_.]+)", spans, re.MULTILINE)
     named = {key.rstrip(".") for key in (*flags, *plain) if not key.startswith(OWN_SECTIONS)}
-    files = {key for key in named if key.rpartition(".")[2] in ("py", "json", "jsonl", "parquet", "yaml", "md")}
+    files = {key for key in named if key.rpartition(".")[2] in SUFFIXES}
     assert named - files - KEYS - set(inner_keys()) == set()
 
 
