@@ -1,6 +1,8 @@
-"""Use a student that a run has left: any code that loads a Hugging Face model does.
+"""Use a student that a run has left (examples/own_text.yaml): any code that loads a Hugging Face model does.
 
     python examples/use_student.py tiny/runs/own-text/best "The function returns"
+
+The arguments are a folder, or a Hub name, and how a text begins.
 """
 
 import sys

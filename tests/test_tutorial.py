@@ -86,12 +86,12 @@ def test_the_commands_run_in_their_order(tmp_path: Path) -> None:
         for given, instead in smaller.items():
             words = [word.replace(given, instead) for word in words]
         assert words[0] == "python", line
-        done = subprocess.run(
-            [sys.executable, *words[1:]], cwd=tmp_path, env=command.environment, capture_output=True, text=True, timeout=600
-        )
+        done = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, env=command.environment, capture_output=True,
+                              text=True, timeout=600)  # fmt: skip
         assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         ran.append(line)
-    assert [kind in line for kind, line in zip(("--dry-run", "240m.yaml", "report", "--resume", "longer"), ran, strict=True)]
+    kinds = ("--dry-run", "240m.yaml", "analysis.report", "--resume", "-longer")
+    assert len(ran) == len(kinds) and all(kind in line for kind, line in zip(kinds, ran, strict=True)), ran
     runs = tmp_path / "runs"
     assert (runs / "smollm2-240m" / "report.html").exists() and (runs / "smollm2-240m" / "best" / "README.md").exists()
     longer = json.loads((runs / "smollm2-240m-longer" / "best" / "config.json").read_text())
