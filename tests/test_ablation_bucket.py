@@ -39,7 +39,7 @@ def test_an_empty_machine_goes_on_with_an_ablation_in_a_bucket(tmp_path: Path, a
     command = Command(tmp_path, {
         **values,
         "question": "Is it?",
-        "space": {"budget": {"params": {"target": 110_000, "tolerance": 0.25}}},
+        "space": {"budget": {"params": {"target": 130_000, "tolerance": 0.4}}},
         "architecture": {"hidden_size": 42, "intermediate_size": 112},
         "search": {"rungs": [0, 128], "seeds": 2, "concurrency": 1},
         "retraining": {"tokens": 128},

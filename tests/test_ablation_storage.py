@@ -1,4 +1,4 @@
-"""An ablation whose output is in storage: every run is there, and what compares them; an empty machine goes on from it."""
+"""An ablation whose output is in storage: its runs are there and what compares them; an empty machine goes on."""
 
 import shutil
 from collections.abc import Callable
@@ -200,7 +200,12 @@ def test_a_model_in_storage_that_does_not_answer_is_refused(monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("output", "found"),
-    [("runs/a", "runs/a/x/y"), ("/a?b", "/a?b/x/y"), ("s3://b/a", "s3://b/a/x/y"), ("s3://b/a/?r=1", "s3://b/a/x/y?r=1")],
+    [
+        ("runs/a", "runs/a/x/y"),
+        ("/a?b", "/a?b/x/y"),
+        ("s3://b/a", "s3://b/a/x/y"),
+        ("s3://b/a/?r=1", "s3://b/a/x/y?r=1"),
+    ],
 )
 def test_an_address_keeps_its_options(output: str, found: str) -> None:
     assert inside(output, "x/y") == found
