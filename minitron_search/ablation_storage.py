@@ -5,6 +5,7 @@ folder, so that whoever reads an ablation (its evidence, its report) reads a fol
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 from pyarrow.fs import FileSystem, FileType, copy_files
 
@@ -23,7 +24,7 @@ def holds_something(ablation: Ablation) -> bool:
 
 
 def fetch(ablation: Ablation) -> None:
-    """What lies beside the runs, from storage; and the links to them."""
+    """What lies beside the runs, from storage."""
     if not is_uri(ablation.output):
         return
     there, base = FileSystem.from_uri(ablation.output)
@@ -48,7 +49,7 @@ def put(ablation: Ablation) -> None:
         for name in (FILE, TABLE, REPORT):
             file, (there, at) = ablation.root / name, FileSystem.from_uri(inside(ablation.output, name))
             if file.exists():
-                patiently(lambda file=file, at=at, there=there: copy_files(str(file), at, destination_filesystem=there))
+                patiently(partial(copy_files, str(file), at, destination_filesystem=there))
 
 
 def kept(run: RunDirectory, address: str) -> AbstractContextManager[None]:
