@@ -26,12 +26,16 @@ import numpy as np
 from minitron_search import config as configuration
 from minitron_search.ablation_shapes import shaped
 from minitron_search.config import Config
-from minitron_search.folders import is_uri
+from minitron_search.folders import inside, is_uri, working_folder
+from minitron_search.mirror import mirror_of
 from minitron_search.preparation import Prepared, check
+from minitron_search.run_directory import RunDirectory
 from minitron_search.search_space import SearchSpace
+from minitron_search.stored_model import is_stored
 from minitron_search.workload import whole_batches
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
+FILE, TABLE, REPORT = "ablation.json", "ablation.parquet", "report.html"  # what lies beside its runs
 BEFORE = "before"
 OWN = ("question", "figure", "base", "architecture", "baseline", BEFORE, "arms")
 # one architecture, all of whose seeds run to the last rung: what `Ablation.config` sets in every arm
@@ -50,16 +54,25 @@ _SECTIONS = {key.partition(".")[0] for key, _ in configuration.keys() if "." in 
 @dataclass(frozen=True)
 class Ablation:
     """`values`: the keys of the configuration for all arms. `changes`, `before`: what each arm, and each run that is
-    made first, has over them; `architecture` among them."""
+    made first, has over them; `architecture` among them. `output`: a folder or an address."""
 
     name: str
-    output: Path
+    output: str
     question: str
     figure: str
     baseline: str
     values: dict[str, Any]
     changes: dict[str, dict[str, Any]]
     before: dict[str, dict[str, Any]]
+
+    @property
+    def root(self) -> Path:
+        """Where it is worked on."""
+        return working_folder(self.output) if is_uri(self.output) else Path(self.output)
+
+    def address(self, place: str) -> str:
+        """The output of one of its runs."""
+        return inside(self.output, place)
 
     def config(self, arm: str) -> Config:
         """Of one arm. Raises ValueError that names it."""
@@ -80,9 +93,9 @@ class Ablation:
             return configuration.parse({**config.dump(), "stages": ["importance", "search", "retrain"]})
 
     def _parsed(self, values: dict[str, Any], place: str) -> Config:
-        values = _substituted(values, str(self.output))
+        values = _substituted(values, self.output)
         architecture = values.pop("architecture", None)
-        values = _merged(values, {"name": f"{self.name}-{place}".replace("/", "-"), "output": str(self.output / place)})
+        values = _merged(values, {"name": f"{self.name}-{place}".replace("/", "-"), "output": self.address(place)})
         for key, value in SET.items():
             if value is not None:
                 values = _merged(values, _nested(key, value))
@@ -101,9 +114,12 @@ class Ablation:
 
     def waits(self, name: str, of: Mapping[str, Any]) -> bool:
         """Whether a model that it names is still to be made."""
-        values = _substituted(_merged(self.values, of), str(self.output))
+        values = _substituted(_merged(self.values, of), self.output)
         named = (values.get("teacher", {}).get("model"), values.get("distillation", {}).get("teacher"))
-        made_here = [Path(model) for model in named if model and Path(model).is_relative_to(self.output / BEFORE)]
+        if is_uri(self.output):
+            start = self.address(f"{BEFORE}/").partition("?")[0]
+            return any(not is_stored(model) for model in named if model and model.startswith(start))
+        made_here = [Path(model) for model in named if model and Path(model).is_relative_to(self.root / BEFORE)]
         return any(not model.exists() for model in made_here)
 
     def about(self) -> dict[str, Any]:
@@ -167,11 +183,9 @@ def load(file: str, overrides: list[str]) -> Ablation:
     if not own["question"]:
         raise ValueError("question: none; valid: what the arms are to answer, in a sentence")
     output = str(values.pop("output", None) or f"runs/{name}")
-    if is_uri(output):
-        raise ValueError(f"output: {output}: an ablation is kept in a folder; valid: runs/{name}")
     return Ablation(
         name=str(name),
-        output=Path(output.removeprefix("file://")),
+        output=output if is_uri(output) else str(Path(output.removeprefix("file://"))),
         question=str(own["question"]).strip(),
         figure=str(own["figure"] or ""),
         baseline=str(baseline),
@@ -198,6 +212,14 @@ def checked(ablation: Ablation, resume: bool) -> dict[str, tuple[Config, SearchS
                 values = _merged(ablation.values, changes)
                 configuration.parse({key: values[key] for key in values if key != "architecture"})
     return found
+
+
+def begun(output: str) -> bool:
+    """Whether there is a run to be continued; one in storage is here then."""
+    run = RunDirectory(output)
+    if mirror := mirror_of(output, run):
+        mirror.pull()
+    return run.config.exists()
 
 
 def check_arm(ablation: Ablation, arm: str, resume: bool) -> tuple[Config, SearchSpace]:
@@ -228,7 +250,7 @@ def check_text(arm: str, changes: Mapping[str, Any], prepared: Prepared, baselin
 
 def _checked(config: Config, name: str, resume: bool) -> tuple[Config, SearchSpace]:
     with _of(name):
-        return config, check(config, resume and (Path(config.output) / "config.yaml").exists())[1]
+        return config, check(config, resume and begun(config.output))[1]
 
 
 def _check_shared(values: Mapping[str, Any]) -> None:
@@ -311,7 +333,9 @@ def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 def _substituted(values: Any, output: str) -> Any:
     if isinstance(values, Mapping):
         return {key: _substituted(value, output) for key, value in values.items()}
-    return values.replace("{output}", output) if isinstance(values, str) else values
+    if not isinstance(values, str):
+        return values
+    return re.sub(r"\{output\}(?:/([\w./-]+))?", lambda of: inside(output, of[1]) if of[1] else output, values)
 
 
 def _folder_name(text: str) -> str:

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from contextlib import AbstractContextManager
 from typing import Any
 
 import yaml
@@ -11,9 +11,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from minitron_search import cluster
+from minitron_search import ablation_storage, cluster
 from minitron_search import config as configuration
-from minitron_search.ablation import BEFORE, Ablation, check_arm, check_text, checked
+from minitron_search.ablation import BEFORE, FILE, Ablation, begun, check_arm, check_text, checked
 from minitron_search.ablation_evidence import differences, read_arms, shown, write_differences
 from minitron_search.calibration import measure, stated
 from minitron_search.config import Config
@@ -25,8 +25,6 @@ from minitron_search.preparation import Prepared, prepare
 from minitron_search.run_directory import RunDirectory, replace_text
 from minitron_search.search_space import SearchSpace
 from minitron_search.workload import Costs, option_tokens
-
-FILE = "ablation.json"
 
 
 def prepare_ablation(ablation: Ablation, resume: bool) -> dict[str, Prepared]:
@@ -48,19 +46,28 @@ def run_ablation(ablation: Ablation, prepared: dict[str, Prepared], run: Callabl
 
     Raises what `run` raises for a run that others wait for.
     """
-    about, root = ablation.about(), ablation.output
+    about, root = ablation.about(), ablation.root
     root.mkdir(parents=True, exist_ok=True)
     replace_text(root / FILE, json.dumps(about, indent=1))
+    ablation_storage.put(ablation)
+    ablation_storage.link(ablation)
+
+    def kept(place: str) -> AbstractContextManager[None]:
+        address = ablation.address(place)
+        return ablation_storage.kept(prepared[place].run if place in prepared else RunDirectory(address), address)
+
     failed = []
     with cluster.joined():
         for name in ablation.before:
             if (place := f"{BEFORE}/{name}") in prepared:
                 say(f"{place}: made first")
-                run(prepared[place])
-                _drop_checkpoints(prepared[place].run)
+                with kept(place):
+                    run(prepared[place])
+                    _drop_checkpoints(prepared[place].run)
         for number, arm in enumerate(ablation.changes, 1):
-            if _ended(RunDirectory(root / arm)):
-                continue
+            if _ended(RunDirectory(ablation.address(arm))):
+                with kept(arm):  # storage may have been gone when it ended
+                    continue
             say(f"arm {number} of {len(ablation.changes)}, {arm}: {_said(ablation.changes[arm])}")
             try:
                 if arm not in prepared:
@@ -68,8 +75,9 @@ def run_ablation(ablation: Ablation, prepared: dict[str, Prepared], run: Callabl
                     prepared[arm] = _prepared(ablation, arm, config, True, prepared)
                 scored = [RunDirectory(root / other) for other in ablation.changes if other != arm]
                 _take_teacher_scores(prepared[arm], [other for other in scored if _ended(other)])
-                run(prepared[arm])
-                _drop_checkpoints(prepared[arm].run)
+                with kept(arm):
+                    run(prepared[arm])
+                    _drop_checkpoints(prepared[arm].run)
             except cluster.UnfitError:
                 raise
             except (ValueError, RuntimeError) as error:  # the other arms are worth having
@@ -79,6 +87,7 @@ def run_ablation(ablation: Ablation, prepared: dict[str, Prepared], run: Callabl
     rows, scores = read_arms(root, about["arms"])
     found = differences(rows, scores, ablation.baseline)
     write_differences(root, found)
+    ablation_storage.put(ablation)
     console.print(shown(about, rows, found))
     return failed
 
@@ -113,7 +122,7 @@ def dry_run(ablation: Ablation, runs: dict[str, tuple[Config, SearchSpace]], out
 def _prepared(
     ablation: Ablation, place: str, config: Config, resume: bool, others: dict[str, Prepared]
 ) -> Prepared:  # fmt: skip
-    made = prepare(config, resume and (Path(config.output) / "config.yaml").exists())
+    made = prepare(config, resume and begun(config.output))
     first = next((each for name, each in others.items() if name in ablation.changes), None)
     if first is not None and place in ablation.changes:
         check_text(place, ablation.changes[place], made, first)
@@ -121,17 +130,20 @@ def _prepared(
 
 
 def _check_output(ablation: Ablation, resume: bool) -> None:
-    root, file = ablation.output, ablation.output / FILE
+    output, root, file = ablation.output, ablation.root, ablation.root / FILE
+    here = root.exists() and (not root.is_dir() or any(root.iterdir()))
+    if resume:
+        ablation_storage.fetch(ablation)
     if resume and not file.exists():
-        raise ValueError(f"output: {root} holds no ablation to continue; valid: the same command without --resume")
-    if not resume and root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise ValueError(f"output: {root} is not empty; valid: another folder, or --resume to continue the ablation "
+        raise ValueError(f"output: {output} holds no ablation to continue; valid: the same command without --resume")
+    if not resume and (here or ablation_storage.holds_something(ablation)):
+        raise ValueError(f"output: {output} is not empty; valid: another folder, or --resume to continue the ablation "
                          "that it holds")  # fmt: skip
     if resume:
         there, asked = json.loads(file.read_text()), json.loads(json.dumps(ablation.about()))
         changed = [key for key in asked if asked[key] != there.get(key)]
         if changed:
-            raise ValueError(f"output: {root} holds an ablation of another {', '.join(changed)}; valid: the same "
+            raise ValueError(f"output: {output} holds an ablation of another {', '.join(changed)}; valid: the same "
                              "values, or another folder")  # fmt: skip
 
 
@@ -164,8 +176,10 @@ def _heard(config: Config) -> dict[str, Any]:
 
 def _drop_checkpoints(run: RunDirectory) -> None:
     """Of a run that has ended nothing goes on; a gigabyte a seed of the smallest teacher."""
-    for checkpoint in run.root.glob("trials/*/checkpoint"):
-        shutil.rmtree(checkpoint)
+    for trial in run.root.glob("trials/*"):
+        shutil.rmtree(trial / "checkpoint", ignore_errors=True)
+        if run.depot is not None:  # those that travelled are in storage, whoever made them
+            run.depot.clear(f"trials/{trial.name}/checkpoint")
 
 
 def _said(changes: dict) -> str:

@@ -22,6 +22,8 @@ from filelock import FileLock
 from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, FileType, copy_files
 
+from minitron_search.folders import inside
+
 WHOLE = ".whole"
 CACHE = ".cache"
 BACK_OFF_S = (1.0, 60.0)  # after a failure: the first wait, which doubles, and the longest
@@ -118,8 +120,7 @@ class Depot:
 
     def address(self, name: str) -> str:
         """Of `name` in the run's folder there."""
-        path, mark, options = self.uri.partition("?")
-        return f"{path.rstrip('/')}/{name}{mark}{options}"
+        return inside(self.uri, name)
 
     def clear(self, name: str) -> None:
         there, base = self._opened

@@ -16,6 +16,12 @@ def is_uri(output: str) -> bool:
     return output.partition("://")[0] in SCHEMES
 
 
+def inside(output: str, name: str) -> str:
+    """Of `name` in the folder, or at the address, `output`."""
+    path, mark, options = output.partition("?") if is_uri(output) else (output, "", "")
+    return f"{path.rstrip('/')}/{name}{mark}{options}"
+
+
 def working_folder(output: str) -> Path:
     """Where a run is worked on; of one in storage, its copy in the cache. Absolute: a Ray Train worker has a working
     directory of its own."""

@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import ray  # noqa: E402
 import tyro  # noqa: E402
 
-from minitron_search import cluster, evaluation, retraining  # noqa: E402
+from minitron_search import ablation_storage, cluster, evaluation, retraining  # noqa: E402
 from minitron_search import config as configuration  # noqa: E402
 from minitron_search.ablation import checked, is_ablation  # noqa: E402
 from minitron_search.ablation import load as load_ablation  # noqa: E402
@@ -140,7 +140,8 @@ def ablate(options: Options, overrides: list[str]) -> int:
         failed = run_ablation(ablation, prepared, lambda arm: run(arm, foretold=False))
         from analysis.ablation_report import write_ablation_report  # reads run directories only, as below
 
-        say(f"report: {write_ablation_report(ablation.output)}")
+        say(f"report: {write_ablation_report(ablation.root)}")
+        ablation_storage.put(ablation)
     except cluster.UnfitError as error:
         return complain(error, 2)
     except KeyboardInterrupt:

@@ -1,4 +1,5 @@
-"""The teacher named in the configuration: the embedded one, a folder, or a Hub name -> a Hugging Face folder.
+"""The teacher named in the configuration: the embedded one, a folder (here or in storage), or a Hub name -> a Hugging
+Face folder.
 
 Weights are read by `fingerprint` only. A name is the embedded one before it is a folder, and a folder before
 it is a Hub name (`./smollm2-135m` is always a folder).
@@ -15,8 +16,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from minitron_search.embedded import teacher as embedded
-from minitron_search.folders import cache_folder
+from minitron_search.folders import cache_folder, is_uri
 from minitron_search.run_directory import replace_text
+from minitron_search.stored_model import stored_model
 
 # What from_pretrained reads, without the copies in other formats that many repositories hold beside it.
 HUB_FILES = [
@@ -35,7 +37,7 @@ def teacher_folder(model: str) -> Path:
     if model == embedded.NAME:
         return embedded.folder()
     if _is_local(model):
-        return _checked(model, Path(model).expanduser())
+        return _checked(model, _path(model))
     try:
         return _checked(model, Path(snapshot_download(model, allow_patterns=HUB_FILES)))
     except (OSError, HFValidationError, HfHubHTTPError) as error:
@@ -46,7 +48,7 @@ def teacher_config(model: str) -> PretrainedConfig:
     """The model's configuration; no weights are fetched. Raises ValueError as `teacher_folder` does."""
     if model == embedded.NAME:
         return embedded.config()
-    source: str | Path = _checked(model, Path(model).expanduser()) if _is_local(model) else model
+    source: str | Path = _checked(model, _path(model)) if _is_local(model) else model
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -62,7 +64,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     if model == embedded.NAME:
         source = embedded.folder()
     elif _is_local(model):
-        source = _checked(model, Path(model).expanduser())
+        source = _checked(model, _path(model))
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -109,6 +111,10 @@ def near_names(path: Path) -> str:
 def _is_local(model: str) -> bool:
     """Hub names are `owner/name`: what starts or nests as a path is one, though nothing be there."""
     return Path(model).expanduser().is_dir() or model.startswith((".", "/", "~")) or model.count("/") > 1
+
+
+def _path(model: str) -> Path:
+    return stored_model(model) if is_uri(model) else Path(model).expanduser()
 
 
 def _checked(model: str, folder: Path) -> Path:

@@ -345,10 +345,6 @@ def test_what_does_not_fit_is_refused(refused: Callable[..., str], over: dict[st
     assert said in refused(**over)
 
 
-def test_an_output_in_storage_is_refused(refused: Callable[..., str]) -> None:
-    assert "output: s3://bucket/x: an ablation is kept in a folder" in refused("--output", "s3://bucket/x")
-
-
 def test_an_output_that_holds_something_is_refused(values: dict[str, Any], here: Path, capsys: Any) -> None:
     Path("a.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     asked = ["--config", "a.yaml", "--output", "run"]
