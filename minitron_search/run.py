@@ -23,12 +23,13 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import ray  # noqa: E402
 import tyro  # noqa: E402
 
-from minitron_search import ablation_storage, cluster, evaluation, retraining  # noqa: E402
+from minitron_search import cluster, evaluation, retraining  # noqa: E402
 from minitron_search import config as configuration  # noqa: E402
 from minitron_search.ablation import checked, is_ablation  # noqa: E402
 from minitron_search.ablation import load as load_ablation  # noqa: E402
 from minitron_search.ablation_run import dry_run as dry_run_ablation  # noqa: E402
 from minitron_search.ablation_run import prepare_ablation, run_ablation  # noqa: E402
+from minitron_search.ablation_storage import put as put_ablation  # noqa: E402
 from minitron_search.architecture import Architecture  # noqa: E402
 from minitron_search.chance import refuse_at_chance  # noqa: E402
 from minitron_search.console import console, say  # noqa: E402
@@ -141,7 +142,7 @@ def ablate(options: Options, overrides: list[str]) -> int:
         from analysis.ablation_report import write_ablation_report  # reads run directories only, as below
 
         say(f"report: {write_ablation_report(ablation.root)}")
-        ablation_storage.put(ablation)
+        put_ablation(ablation)
     except cluster.UnfitError as error:
         return complain(error, 2)
     except KeyboardInterrupt:
