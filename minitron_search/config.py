@@ -434,8 +434,8 @@ class Retraining(Section):
 
 
 class Evaluation(Section):
-    """tasks: lm-eval's, or YAML files of one's own, each as it is or with `:shots`; table_1 and table_2 are all of those
-        tables (arXiv:2408.11796) that lm-eval has. A task of theirs has their shots unless it is given others.
+    """tasks: lm-eval's, or YAML files of one's own, each as it is or with `:shots`; table_1 and table_2 are what
+        lm-eval has of those tables (arXiv:2408.11796). A task of theirs has their shots unless it is given others.
     references: models beside teacher and students, as teacher.model names one.
     limit: of each task, only so many questions, the first; null for all.
     """

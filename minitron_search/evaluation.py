@@ -125,7 +125,7 @@ def _values(asked: list[dict[str, Any]], metrics: list[str]) -> np.ndarray | Non
     its prompt has, so that the mean over prompts is that over instructions."""
     columns = []
     for metric in metrics:
-        of = [sample.get(metric) for sample in asked]
+        of: list[Any] = [sample.get(metric) for sample in asked]
         if all(isinstance(each, list) for each in of):
             per_prompt = np.mean([len(each) for each in of])
             columns.append(np.array([sum(each) for each in of]) / per_prompt)

@@ -122,9 +122,11 @@ def check_data(tasks: Sequence[Task]) -> None:
         try:
             load(task)
         except Exception as error:  # the Hub's client and lm-eval fail in a dozen types; the cause is in the message
-            raise ValueError(f"evaluation.tasks: {task.label}: its questions cannot be had ({reason(error)}); valid: "
-                             "a task whose data set is in reach (one that is gated needs a login: hf auth login), or a "
-                             "YAML file of your own over a local file, as docs/evaluation.md shows") from error  # fmt: skip
+            raise ValueError(
+                f"evaluation.tasks: {task.label}: its questions cannot be had ({reason(error)}); valid: a task whose "
+                "data set is in reach (one that is gated needs a login: hf auth login), or a YAML file of your own "
+                "over a local file, as docs/evaluation.md shows"
+            ) from error
 
 
 def reason(error: BaseException) -> str:

@@ -310,7 +310,7 @@ def test_what_was_evaluated_is_not_evaluated_again(
     assert evaluate_in(one, WINOGRANDE, references=(str(models["reference"]),)) and one.read_evaluation() == first
     assert evaluate_in(other, WINOGRANDE)  # another run with the same models
     assert len(counting.asked) == 3
-    assert [row["value"] for row in other.read_evaluation()["results"]] == [row["value"] for row in first["results"]][:2]
+    assert other.read_evaluation()["results"] == first["results"][:2]
     shutil.rmtree(tmp_path / "cache" / "evaluation")  # a run's own results need no cache
     assert evaluate_in(one, WINOGRANDE) and len(counting.asked) == 3
     evaluate_in(one, WINOGRANDE._replace(shots=5))

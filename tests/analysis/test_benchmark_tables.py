@@ -43,7 +43,8 @@ def test_the_papers_number_is_beside_ours_where_model_task_and_shots_are_the_pap
 
 @pytest.mark.parametrize(("model", "task", "shots", "score"), [
     ("meta-llama/Llama-3.1-8B", "mmlu", 5, 65.3), ("meta-llama/Meta-Llama-3.1-8B", "arc_challenge", 25, 57.9),
-    ("nvidia/Mistral-NeMo-Minitron-8B-Base", "humaneval", 0, 36.2), ("mistralai/Mistral-Nemo-Base-2407", "gsm8k", 5, 56.4),
+    ("nvidia/Mistral-NeMo-Minitron-8B-Base", "humaneval", 0, 36.2),
+    ("mistralai/Mistral-Nemo-Base-2407", "gsm8k", 5, 56.4),
     ("nvidia/Llama-3.1-Minitron-4B-Depth-Base", "humaneval", 0, None),  # a dash there
     ("meta-llama/Llama-3.1-8B", "winogrande", 0, None), ("meta-llama/Llama-3.1-8B", "piqa", 0, None),
     ("meta-llama/Llama-3.1-8B, corrected", "winogrande", 5, None), ("./Llama-3.1-8B", "winogrande", 5, None),

@@ -97,7 +97,8 @@ def test_every_figure_offers_its_data(finished: RunDirectory):
     assert set(links) == {f"{name}.csv" for name in (
         "summary", "convergence", "loss_curves", "layer_importance", "hidden_importance", "mlp_importance",
         "head_importance", "parallel_coordinates", "axis_importance", "axis_direction", "finalists", "controls",
-        "evaluation", "against_teacher", "published_tables", "agreement_0", "rungs", "spend", "incidents", "trials", *(f"pareto_{axis.column}" for axis in AXES),
+        "evaluation", "against_teacher", "published_tables", "agreement_0", "rungs", "spend", "incidents", "trials",
+        *(f"pareto_{axis.column}" for axis in AXES),
         *(f"depth_{metric}" for metric in METRICS),
         *(f"depth_map_{metric}" for metric in METRICS if metric != "bi"))}  # fmt: skip
     tables = {
