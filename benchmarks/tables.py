@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tasks", default="table_1", help="as evaluation.tasks, with commas")
     parser.add_argument("--references", default="", help="folders or Hub names, with commas")
     parser.add_argument("--limit", type=int, help="of each task, the first N questions")
-    parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), help="default: the run's own, or auto")
     chosen = parser.parse_args(arguments)
     run, references = RunDirectory(chosen.folder), [name for name in chosen.references.split(",") if name]
     try:
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, RuntimeError) as error:
         print(f"benchmarks.tables: {str(error).replace('teacher.model', '--references')}", file=sys.stderr)
         return 2
-    resolved = precision.resolve(chosen.precision)
+    resolved = precision.resolve(chosen.precision or run.read_environment().get("precision", "auto"))
     done = evaluate_all(run, models, references, tasks, resolved, chosen.limit, evaluate, say)
     console.print(printed(run))
     say(f"tables: {run.evaluation} and {write_report(run)}")

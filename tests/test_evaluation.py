@@ -413,6 +413,9 @@ def test_differences_are_paired_by_question() -> None:
     (over,) = evaluation_stage.differences([{**each, "twins": twins} for each in results], ["best"])
     whole = compared(clustered(a, np.array(twins)), clustered(b, np.array(twins)))
     assert over["stderr"] == pytest.approx(whole["stderr"]) and over["units"] == 20 and over["p"] == found["p"]
+    (alike,) = evaluation_stage.differences([{**each, "samples": a.tolist()[:5] + [0.0], "twins": [0, 0, 1, 1, 2, 3]}
+                                             for each in results], ["best"])  # fmt: skip
+    assert str(alike["difference"]) == "0.0" and alike["p"] == 1.0
     (shares,) = evaluation_stage.differences([results[0], answered("best", (b / 2).tolist())], ["best"])
     assert shares["test"] == "signs"
 
@@ -446,13 +449,14 @@ def test_a_finished_run_is_evaluated_by_one_command_once(
     finished: RunDirectory, models: dict[str, Path], questions: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    asked = [str(finished.root), "--tasks", f"{questions}:0,{questions}:2", "--references", str(models["reference"]),
-             "--precision", "float32"]  # fmt: skip
+    finished.write_environment({"precision": "float32", "teacher": {"folder": str(models["teacher"])}})
+    asked = [str(finished.root), "--tasks", f"{questions}:0,{questions}:2", "--references", str(models["reference"])]
     assert tables.main(asked) == 0
     found = finished.read_evaluation()
     names = [(row["model"], row["shots"]) for row in found["results"]]
     assert names == [(model, shots) for model in ("teacher", "best", str(models["reference"])) for shots in (0, 2)]
     assert len(found["differences"]) == 4 and all(row["test"] == "McNemar" for row in found["differences"])
+    assert [row["precision"] for row in found["results"]] == ["float32"] * 6  # the run's own
     assert found["models"]["best"]["content"] == evaluation_cache.content(models["student"])
     assert "Tables 1 and 2" in finished.report.read_text()
     printed = capsys.readouterr().out
