@@ -60,6 +60,11 @@ def published(model: str, result: dict[str, Any]) -> dict[str, Any]:
     return {"published": None, "minus_published": None, "where": ""}
 
 
+def metric_name(metric: str) -> str:
+    """lm-eval's `metric,filter`, without the filter that filters nothing."""
+    return str(metric).replace(",none", "")
+
+
 def percent(value: float, stderr: float | None) -> str:
     """`55.6 ± 1.4` of a share; what is none is shown as it is."""
     if 0 <= value <= 1:
@@ -92,7 +97,7 @@ def _head(results: pd.DataFrame, label: str, limit: float) -> str:
     of = results[(results["label"] == label) & (results["limit"].fillna(0) == limit)]
     shots = f"{f.integer(of['shots'].iloc[0])}-shot"
     questions = f"{'first ' if limit else ''}{' or '.join(f.integer(n) for n in sorted(set(of['n'])))} questions"
-    small = [html.escape(str(of["metric"].iloc[0])), f"{shots}, {questions}"]
+    small = [html.escape(metric_name(of["metric"].iloc[0])), f"{shots}, {questions}"]
     return html.escape(str(of["task"].iloc[0])) + "".join(f"<small>{each}</small>" for each in small)
 
 
@@ -115,7 +120,7 @@ def differences_html(info: TablesInfo) -> str:
         low, high = (f.fixed(scale * row[end], digits) for end in ("low", "high"))
         run = f"{row['run']} · " if "run" in row else ""
         lines.append([
-            f"{run}{row['model']}", f"{row['task']} {row['shots']}-shot", row["metric"],
+            f"{run}{row['model']}", f"{row['task']} {row['shots']}-shot", metric_name(row["metric"]),
             f.plus_minus(scale * row["difference"], scale * row["stderr"], digits), f"{low} to {high}",
             f"{row['p']:.2g}", row["test"], f.integer(row["n"]),
         ])  # fmt: skip
