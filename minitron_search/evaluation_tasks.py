@@ -239,7 +239,7 @@ def _indexed(asked: str, name: str, shots: int | None) -> Iterator[Task]:
     entry = manager.task_index[name]
     if name in manager.all_tags:
         for member in sorted(entry.tags):
-            yield from _indexed(asked, member, shots)
+            yield from _named(member if shots is None else f"{member}:{shots}")
         return
     config = entry.cfg or {}
     if name in manager.all_groups:
@@ -249,8 +249,6 @@ def _indexed(asked: str, name: str, shots: int | None) -> Iterator[Task]:
             raise ValueError(f"evaluation.tasks: lm-eval's group {name!r} has no metric of its own; valid: {listed}")
         yield Task(name, shots, None)
         return
-    if shots and config.get("num_fewshot") == 0:
-        raise ValueError(f"evaluation.tasks: {asked!r}: lm-eval's {name} is 0-shot; valid: {name}")
     own = config.get("num_fewshot") or 0
     relative = entry.yaml_path.relative_to(Path(lm_eval.tasks.__file__).parent)
     yield Task(name, own if shots is None else shots, str(relative), unsafe=bool(config.get("unsafe_code")))

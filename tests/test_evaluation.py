@@ -82,6 +82,16 @@ def test_a_local_task_scores_as_this_projects_own_winogrande(
     assert found["versions"].keys() == {"lm_eval", "transformers", "torch", "datasets"}
 
 
+def test_shots_asked_for_are_given_where_a_task_fixes_none(models: dict[str, Path], questions: Path) -> None:
+    questions.write_text(DOCUMENTED + "num_fewshot: 0\n")  # which lm-eval's own option would not change
+    (task,) = parse_tasks([f"{questions}:2"])
+    assert evaluation.evaluate(models["teacher"], task, "float32", limit=2)["shots"] == 2
+    (task,) = evaluation_tasks.load(task)
+    task.set_fewshot_seed(1234)
+    task.build_all_requests(limit=1)
+    assert task.instances[0].args[0].count("\n\n") == 2
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="Winogrande itself is not beside the project")
 def test_shots_reach_the_prompts_of_real_winogrande(models: dict[str, Path], questions: Path) -> None:
     shutil.copy(SHARED, questions.with_name("winogrande_validation.jsonl"))
@@ -234,7 +244,7 @@ class Index:
             "piqa": Entry("piqa", Kind.TASK, folder / "piqa" / "piqa.yaml", {"task": "piqa"}),
             "fixed": Entry("fixed", Kind.TASK, folder / "fixed.yaml", {"task": "fixed", "num_fewshot": 0}),
             "writes": Entry("writes", Kind.TASK, folder / "w.yaml", {"task": "writes", "unsafe_code": True}),
-            "tag": Entry("tag", Kind.TAG, None, None, {"piqa", "fixed"}),
+            "tag": Entry("tag", Kind.TAG, None, None, {"piqa", "fixed", "arc_challenge"}),
             "mean": Entry("mean", Kind.GROUP, folder / "m.yaml", {"task": ["piqa"], "aggregate_metric_list": [1]}),
             "loose": Entry("loose", Kind.GROUP, folder / "l.yaml", {"task": ["piqa", {"task": "fixed"}]}),
         }
@@ -243,8 +253,10 @@ class Index:
 
 def test_other_names_are_those_of_lm_evals_index(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation_tasks, "_manager", Index)
-    assert [task.label for task in parse_tasks(["piqa:3", "tag", "mean"])] == ["piqa:3", "fixed:0", "piqa:0", "mean"]
-    for asked, why in (("piq", "valid: piqa"), ("fixed:3", "0-shot; valid: fixed"), ("writes", "HF_ALLOW_CODE_EVAL"),
+    labels = [task.label for task in parse_tasks(["piqa:3", "tag", "mean"])]
+    assert labels == ["piqa:3", "arc_challenge:25", "fixed:0", "piqa:0", "mean"]
+    assert [task.shots for task in parse_tasks(["tag:2"])] == [2, 2, 2]
+    for asked, why in (("piq", "valid: piqa"), ("writes", "HF_ALLOW_CODE_EVAL"),
                        ("loose", "no metric of its own; valid: piqa,fixed")):  # fmt: skip
         with pytest.raises(ValueError, match=f"evaluation.tasks: .*{why}"):
             parse_tasks([asked])
