@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 
 from analysis import (
+    benchmark_tables,
     configuration,
     convergence,
     depth,
@@ -196,6 +197,10 @@ def evidence_card(run: RunData) -> Card:
     return Card(title, read, evidence.sample(run, table), evidence.body({"words": words}), tuple(panels))
 
 
+def tables_card(run: RunData) -> Card:
+    return benchmark_tables.tables_card([run])
+
+
 def agreement_card(run: RunData) -> Card:
     title = "Rank agreement"
     read = (
@@ -285,6 +290,7 @@ CARDS: list[Callable[[RunData], Card]] = [
     importance_card,
     axes_card,
     evidence_card,
+    tables_card,
     agreement_card,
     spend_card,
     health_card,

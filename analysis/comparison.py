@@ -19,6 +19,7 @@ from analysis import (
     spend,
 )
 from analysis import formatting as f
+from analysis.benchmark_tables import tables_card
 from analysis.card import Card, Panel
 from analysis.cards import made
 from analysis.rank_agreement import agreement_info
@@ -386,6 +387,7 @@ COMPARISONS: list[Callable[[Runs], Card]] = [
     importance_card,
     axes_card,
     differences_card,
+    tables_card,
     agreement_card,
     spend_card,
     health_card,

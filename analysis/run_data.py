@@ -36,6 +36,7 @@ class RunData(NamedTuple):
     scores:   what a rung's means are taken over, by trial and rung: a list of a value per window, or example
     made:     architecture.json of each trial folder
     depth:    rows of `DEPTH_SCHEMA`;  recommendation: depth.json;  evidence: evidence.json;  forecast: forecast.json
+    evaluation: evaluation.json
     problems: one line per artifact that is there and cannot be read
     """
 
@@ -52,6 +53,7 @@ class RunData(NamedTuple):
     recommendation: dict[str, Any]
     evidence: dict[str, Any]
     forecast: dict[str, dict[str, Any]]
+    evaluation: dict[str, Any]
     problems: list[str]
 
 
@@ -66,6 +68,7 @@ def load_run(directory: RunDirectory) -> RunData:
         directory.events_log,
         directory.importance,
         directory.depth,
+        directory.evaluation,
         directory.root / "trials",
     )
     if (directory.root / "ablation.json").exists():
@@ -107,6 +110,7 @@ def load_run(directory: RunDirectory) -> RunData:
         recommendation=read("depth.json", directory.read_depth_recommendation, {}),
         evidence=read("evidence.json", directory.read_evidence, {}),
         forecast=read("forecast.json", directory.read_forecast, {}),
+        evaluation=read("evaluation.json", directory.read_evaluation, {}),
         problems=problems,
     )
 

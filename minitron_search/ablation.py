@@ -40,8 +40,9 @@ BEFORE = "before"
 OWN = ("question", "figure", "base", "architecture", "baseline", BEFORE, "arms")
 # one architecture, all of whose seeds run to the last rung: what `Ablation.config` sets in every arm
 SET: dict[str, Any] = {
-    "stages": None, "evaluation.tasks": [], "search.trials": 1, "search.promote": 1, "search.finalist_seeds": 1,
-    "search.controls": False, "search.tokens": "auto", "search.scheduler": "halving", "search.sampler": "tpe",
+    "stages": None, "evaluation.tasks": [], "evaluation.references": [], "search.trials": 1, "search.promote": 1,
+    "search.finalist_seeds": 1, "search.controls": False, "search.tokens": "auto", "search.scheduler": "halving",
+    "search.sampler": "tpe",
 }  # fmt: skip
 SHARED = (
     "name", "output", "seed", "search", "evaluation", "winogrande", "space.budget", "corpus.validation",

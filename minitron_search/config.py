@@ -434,7 +434,22 @@ class Retraining(Section):
 
 
 class Evaluation(Section):
+    """tasks: lm-eval's, or YAML files of one's own, each as it is or with `:shots`; table_1 and table_2 are what
+        lm-eval has of those tables (arXiv:2408.11796). A task of theirs has their shots unless it is given others.
+    references: models beside teacher and students, as teacher.model names one.
+    limit: of each task, only so many questions, the first; null for all.
+    """
+
     tasks: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    references: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    limit: Count | None = None
+
+    @model_validator(mode="after")
+    def _references_are_evaluated(self) -> "Evaluation":
+        if self.references and not self.tasks:
+            raise ValueError(f"evaluation.references: {','.join(self.references)} with no evaluation.tasks; "
+                             "valid: evaluation.tasks table_1, or references []")  # fmt: skip
+        return self
 
 
 class Resources(Section):

@@ -23,7 +23,7 @@ from minitron_search.config import Axes, Budget, Config, Space, Target
 from minitron_search.corpus import Corpus, load_corpus
 from minitron_search.correction import norm_weights
 from minitron_search.depth import in_layers
-from minitron_search.evaluation import check_tasks
+from minitron_search.evaluation_tasks import check_data, parse_tasks
 from minitron_search.families import family_of, sizes, weights, whole
 from minitron_search.folders import cache_folder, working_folder
 from minitron_search.loop_settings import Precision
@@ -42,7 +42,8 @@ VERSIONS = ("torch", "transformers", "ray", "optuna", "numpy", "datasets", "lm_e
 PLACEMENT = (
     "stages", "search.concurrency", "depth.workers", "depth.weights", "output", "resources.launcher",
     "resources.workers_per_trial", "resources.strategy", "distillation.gradient_checkpointing", "distillation.compile",
-    "resources.mfu", "resources.flops_per_second", "resources.price_per_hour",
+    "resources.mfu", "resources.flops_per_second", "resources.price_per_hour", "evaluation.tasks",
+    "evaluation.references", "evaluation.limit",
 )  # fmt: skip
 # float32 master, two moments: what one checkpoint holds for every parameter
 CHECKPOINT_BYTES = 12
@@ -99,7 +100,10 @@ def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace]:
     if config.teacher.correction.method == "norms":
         with torch.device("meta"):
             norm_weights(AutoModelForCausalLM.from_config(other or teacher))
-    check_tasks(config.evaluation.tasks)
+    parse_tasks(config.evaluation.tasks)
+    for reference in config.evaluation.references:
+        with _named_as("evaluation.references"):
+            teacher_config(reference)
     _check_topk(config, teacher)
     if config.distillation.compile:
         _check_compiler()
@@ -135,6 +139,11 @@ def prepare(config: Config, resume: bool) -> Prepared:
         calibration=config.corpus.calibration,
     )
     _check_teacher_cache(config, teacher, corpus)
+    if "retrain" in config.stages:
+        check_data(parse_tasks(config.evaluation.tasks))
+        for reference in config.evaluation.references:
+            with _named_as("evaluation.references"):
+                teacher_folder(reference)
     return Prepared(
         config=config,
         run=RunDirectory(config.output),

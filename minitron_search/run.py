@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import ray  # noqa: E402
 import tyro  # noqa: E402
 
-from minitron_search import cluster, evaluation, retraining  # noqa: E402
+from minitron_search import cluster, retraining  # noqa: E402
 from minitron_search import config as configuration  # noqa: E402
 from minitron_search.ablation import checked, is_ablation  # noqa: E402
 from minitron_search.ablation import load as load_ablation  # noqa: E402
@@ -37,6 +37,9 @@ from minitron_search.correction_stage import correct_teacher  # noqa: E402
 from minitron_search.depth import Cut, block  # noqa: E402
 from minitron_search.depth_recommendation import best_blocks  # noqa: E402
 from minitron_search.depth_stage import measure_depth  # noqa: E402
+from minitron_search.evaluation import evaluate  # noqa: E402
+from minitron_search.evaluation_stage import evaluate_all, models_of  # noqa: E402
+from minitron_search.evaluation_tasks import parse_tasks  # noqa: E402
 from minitron_search.evidence import evidence  # noqa: E402
 from minitron_search.forecast import comparison, dry_run, intermediate_advice  # noqa: E402
 from minitron_search.forecast_stage import costs_of, write_forecast  # noqa: E402
@@ -262,7 +265,7 @@ def search_and_retrain(prepared: Prepared, resolved: Precision) -> None:
         run.write_evidence(evidence(run, config.search.ranks_by))
         if config.evaluation.tasks:
             with stage(run, "evaluation"):
-                evaluate_all(prepared, len(best))
+                evaluate_models(prepared, resolved, len(best))
 
 
 def layer_seeds(prepared: Prepared) -> list[Cut]:
@@ -320,15 +323,13 @@ def taught_by(prepared: Prepared) -> str:
     return name if asked.method == "none" else f"{name}, corrected{when} on the same text ({asked.method})"
 
 
-def evaluate_all(prepared: Prepared, students: int) -> None:
-    """lm-eval's tasks on the teacher and on every student in best/, into evaluation.json."""
-    run, tasks = prepared.run, prepared.config.evaluation.tasks
-    folders = {"teacher": prepared.teacher_folder, **{run.best(n).name: run.best(n) for n in range(1, students + 1)}}
-    for name, folder in folders.items():
-        if name not in run.read_evaluation():
-            say(f"evaluation: {', '.join(tasks)} on {name}")
-            scores = on_all_cpus(run.depot, evaluation.evaluate, folder, tasks)
-            run.write_evaluation({**run.read_evaluation(), name: scores})
+def evaluate_models(prepared: Prepared, resolved: Precision, students: int) -> None:
+    """lm-eval's tasks on the teacher, on every student in best/ and on the references, into evaluation.json."""
+    run, asked = prepared.run, prepared.config.evaluation
+    name = prepared.config.teacher.model + (", corrected" if prepared.teacher_folder == prepared.corrected else "")
+    models = models_of(run, name, prepared.teacher_folder, students)
+    compute = partial(on_all_cpus, run.depot, evaluate)
+    evaluate_all(run, models, asked.references, parse_tasks(asked.tasks), resolved, asked.limit, compute, say)
 
 
 @contextmanager

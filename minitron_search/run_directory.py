@@ -147,8 +147,14 @@ class RunDirectory:
         return json.loads(self.environment.read_text()) if self.environment.exists() else {}
 
     def write_evaluation(self, scores: Mapping[str, Any]) -> None:
-        """lm-eval's scores by model: `teacher`, `best`, `best-2`, ..."""
-        replace_text(self.evaluation, json.dumps(scores, indent=1))
+        """What `evaluation_stage.evaluate_all` found: models by what the run calls them, and lists of results, failures
+        and differences, of which each entry is a line."""
+        lines = ",\n".join(
+            f"{json.dumps(name)}: "
+            + (json.dumps(value) if isinstance(value, Mapping) else f"[{','.join(_lines(value))}\n]")
+            for name, value in scores.items()
+        )
+        replace_text(self.evaluation, f"{{\n{lines}\n}}\n")
 
     def read_evaluation(self) -> dict[str, Any]:
         return json.loads(self.evaluation.read_text()) if self.evaluation.exists() else {}
@@ -285,6 +291,10 @@ def stage_seconds(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
             found[event["stage"]] = found.get(event["stage"], 0.0) + event["time"] - begun.pop(event["stage"])
         last = event["time"] or last
     return found
+
+
+def _lines(values: Iterable[Any]) -> Iterable[str]:
+    return (f"\n{json.dumps(value)}" for value in values)
 
 
 def write_table(path: Path, table: pa.Table) -> None:

@@ -80,7 +80,7 @@ def fingerprint(folder: Path) -> str:
     for where_from in ("transformers_version", "_name_or_path"):
         config.pop(where_from, None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         digest.update(f"{path.name} {file_hash(path)}".encode())
     return digest.hexdigest()[:16]
 
@@ -122,7 +122,7 @@ def _checked(model: str, folder: Path) -> Path:
         raise _invalid(model, f"is not a folder{near_names(folder)}")
     if not (folder / "config.json").is_file():
         raise _invalid(model, "has no config.json")
-    weights = _weight_files(folder)
+    weights = weight_files(folder)
     if not weights:
         raise _invalid(model, "has no weights in safetensors files (save_pretrained writes them)")
     missing = [path.name for path in weights if not path.is_file()]
@@ -131,7 +131,7 @@ def _checked(model: str, folder: Path) -> Path:
     return folder.resolve()
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that from_pretrained reads: one, or those that the index names, sorted."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():

@@ -304,3 +304,34 @@ def test_where_a_run_is_placed_may_change_on_resume_and_what_it_computes_may_not
     said = refused(*flags)
     assert "distillation.temperature: 1.0 there, 2.0 asked now" in said
     assert "resources" not in said and "gradient_checkpointing" not in said
+
+
+# What is to be evaluated
+
+
+@pytest.fixture
+def task(here: Path) -> Path:
+    """lm-eval's Winogrande over a data set that no machine has."""
+    path = here / "task.yaml"
+    about = "output_type: multiple_choice\nvalidation_split: test\nmetric_list: [{metric: acc}]\n"
+    path.write_text(f"task: mine\ndataset_path: nobody/nothing\n{about}doc_to_text: a\ndoc_to_target: b\n")
+    return path
+
+
+def test_an_evaluation_that_cannot_be_is_refused(refused: Refused, task: Path, inputs: Path) -> None:
+    for asked, why in (
+        ("mt_bench", "evaluation.tasks: 'mt_bench': MT-Bench needs a judge"),
+        ("humaneval", "evaluation.tasks: humaneval runs code that the model writes"),
+        ("nothere.yaml", "evaluation.tasks: no file 'nothere.yaml'"),
+        (str(task), "evaluation.tasks: mine:0: its questions cannot be had ("),
+    ):
+        assert why in refused("--evaluation.tasks", asked)
+    for reference, why in (("./nowhere", "is not a folder"), ("nobody/nothing", "has no configuration that loads")):
+        said = refused("--evaluation.tasks", "winogrande", "--evaluation.references", reference)
+        assert f"evaluation.references: '{reference}' {why}" in said and "teacher.model" not in said
+    assert "with no evaluation.tasks" in refused("--evaluation.references", str(inputs / "teacher"))
+
+
+def test_continuing_may_change_what_is_evaluated(good: list[str], here: Path) -> None:
+    existing_run(good)
+    assert main([*good, "--resume", "--dry-run", "--evaluation.tasks", "winogrande:0", "--evaluation.limit", "9"]) == 0

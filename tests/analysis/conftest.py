@@ -237,7 +237,39 @@ def write_run(root: Path, trials: int = 12, name: str = "smollm2-135m", hostile:
         statuses[f"{trial}-{arm}"] = "complete"
     run.write_trials(statuses, messages)
     run.event("stage_finished", stage="retrain")
+    run.write_evaluation(evaluation(hostile))
     return run
+
+
+def evaluated(model: str, task: str, shots: int, value: float, stderr: float | None = 0.014, **given: object) -> dict:
+    """One result of evaluation.json."""
+    return {
+        "model": model, "task": task, "label": f"{task}:{shots}", "key": "k", "metric": "acc,none", "value": value,
+        "stderr": stderr, "n": 1267, "shots": shots, "limit": None, "chance": 0.5, "at_chance": value < 0.52,
+        "task_version": 1.0, "metrics": {}, "samples": None, "twins": None, "questions": "q", "precision": "float32",
+        "chat_template": False, "versions": {"lm_eval": "0.4.13", "transformers": "5.23.0"}, **given,
+    }  # fmt: skip
+
+
+WIDTH = "nvidia/Llama-3.1-Minitron-4B-Width-Base"
+
+
+def evaluation(hostile: str = "") -> dict:
+    """A teacher, a student, a reference of the paper's; `winogrande` with 5 shots is in its Table 1."""
+    names = {"teacher": "smollm2-135m" + hostile, "best": "best", WIDTH: WIDTH}
+    task = "mine" + hostile
+    return {
+        "models": {model: {"name": name, "content": "c", "params": 90_000_000} for model, name in names.items()},
+        "results": [
+            *(evaluated(model, "winogrande", 5, value) for model, value in zip(names, (0.55, 0.51, 0.74), strict=True)),
+            evaluated("best", task, 0, 12.5, None, chance=None, at_chance=None, limit=100, metric="perplexity,none"),
+        ],
+        "failures": [{"model": WIDTH, "task": task + ":0", "message": "ConnectionError: no route" + hostile}],
+        "differences": [
+            {"model": "best", "task": "winogrande", "shots": 5, "metric": "acc,none", "limit": None, "units": 640,
+             "difference": -0.04, "stderr": 0.015, "low": -0.07, "high": -0.01, "p": 0.02, "n": 1267, "test": "McNemar"}
+        ],
+    }  # fmt: skip
 
 
 # of one stage; money at the price of a machine, on CPUs

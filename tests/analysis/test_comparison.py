@@ -157,7 +157,7 @@ def test_a_run_that_is_going_and_an_empty_one_are_compared_too(
     assert not any("could not be made" in card.reason for card in cards)
     lonely = comparison.compare([load_run(empty), load_run(empty)._replace(name="second")])
     assert not any("could not be made" in card.reason for card in lonely)
-    assert sum(bool(card.reason) for card in lonely) == 10  # all but the summary and health
+    assert sum(bool(card.reason) for card in lonely) == 11  # all but the summary and health
 
 
 def test_no_word_of_several_runs_becomes_a_tag(make_run: Callable[..., RunDirectory], tmp_path: Path):

@@ -21,7 +21,7 @@ from minitron_search.run_directory import RunDirectory
 from tests.analysis.conftest import HOSTILE, METRICS
 
 TITLES = ["Summary", "Pareto fronts", "Convergence", "Depth", "Importance", "Axes of the search",
-          "Ablations and controls", "Rank agreement", "Spend against forecast", "Health", "Trials",
+          "Ablations and controls", "Tables 1 and 2", "Rank agreement", "Spend against forecast", "Health", "Trials",
           "Configuration and environment"]  # fmt: skip
 
 
@@ -97,7 +97,8 @@ def test_every_figure_offers_its_data(finished: RunDirectory):
     assert set(links) == {f"{name}.csv" for name in (
         "summary", "convergence", "loss_curves", "layer_importance", "hidden_importance", "mlp_importance",
         "head_importance", "parallel_coordinates", "axis_importance", "axis_direction", "finalists", "controls",
-        "agreement_0", "rungs", "spend", "incidents", "trials", *(f"pareto_{axis.column}" for axis in AXES),
+        "evaluation", "against_teacher", "published_tables", "agreement_0", "rungs", "spend", "incidents", "trials",
+        *(f"pareto_{axis.column}" for axis in AXES),
         *(f"depth_{metric}" for metric in METRICS),
         *(f"depth_map_{metric}" for metric in METRICS if metric != "bi"))}  # fmt: skip
     tables = {
@@ -114,7 +115,7 @@ def test_a_run_that_is_going_renders(going: RunDirectory):
     assert any("importance.safetensors" in reason for reason in page.reasons)
 
 
-@pytest.mark.parametrize("kept", ["config", "importance", "trials_table", "events_log"])
+@pytest.mark.parametrize("kept", ["config", "importance", "trials_table", "events_log", "evaluation"])
 def test_any_one_artifact_is_enough(make_run: Callable[..., RunDirectory], tmp_path: Path, kept: str):
     whole, part = make_run(tmp_path / "whole"), RunDirectory(tmp_path / "part")
     part.root.mkdir()
