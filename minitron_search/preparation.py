@@ -33,6 +33,7 @@ from minitron_search.run_directory import RunDirectory
 from minitron_search.search_space import SearchSpace
 from minitron_search.teacher import fingerprint, load_tokenizer, teacher_config, teacher_folder
 from minitron_search.teacher_cache import Request, cache_bytes, free_bytes
+from minitron_search.trackers import check_installed, log_in
 from minitron_search.trial_settings import correction_tokens
 from minitron_search.winogrande import HUB, PackedOptions, check_window, load_examples, pack
 from minitron_search.workload import retrained, search_phases
@@ -42,7 +43,7 @@ VERSIONS = ("torch", "transformers", "ray", "optuna", "numpy", "datasets", "lm_e
 PLACEMENT = (
     "stages", "search.concurrency", "depth.workers", "depth.weights", "output", "resources.launcher",
     "resources.workers_per_trial", "resources.strategy", "distillation.gradient_checkpointing", "distillation.compile",
-    "resources.mfu", "resources.flops_per_second", "resources.price_per_hour",
+    "resources.mfu", "resources.flops_per_second", "resources.price_per_hour", "trackers",
 )  # fmt: skip
 # float32 master, two moments: what one checkpoint holds for every parameter
 CHECKPOINT_BYTES = 12
@@ -100,6 +101,7 @@ def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace]:
         with torch.device("meta"):
             norm_weights(AutoModelForCausalLM.from_config(other or teacher))
     check_tasks(config.evaluation.tasks)
+    check_installed(config.trackers)
     _check_topk(config, teacher)
     if config.distillation.compile:
         _check_compiler()
@@ -113,6 +115,7 @@ def prepare(config: Config, resume: bool) -> Prepared:
     teacher, space = check(config, resume)
     if mirror := mirror_of(config.output, RunDirectory(config.output)):
         mirror.check_writable()
+    log_in(config.trackers)
     examples = load_examples(config.winogrande.source, config.winogrande.limit)
     _check_disk(config, space)
     folder = teacher_folder(config.teacher.model).absolute()

@@ -60,6 +60,7 @@ from minitron_search.run_directory import RunDirectory  # noqa: E402
 from minitron_search.search import run_search  # noqa: E402
 from minitron_search.search_state import Search  # noqa: E402
 from minitron_search.summary import summary_table  # noqa: E402
+from minitron_search.tracking import tracked  # noqa: E402
 from minitron_search.trial_settings import (  # noqa: E402
     correction_tokens,
     distillation_settings,
@@ -189,7 +190,7 @@ def stages(prepared: Prepared, foretold: bool = True) -> None:
             resolved = resolved_precision(config.precision)
             prepared, speeds = hold_to_speed(prepared, resolved)
             begin_run(prepared)
-            with cluster.watched(run, say):
+            with cluster.watched(run, say), tracked(run, config.name, config.trackers, say):
                 compute(prepared, resolved, speeds, foretold)
     if "report" in config.stages:
         from analysis.report import write_report  # reads the run directory only; Plotly is not needed before
