@@ -21,7 +21,8 @@ from tests import tiny
 TEXTS = ("it", "docstrings", "docstrings", "embedded")
 ROW = {
     "params": 90_123_456, "non_embedding_params": 70_000_000, "tokens": 32_000, "lm_loss": 3.25,
-    "lm_loss_stderr": 0.0125, "lm_loss_n": 32, "kl": 0.5, "kl_stderr": 0.01, "winogrande_acc": 0.5, "winogrande_acc_stderr": 0.0395,
+    "lm_loss_stderr": 0.0125, "lm_loss_n": 32, "kl": 0.5, "kl_stderr": 0.01, "winogrande_acc": 0.5,
+    "winogrande_acc_stderr": 0.0395,
     "winogrande_margin": 0.125, "winogrande_margin_stderr": 0.0625, "winogrande_n": 160,
 }  # fmt: skip
 
