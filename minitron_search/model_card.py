@@ -16,6 +16,8 @@ from minitron_search.trial import Trial
 LICENCE_FILES = ("license", "licence", "notice", "copying", "use_policy")  # how their names begin, in any case
 EMBEDDED = {"docstrings": "documentation strings of Python packages",
             "embedded": "minitron_search's own pairs in Winogrande's format"}  # fmt: skip
+COMMANDS = {"vLLM": "vllm serve path/to/this/folder",
+            "llama.cpp": "python convert_hf_to_gguf.py path/to/this/folder"}  # fmt: skip
 
 
 class Source(NamedTuple):
@@ -66,8 +68,8 @@ def origin_of(model: str, taught_by: str, train: str, validation: str, winogrand
     )
 
 
-def model_card(origin: Origin, trial: Trial, row: Mapping[str, Any]) -> str:
-    """`row` is the student's row of `trials.parquet`."""
+def model_card(origin: Origin, trial: Trial, row: Mapping[str, Any], refusals: Mapping[str, str]) -> str:
+    """`row` is the student's row of `trials.parquet`; `refusals`: by tool, why it does not take the student."""
     architecture, settings, teacher = trial.architecture, trial.settings, origin.teacher
     kept = ", ".join(map(str, architecture.layers))
     return f"""---
@@ -98,6 +100,8 @@ Made with minitron_search by structured pruning of the teacher `{teacher}` and d
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
+
+{chr(10).join(_taken(tool, command, refusals) for tool, command in COMMANDS.items())}
 """
 
 
@@ -131,6 +135,10 @@ def _result(source: Source, kind: str, name: str, row: Mapping[str, Any], column
         metric_value=round(row[column], 6),
         metric_args={"stderr": round(row[f"{column}_stderr"], 6), "n": row[number]},
     )
+
+
+def _taken(tool: str, command: str, refusals: Mapping[str, str]) -> str:
+    return f"- {tool} does not take it: {refusals[tool]}." if tool in refusals else f"- {tool}: `{command}`"
 
 
 def _licence_said(origin: Origin) -> str:

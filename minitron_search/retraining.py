@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from minitron_search import checkpoints
 from minitron_search.config import Config, Resources
+from minitron_search.deployment import complete, refusals
 from minitron_search.model_card import Origin, model_card
 from minitron_search.precision import on_device
 from minitron_search.run_directory import RunDirectory
@@ -78,7 +79,9 @@ def export(materials: Materials, trial: Trial, origin: Origin, teacher_folder: P
     the teacher's licence."""
     student = trained_student(materials, trial)
     row = next(row for row in materials.run.metrics(trial.id) if row["kind"] == "rung")
-    write_folder(student, teacher_folder, folder, {**origin.files, "README.md": model_card(origin, trial, row)})
+    complete(student.config)
+    card = model_card(origin, trial, row, refusals(student.config))
+    write_folder(student, teacher_folder, folder, {**origin.files, "README.md": card})
 
 
 def write_folder(model: PreTrainedModel, tokenizer: Path, folder: Path, texts: Mapping[str, str]) -> None:

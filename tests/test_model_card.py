@@ -51,14 +51,14 @@ def front_matter(card: str) -> dict[str, Any]:
 
 def test_the_embedded_teacher_needs_no_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "teacher_folder", lambda model: Path(teacher(tmp_path)))
-    said = front_matter(model_card(origin_of(embedded.NAME, *TEXTS), trial(), ROW))
+    said = front_matter(model_card(origin_of(embedded.NAME, *TEXTS), trial(), ROW, {}))
     assert said["license"] == "apache-2.0" and said["language"] == "en"
     assert said["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct" == hub_name(embedded.NAME)
     assert "datasets" not in said, "documentation strings are no data set of the Hub"
 
 
 def test_scores_are_in_the_hubs_form_with_their_standard_errors(tmp_path: Path) -> None:
-    said = front_matter(model_card(origin_of(teacher(tmp_path), *TEXTS), trial(), ROW))
+    said = front_matter(model_card(origin_of(teacher(tmp_path), *TEXTS), trial(), ROW, {}))
     (index,) = said["model-index"]
     assert index["name"].endswith("-pruned-90M")
     found = {metric["name"]: metric for result in index["results"] for metric in result["metrics"]}
@@ -82,7 +82,7 @@ def test_scores_are_in_the_hubs_form_with_their_standard_errors(tmp_path: Path) 
 def test_a_teachers_licence_is_its_students(tmp_path: Path, given: dict[str, str]) -> None:
     readme = f"---\n{yaml.safe_dump({**given, 'language': ['en', 'de'], 'base_model': 'owner/base'})}---\n# A model\n"
     origin = origin_of(teacher(tmp_path, readme, LICENSE_TXT="Do well."), *TEXTS)
-    card = model_card(origin, trial(), ROW)
+    card = model_card(origin, trial(), ROW, {})
     said = front_matter(card)
     assert {key: said[key] for key in given} == given
     assert said["language"] == ["en", "de"] and said["base_model"] == "owner/base"
@@ -91,7 +91,7 @@ def test_a_teachers_licence_is_its_students(tmp_path: Path, given: dict[str, str
 
 @pytest.mark.parametrize("readme", [None, "# No front matter\n", "---\nlanguage: en\n---\n# No licence\n"])
 def test_an_unknown_licence_is_said_to_be_unknown(tmp_path: Path, readme: str | None) -> None:
-    card = model_card(origin_of(teacher(tmp_path, readme), *TEXTS), trial(), ROW)
+    card = model_card(origin_of(teacher(tmp_path, readme), *TEXTS), trial(), ROW, {})
     said = front_matter(card)
     assert (said["license"], said["license_name"]) == ("other", "unknown")
     assert "does not say which" in card and "base_model" not in said
@@ -101,7 +101,9 @@ def test_licence_and_notices_are_copied_beside_the_student(tmp_path: Path) -> No
     files = {"LICENSE": "Do well.", "Notice_TXT": "Made by people.", "USE_POLICY.md": "Für alle."}
     origin = origin_of(teacher(tmp_path / "teacher", **files), *TEXTS)
     model = tiny.model(tiny.config())
-    write_folder(model, tmp_path, tmp_path / "best", {**origin.files, "README.md": model_card(origin, trial(), ROW)})
+    write_folder(
+        model, tmp_path, tmp_path / "best", {**origin.files, "README.md": model_card(origin, trial(), ROW, {})}
+    )
     for name, text in (("LICENSE", "Do well."), ("Notice.txt", "Made by people."), ("USE_POLICY.md", "Für alle.")):
         assert (tmp_path / "best" / name).read_text() == text
     assert origin_of(str(tmp_path / "best"), *TEXTS).files == origin.files, "a student's student has them too"
@@ -124,7 +126,7 @@ def test_what_the_card_needs_is_fetched_from_the_hub() -> None:
 )  # fmt: skip
 def test_texts_are_named_and_nobodys_folders_are(tmp_path: Path, source: str, name: str, hub: str | None) -> None:
     origin = origin_of(teacher(tmp_path / "secret" / "my-model"), "it", source, source, source)
-    card = model_card(origin, trial(), ROW)
+    card = model_card(origin, trial(), ROW, {})
     said = front_matter(card)
     assert said.get("datasets") == hub and origin.train.name == name and name in card
     assert "secret" not in card and "someone" not in card and "my-model" in card
@@ -133,8 +135,15 @@ def test_texts_are_named_and_nobodys_folders_are(tmp_path: Path, source: str, na
 
 def test_the_card_says_what_was_pruned(tmp_path: Path) -> None:
     made = trial()
-    card = model_card(origin_of(teacher(tmp_path), *TEXTS), made, ROW)
+    card = model_card(origin_of(teacher(tmp_path), *TEXTS), made, ROW, {})
     assert f"| hidden_size | {made.architecture.hidden_size} |" in card
     assert f"| teacher layers kept | {', '.join(map(str, made.architecture.layers))} |" in card
     assert "32,000 tokens of documentation strings" in card
     assert json.loads(json.dumps(front_matter(card)))["library_name"] == "transformers"
+
+
+def test_the_card_says_who_takes_the_student(tmp_path: Path) -> None:
+    origin = origin_of(teacher(tmp_path), *TEXTS)
+    assert "- vLLM: `vllm serve path" in model_card(origin, trial(), ROW, {})
+    card = model_card(origin, trial(), ROW, {"llama.cpp": "of a reason"})
+    assert "- llama.cpp does not take it: of a reason.\n" in card and "convert_hf_to_gguf" not in card
