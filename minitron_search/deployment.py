@@ -20,11 +20,8 @@ AS_WIDE_AS_HIDDEN = {
     "vLLM": ("qwen2",),
 }  # fmt: skip
 FOUR_TIMES = ("phi", "gpt2")  # the converter takes their MLP to be four times as wide as hidden_size
-ALWAYS_TIED = (
-    "gemma",
-    "gemma2",
-    "cohere",
-)  # to both: the embedding is the output head (importance.method pca unties it)
+# families whose embedding is the output head, whatever tie_word_embeddings says (importance.method pca unties it)
+ALWAYS_TIED = {"llama.cpp": ("gemma", "gemma2", "cohere"), "vLLM": ("gemma2", "cohere")}
 # lists over layers that llama.cpp does not read: every so many layers it takes one to be of the other kind
 PERIODS = {
     "gemma2": ("layer_types", "full_attention", 2),
@@ -47,9 +44,9 @@ def refusals(config: PretrainedConfig) -> dict[str, str]:
         found["llama.cpp"] = (
             f"it takes the MLP of a {name} to be 4 x {dims['hidden']} wide, and this one is {dims['mlp']}"
         )
-    if name in ALWAYS_TIED and not config.tie_word_embeddings:
-        reason = f"it takes the embedding of a {name} for its output head, and this one has a head of its own"
-        found |= {"llama.cpp": reason, "vLLM": reason}
+    for tool, families in ALWAYS_TIED.items():
+        if name in families and not config.tie_word_embeddings:
+            found[tool] = f"it takes the embedding of a {name} for its output head, and this one has a head of its own"
     key, other, period = PERIODS.get(name, ("", None, 0))
     if key and [value == other for value in getattr(config, key)] != [
         layer % period == period - 1 for layer in range(config.num_hidden_layers)

@@ -35,7 +35,7 @@ class Origin:
     train: Source
     validation: Source
     winogrande: Source
-    base_model: str | None = None
+    base_model: str | list[str] | None = None
     language: str | list[str] | None = None
     licence: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
@@ -107,8 +107,11 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 
 def _front_matter(origin: Origin, row: Mapping[str, Any]) -> ModelCardData:
     name = f"{origin.teacher.rpartition('/')[2]}-pruned-{row['params'] / 1e6:.0f}M"
+    licence = origin.licence or {"license": "other", "license_name": "unknown"}
     return ModelCardData(
-        **(dict(origin.licence) or {"license": "other", "license_name": "unknown"}),
+        license=licence["license"],
+        license_name=licence.get("license_name"),
+        license_link=licence.get("license_link"),
         base_model=origin.base_model,
         language=origin.language,
         library_name="transformers",

@@ -9,6 +9,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from minitron_search.event_file import EventFile, Point
@@ -69,7 +70,7 @@ class Tracking:
                 self._curves[trial] = Curve(self.run, trial)
             curve = self._curves[trial]
             if points := curve.new():
-                self._tell(lambda tracker, curve=curve, points=points: tracker.tell(curve.trial, curve.about, points))
+                self._tell(partial(_points, trial, curve.about, points))
                 self._open.add(trial)
                 curve.file.append(points)
         for trial in self._open & ended.keys():
@@ -94,6 +95,10 @@ class Tracking:
                 self.trackers.remove(tracker)
                 self.run.event("tracker_failed", tracker=tracker.name, message=message)
                 self.progress(f"trackers: {tracker.name} is told no more: {message}")
+
+
+def _points(trial: str, about: Mapping[str, Any], points: Sequence[Point], tracker: Tracker) -> None:
+    tracker.tell(trial, about, points)
 
 
 @contextmanager
