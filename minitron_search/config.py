@@ -527,6 +527,7 @@ class Config(Section):
     retraining: Retraining = Retraining()
     evaluation: Evaluation = Evaluation()
     resources: Resources = Resources()
+    trackers: Annotated[tuple[Literal["wandb", "mlflow"], ...], BeforeValidator(_listed)] = ()  # beside TensorBoard
 
     @model_validator(mode="after")
     def _output_follows_name(self) -> "Config":

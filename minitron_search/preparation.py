@@ -33,6 +33,7 @@ from minitron_search.run_directory import RunDirectory
 from minitron_search.search_space import SearchSpace
 from minitron_search.teacher import fingerprint, load_tokenizer, teacher_config, teacher_folder
 from minitron_search.teacher_cache import Request, cache_bytes, free_bytes
+from minitron_search.trackers import check_installed, log_in
 from minitron_search.trial_settings import correction_tokens
 from minitron_search.winogrande import HUB, PackedOptions, check_window, load_examples, pack
 from minitron_search.workload import retrained, search_phases
@@ -43,7 +44,7 @@ PLACEMENT = (
     "stages", "search.concurrency", "depth.workers", "depth.weights", "output", "resources.launcher",
     "resources.workers_per_trial", "resources.strategy", "distillation.gradient_checkpointing", "distillation.compile",
     "resources.mfu", "resources.flops_per_second", "resources.price_per_hour", "evaluation.tasks",
-    "evaluation.references", "evaluation.limit",
+    "evaluation.references", "evaluation.limit", "trackers",
 )  # fmt: skip
 # float32 master, two moments: what one checkpoint holds for every parameter
 CHECKPOINT_BYTES = 12
@@ -104,6 +105,7 @@ def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace]:
     for reference in config.evaluation.references:
         with _named_as("evaluation.references"):
             teacher_config(reference)
+    check_installed(config.trackers)
     _check_topk(config, teacher)
     if config.distillation.compile:
         _check_compiler()
@@ -117,6 +119,7 @@ def prepare(config: Config, resume: bool) -> Prepared:
     teacher, space = check(config, resume)
     if mirror := mirror_of(config.output, RunDirectory(config.output)):
         mirror.check_writable()
+    log_in(config.trackers)
     examples = load_examples(config.winogrande.source, config.winogrande.limit)
     _check_disk(config, space)
     folder = teacher_folder(config.teacher.model).absolute()

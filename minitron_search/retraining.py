@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from minitron_search import checkpoints
 from minitron_search.config import Config, Resources
-from minitron_search.model_card import model_card
+from minitron_search.deployment import complete, refusals
+from minitron_search.model_card import Origin, model_card
 from minitron_search.precision import on_device
 from minitron_search.run_directory import RunDirectory
 from minitron_search.trial import Trial
@@ -73,13 +74,14 @@ def retrain(
         raise RuntimeError(f"{what}: {failed[-1]['message']}; a smaller {key} may hold")
 
 
-def export(
-    materials: Materials, trial: Trial, teacher_name: str, taught_by: str, teacher_folder: Path, folder: Path
-) -> None:
-    """Write the retrained student of `trial` as a stock folder, which appears whole or not at all."""
+def export(materials: Materials, trial: Trial, origin: Origin, teacher_folder: Path, folder: Path) -> None:
+    """Write the retrained student of `trial` as a stock folder, which appears whole or not at all, with its card and
+    the teacher's licence."""
     student = trained_student(materials, trial)
     row = next(row for row in materials.run.metrics(trial.id) if row["kind"] == "rung")
-    write_folder(student, teacher_folder, folder, {"README.md": model_card(teacher_name, taught_by, trial, row)})
+    complete(student.config)
+    card = model_card(origin, trial, row, refusals(student.config))
+    write_folder(student, teacher_folder, folder, {**origin.files, "README.md": card})
 
 
 def write_folder(model: PreTrainedModel, tokenizer: Path, folder: Path, texts: Mapping[str, str]) -> None:

@@ -58,12 +58,14 @@ from minitron_search.loop_settings import Precision  # noqa: E402
 from minitron_search.materials import make_materials  # noqa: E402
 from minitron_search.memory import release_memory  # noqa: E402
 from minitron_search.mirror import mirror_of  # noqa: E402
+from minitron_search.model_card import origin_of  # noqa: E402
 from minitron_search.node_disks import connected, disconnect  # noqa: E402
 from minitron_search.preparation import Prepared, check, environment, prepare  # noqa: E402
 from minitron_search.run_directory import RunDirectory  # noqa: E402
 from minitron_search.search import run_search  # noqa: E402
 from minitron_search.search_state import Search  # noqa: E402
 from minitron_search.summary import summary_table  # noqa: E402
+from minitron_search.tracking import tracked  # noqa: E402
 from minitron_search.trial_settings import (  # noqa: E402
     correction_tokens,
     distillation_settings,
@@ -195,7 +197,7 @@ def stages(prepared: Prepared, foretold: bool = True) -> None:
             resolved = resolved_precision(config.precision)
             prepared, speeds = hold_to_speed(prepared, resolved)
             begin_run(prepared)
-            with cluster.watched(run, say):
+            with cluster.watched(run, say), tracked(run, config.name, config.trackers, say):
                 compute(prepared, resolved, speeds, foretold)
     if "report" in config.stages:
         from analysis.report import write_report  # reads the run directory only; Plotly is not needed before
@@ -302,8 +304,9 @@ def retrain(prepared: Prepared, search: Search, architecture: Architecture, rank
         except RuntimeError:  # one that diverged is a row that says so
             search.write_tables(promoted(run))
             raise
-        names = config.teacher.model, taught_by(prepared)
-        on_all_cpus(run.depot, retraining.export, materials, trial, *names, prepared.teacher_folder, run.best(rank))
+        sources = config.corpus.train, config.corpus.validation, config.winogrande.source
+        origin = origin_of(config.teacher.model, taught_by(prepared), *sources)
+        on_all_cpus(run.depot, retraining.export, materials, trial, origin, prepared.teacher_folder, run.best(rank))
         if run.depot is not None:
             run.depot.fetch(run.best(rank))
     run.event("trial_finished", trial=trial.id, status="complete")

@@ -2,7 +2,8 @@
 
     config.yaml  environment.json  importance.safetensors  trials.parquet  events.jsonl  study.db
     depth.parquet  depth.json  depth_pieces/  evidence.json  latency.json  forecast.json
-    trials/<id>/ architecture.json, metrics.jsonl, decisions.jsonl, checkpoint/     best/     report.html
+    trials/<id>/ architecture.json, metrics.jsonl, decisions.jsonl, checkpoint/, events.out.tfevents
+    best/     report.html
 
 What is true is in `trials/<id>/metrics.jsonl`: a line per logged step and a line per finished rung, written
 by the trial itself when the rung ends, so a driver that is killed loses no finished row. `trials.parquet` is
@@ -120,6 +121,10 @@ class RunDirectory:
 
     def _metrics(self, trial: str) -> Path:
         return self.trial(trial) / "metrics.jsonl"
+
+    def tensorboard(self, trial: str) -> Path:
+        """Told from metrics.jsonl (`tracking.py`)."""
+        return self.trial(trial) / "events.out.tfevents"
 
     def checkpoint(self, trial: str) -> Path:
         return self.trial(trial) / "checkpoint"

@@ -24,6 +24,7 @@ from minitron_search.stored_model import stored_model
 HUB_FILES = [
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja",
+    "README.md", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*",  # for the card of its student
 ]  # fmt: skip
 PUBLISHED = Path(__file__).parent / "published"  # configurations of the papers' teachers, as on the Hub
 
@@ -42,6 +43,13 @@ def teacher_folder(model: str) -> Path:
         return _checked(model, Path(snapshot_download(model, allow_patterns=HUB_FILES)))
     except (OSError, HFValidationError, HfHubHTTPError) as error:
         raise _invalid(model, f"is no folder here, and the Hub did not give it ({_first_line(error)})") from error
+
+
+def hub_name(model: str) -> str | None:
+    """On the Hub, of a model that is there; None for a folder."""
+    if model == embedded.NAME:
+        return embedded.HUB_NAME
+    return None if _is_local(model) else model
 
 
 def teacher_config(model: str) -> PretrainedConfig:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from minitron_search.run_directory import RunDirectory
 from tests.runs import Command, events, kill_train_process, rows, tiny_inputs
+from tests.test_tracking import shown
 
 ONE = ("--search.concurrency", "1")
 INLINE = ("--resources.launcher", "inline")
@@ -38,6 +40,22 @@ def test_a_run_leaves_every_artifact(unbroken: Path) -> None:
     finalists = {row["architecture"] for row in rows(unbroken) if row["arm"] == "search" and row["rung"] == 2}
     assert {about["architecture"] for about in evidence["finalists"]} == finalists
     assert evidence["words"][-1] in html.unescape((unbroken / "report.html").read_text())
+
+
+def told(output: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """What TensorBoard shows of every trial, but for times."""
+    run = RunDirectory(output)
+    found = {folder.name: shown(run, folder.name) for folder in sorted((output / "trials").iterdir())}
+    return {trial: {tag: of for tag, of in tags.items() if "per_second" not in tag} for trial, tags in found.items()}
+
+
+def test_tensorboard_has_every_step_and_rung_of_every_trial(unbroken: Path) -> None:
+    run, found = RunDirectory(unbroken), told(unbroken)
+    assert set(found) == {row["trial"] for row in rows(unbroken)}
+    for trial, tags in found.items():
+        lines = run.metrics(trial)
+        for kind, tag in (("step", "train/loss"), ("rung", "validation/lm_loss")):
+            assert [tokens for tokens, _ in tags.get(tag, [])] == [x["tokens"] for x in lines if x["kind"] == kind]
 
 
 def test_the_best_student_reloads_inside_the_budget(unbroken: Path) -> None:
@@ -85,6 +103,7 @@ def test_sigkill_of_the_driver_then_resume_gives_the_unbroken_table(command: Com
     before = rows(output) if (output / "trials.parquet").exists() else []
     command.run(output, *ONE, *INLINE, "--resume")
     assert rows(output) == rows(unbroken)
+    assert told(output) == told(unbroken)
     started = [event["trial"] for event in events(output, "trial_started")]
     finished = {row["trial"] for row in before if row["arm"] == "search" and row["status"] != "running"}
     continued = [event["trial"] for event in events(output, "trial_continued")]

