@@ -282,7 +282,11 @@ def test_wandb_has_a_run_for_each_trial(
     Tracking(run, [tracker_of("wandb", "small", run)], print).end("FINISHED")
     steps(run, "a", 3)
     Tracking(run, [tracker_of("wandb", "small", run)], print).end("FINISHED")  # another session
-    runs = [wandb_run(file) for file in sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))]
+    deadline = time.monotonic() + 60  # its own process writes the files
+    runs = wandb_runs(tmp_path)
+    while sum(len(history) for _, history in runs) < 4 and time.monotonic() < deadline:
+        time.sleep(0.2)
+        runs = wandb_runs(tmp_path)
     about = {(made["name"], made["group"], made["project"]) for made, _ in runs}
     assert about == {("a", "small", "ours"), ("b", "small", "ours")}
     assert len({made["id"] for made, _ in runs}) == 2 and len(runs) == 3
@@ -291,6 +295,11 @@ def test_wandb_has_a_run_for_each_trial(
     assert first[1]["validation/kl"] == 1.0
     assert [(row["_step"], row["train/loss"]) for row in last] == [(192, pytest.approx(10 / 3))]
     assert runs[0][0]["config"]["hidden_size"] == 48
+
+
+def wandb_runs(folder: Path) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """In the order in which they began."""
+    return [wandb_run(file) for file in sorted((folder / "wandb").glob("offline-run-*/*.wandb"))]
 
 
 def wandb_run(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
