@@ -81,7 +81,7 @@ def asked(trials: int, slots: int) -> configuration.Config:
 
 def wait_instead(seconds: float) -> Any:
     def work(materials: ray.ObjectRef, run: RunDirectory, resources: Any, trial: Trial) -> None:
-        run.event("trial_placed", trial=trial.id, node=ray.get_runtime_context().get_node_id())
+        run.event("trial_placed", trial=trial.id, slot=ray.get_runtime_context().get_actor_id())
         done = {line["rung"] for line in run.metrics(trial.id) if line["kind"] == "rung"}
         for rung, tokens in enumerate(trial.settings.milestones):
             if rung not in done:
@@ -145,13 +145,17 @@ def sampled(pids: list[int]) -> list[tuple[float, list[float]]]:
 
 def read(run: RunDirectory, samples: list[tuple[float, list[float]]], slots: int, wait: float) -> Measured:
     """From when every slot has started its process to the last start of a trial: until then every slot has work."""
-    placed = sorted(event["time"] for event in run.events() if event["event"] == "trial_placed")
-    ended = sorted(event["time"] for event in run.events() if event["event"] == "rung_finished")
+    starts = [event for event in run.events() if event["event"] == "trial_placed"]
+    ends = {event["trial"]: event["time"] for event in run.events() if event["event"] == "rung_finished"}
+    placed, ended = sorted(event["time"] for event in starts), sorted(ends.values())
     begin, end = placed[slots - 1] + wait, placed[-1]
     inside = [time for time in ended if begin < time <= end]
     first, last = (min(samples, key=lambda sample, at=at: abs(sample[0] - at)) for at in (begin, end))
-    # the k-th rung to end frees a slot, the (slots + k)-th start takes one
-    free = [start - stop for stop, start in zip(ended, placed[slots:], strict=False) if begin < start]
+    free, last_of = [], dict[str, str]()
+    for event in starts:
+        if (before := last_of.get(event["slot"])) and begin < event["time"]:
+            free.append(event["time"] - ends[before])
+        last_of[event["slot"]] = event["trial"]
     count = len(inside)
     return Measured(
         slots, count, 60 * count / (end - begin), 60 * slots / wait, (last[1][0] - first[1][0]) / count,
