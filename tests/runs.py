@@ -116,16 +116,13 @@ def events(output: Path, kind: str) -> list[dict[str, Any]]:
 def kill_train_process(kind: str, folder: Path) -> bool:
     """SIGKILL the newest Ray Train worker or controller of the runs in `folder`; whether there was one."""
     found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            name = (process / "cmdline").read_bytes().decode()
-            ours = str(folder).encode() in (process / "environ").read_bytes()
-        except OSError:
-            continue
-        if ours and name.startswith("ray::") and kind in name:
-            found.append(int(process.name))
-    for pid in sorted(found)[-1:]:
-        os.kill(pid, signal.SIGKILL)
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # it ended meanwhile
+            name = " ".join(process.cmdline())
+            if name.startswith("ray::") and kind in name and str(folder) in " ".join(process.environ().values()):
+                found.append(process)
+    for process in sorted(found, key=psutil.Process.create_time)[-1:]:  # by time: numbers begin again at some point
+        process.kill()
     return bool(found)
 
 

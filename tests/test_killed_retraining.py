@@ -48,8 +48,9 @@ def copied(searched: Path, name: str) -> Path:
 
 
 def steps(output: Path) -> list[dict[str, Any]]:
-    """Every logged step of the retraining, those that were taken twice included."""
-    lines = [line for log in output.glob("trials/retrained-*/metrics.jsonl") for line in log.open()]
+    """Every logged step of the retraining, those that were taken twice included; not a line that is being written."""
+    logs = output.glob("trials/retrained-*/metrics.jsonl")
+    lines = [line for log in logs for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
     return [record for record in map(json.loads, lines) if record["kind"] == "step"]
 
 
