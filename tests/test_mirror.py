@@ -31,12 +31,10 @@ def mirror(there: Path, run: RunDirectory) -> Mirror:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """What is in a folder but for marks and what has a dot."""
-    return {
-        str(file.relative_to(root)): file.read_bytes()
-        for file in sorted(root.rglob("*"))
-        if file.is_file() and file.suffix != ".whole" and "/." not in f"/{file.relative_to(root)}"
-    }
+    """What is in a folder but for marks, and for folders that have a dot."""
+    names = [file.relative_to(root) for file in sorted(root.rglob("*")) if file.is_file() and file.suffix != ".whole"]
+    shown = [name for name in names if not any(part.startswith(".") for part in name.parts[:-1])]
+    return {str(name): (root / name).read_bytes() for name in shown}
 
 
 def fill(run: RunDirectory, step: int = 8) -> None:
@@ -47,6 +45,7 @@ def fill(run: RunDirectory, step: int = 8) -> None:
     checkpoint = run.checkpoint("a") / f"step-{step:08d}"
     checkpoint.mkdir(parents=True)
     (checkpoint / "weights").write_bytes(bytes(range(256)) * step)
+    (checkpoint / ".metadata").write_bytes(b"as torch.distributed.checkpoint calls it")
     (run.scratch / "groups").mkdir(parents=True, exist_ok=True)
     (run.scratch / "groups" / "job").write_text("not kept")
     (run.best() / "sub").mkdir(parents=True, exist_ok=True)
