@@ -225,8 +225,8 @@ def _whole_folder(name: PurePosixPath) -> PurePosixPath | None:
 
 
 def _is_passing(name: PurePosixPath) -> bool:
-    """Whether it is on its way to another name, or to another node: it begins with a dot. What is inside a folder that is
-    whole may: a checkpoint has its `.metadata`."""
+    """Whether it is on its way to another name, or to another node: it begins with a dot. What is inside a folder that
+    is whole may: a checkpoint has its `.metadata`."""
     return any(part.startswith(".") for part in (_whole_folder(name) or name).parts)
 
 
