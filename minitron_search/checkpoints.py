@@ -56,8 +56,9 @@ def save(
     step: int, losses: TrainingLog, teacher: Stateful | None = None, depot: Depot | None = None,
 ) -> None:  # fmt: skip
     """Appears whole or not at all. Called by every process of a sharded student, by one of a replicated one.
-    `teacher`: one that is trained too, whole and alike in every process. `depot`: where the nodes' disks are their own;
-    each of them then makes the folder, and puts there what its processes wrote.
+    `teacher`: one that is trained too, whole and alike in every process. `depot`: where the nodes' disks are their own.
+    Of a sharded student each of them then puts there what its processes wrote, and keeps nothing: whoever goes on from it
+    fetches it whole.
 
     One that is there is left: it is of the same step of the same training, and in the moment between its end and
     that of its successor there would be none.
@@ -65,10 +66,12 @@ def save(
     if depot is not None and not depot.travels(folder):
         depot = None
     together = _is_sharded(student)
-    if agreed(folder.exists()) if together else folder.exists():
+    apart = depot if together else None
+    there = apart.has(folder) if apart is not None else folder.exists()
+    if agreed(there) if together else there:
         return
     first = not together or dist.get_rank() == 0
-    makes = first or (depot is not None and leads_node())
+    makes = first or (apart is not None and leads_node())
     partial = folder.with_name(f".{folder.name}.partial")
     if makes:
         shutil.rmtree(partial, ignore_errors=True)
@@ -86,7 +89,10 @@ def save(
             "settings": _fixed(settings),
         }
         (partial / "state.json").write_text(json.dumps(state, indent=1))
-    if makes:
+    if makes and apart is not None:
+        apart.put_files(folder, partial)
+        shutil.rmtree(partial)
+    elif makes:
         os.rename(partial, folder)
         if depot is not None:
             depot.put_files(folder)

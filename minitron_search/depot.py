@@ -54,11 +54,13 @@ class Depot:
             self.put_files(folder)
             self.mark(folder)
 
-    def put_files(self, folder: Path) -> None:
-        """Those of this node, of a folder that several nodes make together: it is whole when one of them marks it."""
+    def put_files(self, folder: Path, part: Path | None = None) -> None:
+        """Those in `part` (the folder itself unless given), of a folder that several nodes make together: it is whole
+        when one of them marks it."""
         there, _ = self._opened
-        for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-            name = self._at(folder) / file.relative_to(folder)
+        here = part or folder
+        for file in sorted(file for file in here.rglob("*") if file.is_file()):
+            name = self._at(folder) / file.relative_to(here)
 
             def copied(file: Path = file, name: PurePosixPath = name) -> None:
                 there.create_dir(str(name.parent), recursive=True)
