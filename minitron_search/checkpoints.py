@@ -57,8 +57,8 @@ def save(
 ) -> None:  # fmt: skip
     """Appears whole or not at all. Called by every process of a sharded student, by one of a replicated one.
     `teacher`: one that is trained too, whole and alike in every process. `depot`: where the nodes' disks are their own.
-    Of a sharded student each of them then puts there what its processes wrote, and keeps nothing: whoever goes on from it
-    fetches it whole.
+    Of a sharded student each of them then puts there what its processes wrote, and keeps nothing: whoever goes on from
+    it fetches it whole.
 
     One that is there is left: it is of the same step of the same training, and in the moment between its end and
     that of its successor there would be none.
