@@ -18,7 +18,7 @@ import pyarrow as pa
 from analysis import palette
 from analysis.card import Card, Panel
 from analysis.static_figures import write_figures
-from benchmarks.importance_table import replaced
+from benchmarks.document import replaced
 from minitron_search.ablation_evidence import SCHEMA, differences, read_arms
 from minitron_search.pairing import Row
 from minitron_search.run_directory import RunDirectory, write_table

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from benchmarks.document import replaced
 from minitron_search import precision
 from minitron_search.architecture import Architecture, parameter_count
 from minitron_search.config import ImportanceConfig
@@ -153,15 +154,6 @@ def table(made: list[Arm], teacher_losses: np.ndarray, teacher_params: int, desc
     return "\n".join(lines)
 
 
-def replaced(text: str, section: str, name: str = "importance_table", title: str = "Importance criteria") -> str:
-    """`text` with `section` between the markers, which are added at its end where they are missing."""
-    begin, end = (f"<!-- {name}: {where} -->" for where in ("begin", "end"))
-    if begin not in text:
-        text = f"{text.rstrip()}\n\n## {title}\n\n{begin}\n{end}\n"
-    before, after = text.split(begin)[0], text.split(end)[1]
-    return f"{before}{begin}\n{section}\n{end}{after}"
-
-
 def _plus_minus(values: np.ndarray) -> str:
     mean, stderr, _ = mean_and_error(values)
     return f"{mean:.3f} +- {stderr:.3f}"
@@ -208,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     section = table(made, lm_loss(teacher, validation), params, description)
     print(section)
     text = chosen.output.read_text() if chosen.output.exists() else "# Results\n"
-    chosen.output.write_text(replaced(text, section))
+    chosen.output.write_text(replaced(text, section, "importance_table", "Importance criteria"))
 
 
 if __name__ == "__main__":

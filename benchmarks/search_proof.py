@@ -37,7 +37,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from benchmarks.importance_table import replaced
+from benchmarks.document import replaced
 from minitron_search import cluster
 from minitron_search import config as configuration
 from minitron_search.architecture import Architecture

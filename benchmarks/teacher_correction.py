@@ -33,7 +33,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from analysis import palette
-from benchmarks.importance_table import lm_loss, replaced, shape_within
+from benchmarks.document import replaced
+from benchmarks.importance_table import lm_loss, shape_within
 from minitron_search import checkpoints, precision
 from minitron_search.architecture import digest, parameter_count
 from minitron_search.config import Config, ImportanceConfig, parse

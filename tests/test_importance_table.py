@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.importance_table import TOLERANCE, main, replaced, shape_within
+from benchmarks.document import replaced
+from benchmarks.importance_table import TOLERANCE, main, shape_within
 from minitron_search.architecture import parameter_count
 from minitron_search.families import sizes, sizes_of, weights, whole
 from minitron_search.rotation import rotated_config
@@ -55,8 +56,9 @@ def test_the_command_writes_one_table_and_nothing_else(tmp_path: Path, monkeypat
 
 
 def test_a_document_without_markers_gets_them_at_its_end() -> None:
-    once = replaced("# Results\n\ntext\n", "table 1")
+    named = "importance_table", "Importance criteria"
+    once = replaced("# Results\n\ntext\n", "table 1", *named)
     assert (
         once.startswith("# Results\n\ntext\n\n## Importance criteria\n") and once.count(BEGIN) == once.count(END) == 1
     )
-    assert replaced(once, "table 2") == once.replace("table 1", "table 2")
+    assert replaced(once, "table 2", *named) == once.replace("table 1", "table 2")
