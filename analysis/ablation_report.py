@@ -22,10 +22,10 @@ from analysis.cards import made
 from analysis.page import page
 from analysis.report import written
 from analysis.run_data import RunData, candidates, load_run
-from analysis.static_figures import write_figures
+from analysis.static_figures import write_beside
 from analysis.tables import plain_table
 from analysis.trials_table import trials_table_html, trials_table_of
-from minitron_search.run_directory import RunDirectory, replace_text, stage_seconds
+from minitron_search.run_directory import ABLATION_FILE, ABLATION_TABLE, RunDirectory, replace_text, stage_seconds
 
 TESTS = ["arm", "metric", "tokens", "difference", "low", "high", "p_holm", "seeds_low", "seeds_high", "seeds_p_holm",
          "n", "seeds"]  # fmt: skip
@@ -35,7 +35,6 @@ OTHERS = {
     "winogrande_margin": ("Winogrande margin", "margin, nats"),
     "winogrande_acc": ("Winogrande accuracy", "accuracy"),
 }
-UNSCORED = ("teacher", "untrained")  # arms of a run that no ablation is about, unless one has that name
 
 
 class Ablation(NamedTuple):
@@ -60,7 +59,7 @@ class Ablation(NamedTuple):
 
 def load_ablation(folder: Path) -> Ablation:
     """Raises ValueError where `folder` has no readable ablation.json."""
-    path = folder / "ablation.json"
+    path = folder / ABLATION_FILE
     try:
         asked: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         arms = tuple(str(arm) for arm in asked["arms"])
@@ -84,23 +83,18 @@ def load_ablation(folder: Path) -> Ablation:
         except ValueError as error:
             broken[arm] = str(error)
     try:
-        written = folder / "ablation.parquet"
+        written = folder / ABLATION_TABLE
         tests = pd.read_parquet(written) if written.exists() else pd.DataFrame(columns=TESTS)
         tests = tests[TESTS]
     except (OSError, ValueError, KeyError) as error:
-        broken["ablation.parquet"], tests = f"{type(error).__name__}: {error}", pd.DataFrame(columns=TESTS)
+        broken[ABLATION_TABLE], tests = f"{type(error).__name__}: {error}", pd.DataFrame(columns=TESTS)
     return Ablation(**about, tests=tests, runs=runs, broken=broken)
 
 
 def students(run: RunData) -> pd.DataFrame:
-    """The rows of the trials table that an arm is about: its own name's, else its candidates', else all that were
-    trained. At one token count, one row a seed: of several, the lowest LM loss."""
-    scored = run.trials[np.isfinite(run.trials["lm_loss"])]
-    own = scored[scored["arm"] == run.name]
-    if own.empty:
-        own = candidates(scored)
-    if own.empty:
-        own = scored[~scored["arm"].isin(UNSCORED)]
+    """The rows of the trials table that an arm is about: its candidates'. At one token count, one row a seed: of
+    several, the lowest LM loss."""
+    own = candidates(run.trials[np.isfinite(run.trials["lm_loss"])])
     return own.sort_values("lm_loss").drop_duplicates(["seed", "tokens"]).sort_values(["seed", "tokens"])
 
 
@@ -421,15 +415,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     chosen = parser.parse_args(arguments)
     try:
-        print(write_ablation_report(chosen.folder))
+        path = write_ablation_report(chosen.folder)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    print(path)
     if chosen.figures:
-        folder = chosen.folder / "report_figures"
-        drawn, reason = write_figures(made(CARDS, load_ablation(chosen.folder)), folder)
-        print(f"{folder}: {f.plural(len(drawn), 'file')}" if drawn else f"no static figures: {reason}",
-              file=sys.stdout if drawn else sys.stderr)  # fmt: skip
+        write_beside(path, made(CARDS, load_ablation(chosen.folder)))
     return 0
 
 

@@ -194,7 +194,7 @@ def evidence_card(run: RunData) -> Card:
     words = evidence.split_words(found)[1]
     if not panels and not words:
         return Card(title, read, reason="The search ended with one architecture and no controls: nothing to compare.")
-    return Card(title, read, evidence.sample(run, table), evidence.body({"words": words}), tuple(panels))
+    return Card(title, read, evidence.sample(table), evidence.body(words), tuple(panels))
 
 
 def tables_card(run: RunData) -> Card:
@@ -225,7 +225,7 @@ def agreement_card(run: RunData) -> Card:
     )
     data = (("rungs", info.tests),) if len(info.tests) else ()
     words = evidence.split_words(run.evidence)[0] if run.evidence else []
-    body = evidence.body({"words": words}) + rank_agreement.agreement_html(info)
+    body = evidence.body(words) + rank_agreement.agreement_html(info)
     return Card(title, read, rank_agreement.agreement_count(info), body, panels, data)
 
 

@@ -289,16 +289,12 @@ def agreement_card(runs: Runs) -> Card:
     table = pd.DataFrame(rows)
     lines = [
         [row["run"], row["before"], row["after"], f"{row['n']} of {row['before_n']}",
-         f.fixed(_number(row["kendall"]), 2), "yes" if row["best_kept"] else "no", f.fixed(_number(row["regret"]), 4)]
+         f.fixed(f.number(row["kendall"]), 2), "yes" if row["best_kept"] else "no", f.fixed(f.number(row["regret"]), 4)]
         for row in rows
     ]  # fmt: skip
     heads = ("run", "from", "to", "architectures", "Kendall’s tau", "best stayed best", "cost of the early choice")
     sample = f"n = {len(rows)} pairs of rungs; the cost is in the unit of each run’s objective."
     return Card(title, read, sample, plain_table(heads, lines, (0, 1, 2, 5)), data=(("rungs", table),))
-
-
-def _number(value: object) -> float:
-    return float("nan") if value is None else float(value)  # type: ignore[arg-type]
 
 
 def spend_card(runs: Runs) -> Card:

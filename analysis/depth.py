@@ -77,13 +77,13 @@ def position_plot(info: DepthInfo, metric: str) -> go.Figure:
             continue
         _band(figure, rows, colour, f"length {length}")
         figure.add_scatter(
-            x=rows["start"], y=rows["value"], mode="lines+markers", name=_layers(length),
+            x=rows["start"], y=rows["value"], mode="lines+markers", name=f.plural(length, "layer"),
             line={"color": colour, "width": 2}, marker={"size": 5, "color": colour},
             legendgroup=f"length {length}", hovertext=rows["hover"], hoverinfo="text",
         )  # fmt: skip
         if length > 1:  # of one layer it is the lowest point of the line
             _level(figure, of(info, metric, "one_by_one", length), rows, colour, "dash", f"length {length}",
-                   f"{_layers(length)}, one by one")  # fmt: skip
+                   f"{f.plural(length, 'layer')}, one by one")  # fmt: skip
     whole = info.rows[(info.rows["metric"] == metric) & (info.rows["kind"] == "contiguous")]
     _level(figure, of(info, metric, "teacher"), whole, palette.INK, "dot", "teacher", "teacher")
     if metric == "winogrande_acc":
@@ -92,10 +92,6 @@ def position_plot(info: DepthInfo, metric: str) -> go.Figure:
     figure.update_xaxes(title_text="first removed layer (0 is the first)", showgrid=False, nticks=12)
     figure.update_yaxes(title_text=METRICS[metric][1])
     return figure
-
-
-def _layers(length: int) -> str:
-    return "1 layer" if length == 1 else f"{length} layers"
 
 
 def _band(figure: go.Figure, rows: pd.DataFrame, colour: str, group: str) -> None:

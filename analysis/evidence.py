@@ -1,7 +1,7 @@
 """How sure the search may be of its winner: paired tests of the finalists, its controls, what early rungs foretold."""
 
 import html
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -9,7 +9,6 @@ import plotly.graph_objects as go
 
 from analysis import formatting as f
 from analysis import palette
-from analysis.run_data import RunData
 
 METRICS = {
     "lm_loss": "LM loss, nats per token",
@@ -82,8 +81,8 @@ def split_words(found: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     return of_rungs, [line for line in found["words"] if line not in of_rungs]
 
 
-def body(found: Mapping[str, Any]) -> str:
-    return "".join(f"<p>{html.escape(line)}</p>" for line in found["words"])
+def body(words: Iterable[str]) -> str:
+    return "".join(f"<p>{html.escape(line)}</p>" for line in words)
 
 
 def differences_plot(table: pd.DataFrame, objective: str) -> go.Figure:
@@ -131,7 +130,7 @@ def _intervals(rows: pd.DataFrame, metric: str, name: str) -> dict[str, Any]:
     return {"x": at, "error_x": {"type": "data", "symmetric": False, "thickness": 1.5, **bars}}
 
 
-def sample(run: RunData, table: pd.DataFrame) -> str:
+def sample(table: pd.DataFrame) -> str:
     n = table["lm_loss_n"].dropna() if len(table) else table
     windows = f", {int(n.max())} windows" if len(n) else ""
     return f"{f.plural(len(table), 'architecture')} at the last rung{windows}; p of several others is Holm’s."

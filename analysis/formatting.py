@@ -69,6 +69,11 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [digit * 10.0**decade for decade in decades for digit in digits]
 
 
+def number(value: Any) -> float:
+    """A number of a JSON file, where null stands for none."""
+    return float("nan") if value is None else float(value)
+
+
 def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 

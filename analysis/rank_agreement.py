@@ -91,7 +91,7 @@ def agreement_html(info: AgreementInfo) -> str:
 
 def _tested(row: dict[str, object]) -> list[str]:
     keys = ("n", "before_n", "kendall", "kendall_p", "kendall_low", "kendall_high", "regret")
-    number = {key: _number(row.get(key)) for key in keys}
+    number = {key: f.number(row.get(key)) for key in keys}
     tau = f.fixed(number["kendall"], 2)
     if not f.missing(number["kendall_low"]):
         tau += f" ({f.fixed(number['kendall_low'], 2)} to {f.fixed(number['kendall_high'], 2)})"
@@ -115,10 +115,6 @@ def _untested(before: str, after: str, rows: pd.DataFrame, sign: int) -> list[st
         "yes" if one.idxmin() == other.idxmin() else "no", f.fixed(float(other[one.idxmin()] - other.min()), 4),
         f"{int((differences < 0).sum()) // 2} of {len(rows) * (len(rows) - 1) // 2}",
     ]  # fmt: skip
-
-
-def _number(value: object) -> float:
-    return float("nan") if value is None else float(value)  # type: ignore[arg-type]
 
 
 def agreement_count(info: AgreementInfo) -> str:

@@ -20,7 +20,7 @@ from analysis.differences import labelled
 from analysis.health import health_info, span
 from analysis.page import page
 from analysis.run_data import RunData, load_run
-from analysis.static_figures import write_figures
+from analysis.static_figures import write_beside
 from minitron_search.mirror import Mirror, mirror_of
 from minitron_search.run_directory import RunDirectory, replace_text
 
@@ -99,10 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(path)
     if chosen.figures:
-        folder = path.with_name(f"{path.stem}_figures")
-        drawn, reason = write_figures(cards, folder)
-        print(f"{folder}: {f.plural(len(drawn), 'file')}" if drawn else f"no static figures: {reason}",
-              file=sys.stdout if drawn else sys.stderr)  # fmt: skip
+        write_beside(path, cards)
     return 0
 
 

@@ -9,9 +9,9 @@ import pandas as pd
 import pyarrow as pa
 from safetensors import safe_open
 
-from minitron_search.run_directory import DEPTH_SCHEMA, TRIALS_SCHEMA, RunDirectory
+from minitron_search.run_directory import ABLATION_FILE, DEPTH_SCHEMA, TRIALS_SCHEMA, RunDirectory
 
-# The arms that are not candidates; every other arm is the search's or an ablation's. A control of a promoted
+# The arms that are not candidates; every other arm is the search's. A control of a promoted
 # architecture has its tokens of the search, or, `_retrained`, those of the retraining.
 BESIDE = ("random_pruned", "random_init")
 CONTROLS = ("teacher", "untrained", "retrained", *BESIDE, *(f"{arm}_retrained" for arm in BESIDE))
@@ -71,7 +71,7 @@ def load_run(directory: RunDirectory) -> RunData:
         directory.evaluation,
         directory.root / "trials",
     )
-    if (directory.root / "ablation.json").exists():
+    if (directory.root / ABLATION_FILE).exists():
         raise ValueError(
             f"{directory.root}: an ablation, whose arms are runs; valid: one of them, or "
             f"`python -m analysis.ablation_report {directory.root}`"

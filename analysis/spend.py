@@ -55,7 +55,7 @@ def row(run: RunData, stage: str, seconds: float | None) -> dict[str, Any]:
     }
     numbers: dict[str, Any] = {}
     for name in QUANTITIES:
-        numbers |= {f"forecast_{name}": _number(foretold[name]), f"spent_{name}": _number(spent[name])}
+        numbers |= {f"forecast_{name}": f.number(foretold[name]), f"spent_{name}": f.number(spent[name])}
     forecast_hours = numbers["forecast_hours"]
     ratio = numbers["spent_hours"] / forecast_hours if forecast_hours > 0 else float("nan")
     return {"stage": stage, **numbers, "ratio": ratio}
@@ -140,7 +140,3 @@ def in_words(info: SpendInfo) -> str:
 
 def spend_count(info: SpendInfo) -> str:
     return "Forecast: " + "; ".join(info.bases) + "."
-
-
-def _number(value: Any) -> float:
-    return float("nan") if value is None else float(value)

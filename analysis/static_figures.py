@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import urllib.parse
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from plotly.offline import get_plotlyjs
 
+from analysis import formatting as f
 from analysis import palette
 from analysis.card import Card, Panel
 from analysis.page import embedded
@@ -48,6 +50,16 @@ def browser() -> str | None:
     """The first of the browsers found; one elsewhere is named by BROWSER_PATH, as kaleido has it."""
     named = os.environ.get("BROWSER_PATH")
     return named or next((found for name in BROWSERS if (found := shutil.which(name))), None)
+
+
+def write_beside(report: Path, cards: Iterable[Card]) -> None:
+    """Every figure of `report` into the folder `<report>_figures` beside it; says what was written, or why nothing."""
+    folder = report.with_name(f"{report.stem}_figures")
+    drawn, reason = write_figures(cards, folder)
+    if drawn:
+        print(f"{folder}: {f.plural(len(drawn), 'file')}")
+    else:
+        print(f"no static figures: {reason}", file=sys.stderr)
 
 
 def write_figures(cards: Iterable[Card], folder: Path) -> tuple[list[Path], str]:

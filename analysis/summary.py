@@ -11,7 +11,7 @@ from analysis import palette
 from analysis.run_data import RunData, best_candidate, of_arm
 
 NAMES = {"winogrande_acc": "Winogrande accuracy", "winogrande_margin": "Winogrande margin"}
-ONE_SIDED_95 = 1.645  # standard errors above one half before an accuracy is called above chance
+ONE_SIDED_95 = 1.645  # standard errors of a coin, above one half, before an accuracy is called above chance
 
 
 class SummaryInfo(NamedTuple):
@@ -43,7 +43,7 @@ def summary_info(run: RunData) -> SummaryInfo:
         outcome=outcome(
             found["Teacher"], found["Untrained trim"], found[best_title], found["Retrained student"], promoted
         ),
-        warning=chance_warning(found["Teacher"]),
+        warning=chance_warning(run),
     )
 
 
@@ -81,26 +81,25 @@ def outcome(
 
 def at_chance(run: RunData) -> list[str] | None:
     """The metrics on which the teacher is no better than chance, as the run's own tests found; before they were made,
-    by its accuracy's standard error. None where it has no accuracy."""
+    as a coin's standard error says of its accuracy. None where it has no accuracy."""
     if tested := run.evidence.get("at_chance"):
         return [NAMES.get(metric, metric) for metric, about in tested.items() if about["at_chance"]]
     teacher = of_arm(run.trials, "teacher")
     if teacher is None or f.missing(teacher["winogrande_acc"]):
         return None
-    return [NAMES["winogrande_acc"]] if chance_warning(teacher) else []
+    bar = 0.5 + ONE_SIDED_95 * 0.5 / teacher["winogrande_n"] ** 0.5
+    return [] if teacher["winogrande_acc"] > bar else [NAMES["winogrande_acc"]]
 
 
-def chance_warning(teacher: pd.Series | None) -> str:
-    if teacher is None or f.missing(teacher["winogrande_acc"]):
+def chance_warning(run: RunData) -> str:
+    teacher = of_arm(run.trials, "teacher")
+    if teacher is None or NAMES["winogrande_acc"] not in (at_chance(run) or ()):
         return ""
-    accuracy, stderr = teacher["winogrande_acc"], teacher["winogrande_acc_stderr"]
-    # An accuracy whose standard error is unknown is not clearly above anything.
-    if not f.missing(stderr) and accuracy - ONE_SIDED_95 * stderr > 0.5:
-        return ""
+    accuracy = f.plus_minus(teacher["winogrande_acc"], teacher["winogrande_acc_stderr"], 3)
     return (
-        f"The teacher’s Winogrande accuracy, {f.plus_minus(accuracy, stderr, 3)} on "
-        f"{f.integer(teacher['winogrande_n'])} examples, is not clearly above chance (0.5). Accuracy ranks "
-        "nothing in this run; LM loss does, and the margin is the denser reading of Winogrande."
+        f"The teacher’s Winogrande accuracy, {accuracy} on {f.integer(teacher['winogrande_n'])} examples, is not "
+        "clearly above chance (0.5). Accuracy ranks nothing in this run; LM loss does, and the margin is the denser "
+        "reading of Winogrande."
     )
 
 

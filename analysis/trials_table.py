@@ -82,14 +82,16 @@ def trials_table_html(info: TrialsTableInfo, of: str = "") -> str:
         f"<small>{unit}</small></th>"
         for _, heading, unit, text in columns
     )
-    body = "".join(f"<tr>{''.join(_cell(row, *column) for column in columns)}</tr>" for _, row in info.rows.iterrows())
+    body = "".join(
+        f"<tr>{''.join(_cell(row, name, text) for name, _, _, text in columns)}</tr>" for _, row in info.rows.iterrows()
+    )
     return (
         f'<div class="scroll tall" tabindex="0"><table class="trials"><thead><tr>{heads}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
 
-def _cell(row: pd.Series, column: str, heading: str, unit: str, text: Format | None) -> str:
+def _cell(row: pd.Series, column: str, text: Format | None) -> str:
     if text is not None:
         key = "" if f.missing(row[column]) else repr(float(row[column]))
         return f'<td class="number" data-key="{key}">{text(row)}</td>'

@@ -21,7 +21,7 @@ from analysis.static_figures import write_figures
 from benchmarks.document import replaced
 from minitron_search.ablation_evidence import SCHEMA, differences, read_arms
 from minitron_search.pairing import Row
-from minitron_search.run_directory import RunDirectory, write_table
+from minitron_search.run_directory import ABLATION_FILE, RunDirectory, write_table
 from minitron_search.statistics import LEVEL
 
 TITLE = "The papers' ablations at 135M parameters"
@@ -38,7 +38,7 @@ class Found(NamedTuple):
 
 
 def read(folder: Path) -> Found:
-    about = json.loads((folder / "ablation.json").read_text())
+    about = json.loads((folder / ABLATION_FILE).read_text())
     rows, scores = read_arms(folder, about["arms"])
     tests = differences(rows, scores, about["baseline"])
     runs = [RunDirectory(each.parent) for each in folder.rglob("events.jsonl")]

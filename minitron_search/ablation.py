@@ -35,7 +35,6 @@ from minitron_search.stored_model import is_stored
 from minitron_search.workload import whole_batches
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
-FILE, TABLE, REPORT = "ablation.json", "ablation.parquet", "report.html"  # what lies beside its runs
 BEFORE = "before"
 OWN = ("question", "figure", "base", "architecture", "baseline", BEFORE, "arms")
 # one architecture, all of whose seeds run to the last rung: what `Ablation.config` sets in every arm

@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from minitron_search.pairing import Row, Scores, against
-from minitron_search.run_directory import RunDirectory, write_table
+from minitron_search.run_directory import ABLATION_TABLE, RunDirectory, write_table
 from minitron_search.statistics import LEVEL, holm, mean_and_error
 from minitron_search.summary import with_error
 
@@ -67,7 +67,7 @@ def differences(rows: Mapping[str, Sequence[Row]], scores: Scores, baseline: str
 
 
 def write_differences(root: Path, found: Sequence[dict[str, Any]]) -> None:
-    write_table(root / "ablation.parquet", pa.Table.from_pylist(list(found), schema=SCHEMA))
+    write_table(root / ABLATION_TABLE, pa.Table.from_pylist(list(found), schema=SCHEMA))
 
 
 def shown(about: Mapping[str, Any], rows: Mapping[str, Sequence[Row]], found: Sequence[Mapping[str, Any]]) -> Table:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from minitron_search import ablation_storage, cluster
 from minitron_search import config as configuration
-from minitron_search.ablation import BEFORE, FILE, Ablation, begun, check_arm, check_text, checked
+from minitron_search.ablation import BEFORE, Ablation, begun, check_arm, check_text, checked
 from minitron_search.ablation_evidence import differences, read_arms, shown, write_differences
 from minitron_search.calibration import measure, stated
 from minitron_search.config import Config
@@ -22,7 +22,7 @@ from minitron_search.forecast import fitting, forecast, teaching_config, this_ma
 from minitron_search.memory import release_memory
 from minitron_search.precision import resolve
 from minitron_search.preparation import Prepared, prepare
-from minitron_search.run_directory import RunDirectory, replace_text
+from minitron_search.run_directory import ABLATION_FILE, RunDirectory, replace_text
 from minitron_search.search_space import SearchSpace
 from minitron_search.workload import Costs, option_tokens
 
@@ -48,7 +48,7 @@ def run_ablation(ablation: Ablation, prepared: dict[str, Prepared], run: Callabl
     """
     about, root = ablation.about(), ablation.root
     root.mkdir(parents=True, exist_ok=True)
-    replace_text(root / FILE, json.dumps(about, indent=1))
+    replace_text(root / ABLATION_FILE, json.dumps(about, indent=1))
     ablation_storage.put(ablation)
     ablation_storage.link(ablation)
 
@@ -130,7 +130,7 @@ def _prepared(
 
 
 def _check_output(ablation: Ablation, resume: bool) -> None:
-    output, root, file = ablation.output, ablation.root, ablation.root / FILE
+    output, root, file = ablation.output, ablation.root, ablation.root / ABLATION_FILE
     here = root.exists() and (not root.is_dir() or any(root.iterdir()))
     if resume:
         ablation_storage.fetch(ablation)

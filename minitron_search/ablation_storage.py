@@ -9,12 +9,12 @@ from functools import partial
 
 from pyarrow.fs import FileSystem, FileType, copy_files
 
-from minitron_search.ablation import BEFORE, FILE, REPORT, TABLE, Ablation
+from minitron_search.ablation import BEFORE, Ablation
 from minitron_search.console import say
 from minitron_search.depot import patiently
 from minitron_search.folders import inside, is_uri, working_folder
 from minitron_search.mirror import mirror_of
-from minitron_search.run_directory import RunDirectory
+from minitron_search.run_directory import ABLATION_FILE, ABLATION_TABLE, RunDirectory
 
 
 def holds_something(ablation: Ablation) -> bool:
@@ -28,7 +28,7 @@ def fetch(ablation: Ablation) -> None:
     if not is_uri(ablation.output):
         return
     there, base = FileSystem.from_uri(ablation.output)
-    for name in (FILE, TABLE):
+    for name in (ABLATION_FILE, ABLATION_TABLE):
         if there.get_file_info(f"{base}/{name}").type == FileType.File:
             ablation.root.mkdir(parents=True, exist_ok=True)
             copy_files(f"{base}/{name}", str(ablation.root / name), source_filesystem=there)
@@ -46,7 +46,8 @@ def link(ablation: Ablation) -> None:
 def put(ablation: Ablation) -> None:
     """What lies beside the runs, to storage. Raises OSError where it is gone for `depot.PATIENCE_S`."""
     if is_uri(ablation.output):
-        for name in (FILE, TABLE, REPORT):
+        report = RunDirectory(ablation.root).report.name
+        for name in (ABLATION_FILE, ABLATION_TABLE, report):
             file, (there, at) = ablation.root / name, FileSystem.from_uri(inside(ablation.output, name))
             if file.exists():
                 patiently(partial(copy_files, str(file), at, destination_filesystem=there))

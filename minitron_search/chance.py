@@ -7,14 +7,13 @@ from scipy import stats
 
 from minitron_search.pairing import Row, Scores, pooled
 from minitron_search.run_directory import RunDirectory
-from minitron_search.statistics import LEVEL, mean_and_error
-from minitron_search.winogrande import chance_bar
+from minitron_search.statistics import LEVEL, chance_bar, mean_and_error
 
 
 def chances(teacher: Row, scores: Scores) -> dict[str, dict[str, Any]]:
     """Of the teacher's Winogrande accuracy and margin: value, standard error, n, the `bar` it must pass, at_chance.
 
-    The bar is what chance alone passes one time in twenty: of accuracy `winogrande.chance_bar`, of the margin
+    The bar is what chance alone passes one time in twenty: of accuracy `statistics.chance_bar`, of the margin
     Student's one-sided test of "its mean is 0", over twins.
     """
     acc, n = teacher["winogrande_acc"], teacher["winogrande_n"]

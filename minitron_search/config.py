@@ -17,7 +17,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from minitron_search.folders import SCHEMES
 from minitron_search.loop_settings import Loss
 
-STAGES = ("importance", "depth", "search", "retrain", "report")
 # what a search can minimise (the margin: maximise): what is measured, and what is known from an architecture's shape
 MEASURED = ("lm_loss", "kl", "winogrande_margin")
 OF_SHAPE = ("params", "non_embedding_params", "memory_bytes")
@@ -664,14 +663,11 @@ def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str =
 
 
 def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted key with its default: what --help prints and what a misspelt key is compared with."""
+    """Every dotted key with its default: what a misspelt key is compared with."""
     for name, field in model.model_fields.items():
-        section = _section(field.annotation)
-        if section:
-            yield prefix + name, field.default
+        yield prefix + name, field.default
+        if section := _section(field.annotation):
             yield from keys(section, f"{prefix}{name}.")
-        else:
-            yield prefix + name, field.default
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from minitron_search.depth import OF_BLOCKS, TEACHER, Cut, Values, block
-from minitron_search.statistics import mean_and_error, paired
-from minitron_search.winogrande import chance_bar
+from minitron_search.statistics import LEVEL, chance_bar, mean_and_error, paired
 
 LOWER_IS_BETTER = {
     "lm_loss": True,
@@ -37,7 +36,6 @@ RANKING = (
     "angular",
     "taylor",
 )  # what decides where accuracy does not: the first measured
-LEVEL = 0.05
 
 
 def recommendation(values: Values, lengths: Sequence[int], depth: int, sets: Mapping[int, Cut]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,6 +56,7 @@ class Job:
     packed: PackedOptions
     pieces: Path
     threads: int = 1
+    asks: Mapping[str, float] = field(default_factory=lambda: {"CPU": 1.0})  # of Ray, for a piece
     device: str = "cpu"
     weights: str = "auto"
     memory_bytes: float = float("inf")  # of one worker
@@ -113,6 +114,7 @@ def make_job(prepared: Prepared, resolved: str) -> tuple[Job, int]:
         packed=prepared.packed,
         pieces=prepared.run.depth_pieces,
         threads=cpus,
+        asks=one.of_worker(),
         device="cuda" if gpus else "cpu",
         weights=config.depth.weights,
         memory_bytes=min(
@@ -186,8 +188,9 @@ class _Pool:
         if job.depot is not None:
             job.depot.put(job.folder)
         self.shared = ray.put(job)
-        gpus = 1.0 if job.device == "cuda" else 0.0
-        self.task = ray.remote(num_cpus=job.threads, num_gpus=gpus, max_retries=RESTARTS)(compute)
+        asked = dict(job.asks)
+        cpus, gpus = asked.pop("CPU"), asked.pop("GPU", 0.0)
+        self.task = ray.remote(num_cpus=cpus, num_gpus=gpus, resources=asked, max_retries=RESTARTS)(compute)
 
     def complete(self, wanted: dict[str, tuple[Sequence[Cut], Sequence[Cut]]]) -> None:
         """Compute what is not kept yet of kind -> (cuts, blocks whose BI is asked)."""

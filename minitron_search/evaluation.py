@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from minitron_search import evaluation_tasks
 from minitron_search.evaluation_tasks import Task
 from minitron_search.loop_settings import Precision
 from minitron_search.precision import device
-from minitron_search.statistics import LEVEL, standard_error
+from minitron_search.statistics import chance_bar, standard_error
 
 VERSIONS = ("lm_eval", "transformers", "torch", "datasets")
 BATCH_SIZE = 16  # on CPUs; a GPU takes what fits
@@ -106,11 +105,6 @@ def measured(task: Task, found: Mapping[str, Any]) -> dict[str, Any]:
         "twins": _twins([sample["doc"] for sample in asked]),
         "questions": _digest(sample["doc_hash"] for sample in asked),
     }
-
-
-def chance_bar(n: int, guess: float) -> float:
-    """What guessing passes on `n` questions one time in twenty, where a guess is right with probability `guess`."""
-    return float(stats.binom.ppf(1 - LEVEL, n, guess)) / n
 
 
 def _first_metric(found: Mapping[str, Any], name: str) -> str:

@@ -10,17 +10,16 @@ from minitron_search.evaluation_tasks import Task
 from minitron_search.folders import cache_folder
 from minitron_search.loop_settings import Precision
 from minitron_search.run_directory import replace_text
-from minitron_search.teacher import file_hash, fingerprint
+from minitron_search.teacher import TOKENIZER_FILES, file_hash, fingerprint
 
 FORMULA = 1  # raised where `evaluation` makes other numbers of the same answers
-TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja",
-             "generation_config.json")  # fmt: skip
+BESIDE_WEIGHTS = (*TOKENIZER_FILES, "generation_config.json")
 
 
 def content(folder: Path) -> str:
     """Content id of all that a model answers by: `fingerprint` of its weights, its tokenizer, its defaults of
     generation."""
-    files = sorted({file for pattern in TOKENIZER for file in folder.glob(pattern)})
+    files = sorted({file for pattern in BESIDE_WEIGHTS for file in folder.glob(pattern)})
     beside = "".join(f"{file.name} {file_hash(file)} " for file in files)
     return hashlib.sha256(f"{fingerprint(folder)} {beside}".encode()).hexdigest()[:16]
 

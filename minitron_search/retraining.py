@@ -15,6 +15,7 @@ from minitron_search.deployment import complete, refusals
 from minitron_search.model_card import Origin, model_card
 from minitron_search.precision import on_device
 from minitron_search.run_directory import RunDirectory
+from minitron_search.teacher import TOKENIZER_FILES
 from minitron_search.trial import Trial
 from minitron_search.trial_run import Materials, initial_student, run_to_end, run_trial
 from minitron_search.worker_group import WorkerGroup
@@ -89,14 +90,7 @@ def write_folder(model: PreTrainedModel, tokenizer: Path, folder: Path, texts: M
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
-    for pattern in (
-        "tokenizer*",
-        "special_tokens_map.json",
-        "vocab*",
-        "merges.txt",
-        "*.jinja",
-        "generation_config.json",
-    ):
+    for pattern in (*TOKENIZER_FILES, "generation_config.json"):
         for file in tokenizer.glob(pattern):
             shutil.copy(file, temporary)
     for name, text in texts.items():

@@ -8,7 +8,7 @@ ranked once per run.
 
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,8 +69,7 @@ def after_round(config: PretrainedConfig, smallest: Architecture, done: int, rou
         name: getattr(teacher, name) - done * (getattr(teacher, name) - getattr(smallest, name)) // rounds
         for name in WIDTHS
     }
-    groups, ratio = size["num_key_value_heads"], teacher.num_attention_heads // teacher.num_key_value_heads
-    size["num_attention_heads"] = groups * min(ratio, -(-size["num_attention_heads"] // groups))
+    size["num_attention_heads"] = _whole_groups(teacher, size)
     for hidden in range(size["hidden_size"], teacher.hidden_size + 1):
         shape = replace(teacher, **{**size, "hidden_size": hidden})
         if is_expressible(config, shape):
@@ -86,10 +85,14 @@ def smallest_widths(axes: Axes, teacher: Architecture) -> Architecture:
         axis = getattr(axes, name, None)
         if axis is not None:
             widths[name] = min(widths[name], *axis.values())
-    groups = widths["num_key_value_heads"]
-    ratio = teacher.num_attention_heads // teacher.num_key_value_heads
-    widths["num_attention_heads"] = groups * min(ratio, -(-widths["num_attention_heads"] // groups))
+    widths["num_attention_heads"] = _whole_groups(teacher, widths)
     return replace(teacher, **widths)
+
+
+def _whole_groups(teacher: Architecture, widths: Mapping[str, int]) -> int:
+    """Query heads, rounded up to as many in every group, at most the teacher's."""
+    groups, ratio = widths["num_key_value_heads"], teacher.num_attention_heads // teacher.num_key_value_heads
+    return groups * min(ratio, -(-widths["num_attention_heads"] // groups))
 
 
 def _reorder(order: Tensor, inner: Tensor) -> None:

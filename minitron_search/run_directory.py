@@ -1,7 +1,8 @@
 """The artifacts of a run and their schemas; the only writer of tables.
 
     config.yaml  environment.json  importance.safetensors  trials.parquet  events.jsonl  study.db
-    depth.parquet  depth.json  depth_pieces/  evidence.json  latency.json  forecast.json
+    depth.parquet  depth.json  depth_pieces/  layer_merge.json  latency.json  forecast.json  evidence.json
+    evaluation.json
     trials/<id>/ architecture.json, metrics.jsonl, decisions.jsonl, checkpoint/, events.out.tfevents
     best/     report.html
 
@@ -26,6 +27,7 @@ from minitron_search.depot import Depot
 from minitron_search.folders import working_folder
 from minitron_search.logs import LOCAL, Files, Log, append_line, read_lines, replace_text
 
+ABLATION_FILE, ABLATION_TABLE = "ablation.json", "ablation.parquet"  # of an ablation, beside its runs
 AXES = (
     "hidden_size",
     "intermediate_size",
@@ -42,7 +44,7 @@ TRIALS_SCHEMA = pa.schema(
     [
         ("trial", pa.string()),
         ("architecture", pa.string()),
-        ("arm", pa.string()),  # search | teacher | untrained | retrained, or an ablation's own arm
+        ("arm", pa.string()),  # search | random_pruned | random_init | teacher | untrained | retrained
         ("seed", pa.int64()),
         ("rung", pa.int64()),
         ("tokens", pa.int64()),

@@ -1,4 +1,4 @@
-"""Axes + budget -> legal architectures, and the Optuna distributions that propose them.
+"""Axes + budget -> legal architectures.
 
 The space is enumerated: every shape on the axes' grid that a stock configuration can say and that is inside
 the budget, times every place its dropped block may start. A proposal is always a member of that list.
@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from optuna.distributions import BaseDistribution, IntDistribution
 from transformers import PretrainedConfig
 
 from minitron_search.architecture import Architecture, memory_bytes, parameter_count
@@ -129,14 +128,14 @@ class SearchSpace:
         params = np.asarray(self._measures(self.points[:, :5]).params)
         return self.architecture(self.points[params.argsort(kind="stable")[len(params) // 2]].tolist())
 
-    def distributions(self) -> dict[str, BaseDistribution]:
-        """Optuna's view of the space: a whole-number range per coordinate that varies. Key-value heads that the number
-        of heads decides are none; a block's start is one only of architectures that drop a block (`coordinates`)."""
+    def varied(self) -> tuple[str, ...]:
+        """The coordinates that vary. Key-value heads that the number of heads decides are none; a block's start is one
+        only of architectures that drop a block (`coordinates`)."""
         columns = {name: np.unique(self.points[:, axis]) for axis, name in enumerate(COORDINATES)}
         columns["drop_block_start"] = np.unique(self.points[self.points[:, 4] > 0, 5])
         if len(np.unique(self.points[:, 2:4], axis=0)) == len(columns["num_attention_heads"]):
             del columns["num_key_value_heads"]
-        return {name: IntDistribution(int(seen[0]), int(seen[-1])) for name, seen in columns.items() if len(seen) > 1}
+        return tuple(name for name, seen in columns.items() if len(seen) > 1)
 
     def coordinates(self, architecture: Architecture) -> dict[str, int]:
         """Of `COORDINATES`, those that the architecture has: a block that is not there starts nowhere, and neither do

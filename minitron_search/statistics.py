@@ -94,6 +94,12 @@ def holm(ps: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def chance_bar(n: int, guess: float = 0.5) -> float:
+    """The share of `n` questions that guessing passes at most one time in twenty, where a guess is right with
+    probability `guess`. Binomial: the sample's standard error is 0 for a handful that happen to be all right."""
+    return float(stats.binom.ppf(1 - LEVEL, n, guess)) / n
+
+
 def mcnemar(one: np.ndarray, other: np.ndarray) -> dict[str, float]:
     """Which of two is right more often, n examples each (0 or 1): the exact two-sided p of "no difference" from the
     examples that only one of them gets right."""

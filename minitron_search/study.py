@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.pool import StaticPool
 
 from minitron_search.evidence import SIGN
-from minitron_search.proposals import Observation, distributions_of, excess, params_of
+from minitron_search.proposals import Observation, distributions_of, excess
 from minitron_search.search_space import SearchSpace
 
 SHARE = 0.02  # of the time that a refresh may take; one that took a second is followed by none for fifty
@@ -110,7 +110,7 @@ class LiveStudy:
     def _trial(self, observation: Observation) -> FrozenTrial:
         """A stopped trial is pruned at its last rung: its value is never taken for one at full tokens."""
         architecture, state = observation.architecture, STATES[observation.state]
-        params = {n: of for n, of in params_of(self.space, architecture).items() if n in self._distributions}
+        params = {n: of for n, of in self.space.coordinates(architecture).items() if n in self._distributions}
         signs = [SIGN.get(objective, 1) for objective in self.objectives]
         rungs = [
             tuple(sign * value for sign, value in zip(signs, observation.at(rung), strict=True))

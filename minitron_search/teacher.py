@@ -21,9 +21,9 @@ from minitron_search.run_directory import replace_text
 from minitron_search.stored_model import stored_model
 
 # What from_pretrained reads, without the copies in other formats that many repositories hold beside it.
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja")
 HUB_FILES = [
-    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja",
+    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES,
     "README.md", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*",  # for the card of its student
 ]  # fmt: skip
 PUBLISHED = Path(__file__).parent / "published"  # configurations of the papers' teachers, as on the Hub

@@ -187,19 +187,18 @@ def initial_student(materials: Materials, trial: Trial, *, trains: bool = True) 
     to."""
     folder = materials.teacher_folder
     if method := method_of(trial.initialization):
-        return trainable(float32_of(materials.teacher_folder), method, trial.seed)
+        return trainable(float32_of(folder), method, trial.seed)
     if trial.initialization == "random":
-        config = AutoConfig.from_pretrained(materials.teacher_folder)
-        return random_student(config, trial.architecture, trial.seed)
+        return random_student(AutoConfig.from_pretrained(folder), trial.architecture, trial.seed)
     if trial.initialization == "merged":
         merged, config = merges_of(materials.merges, trial.architecture.layers), AutoConfig.from_pretrained(folder)
         return merged_model(reader(folder), config, trial.architecture, merged)
     rankings = None
     if trial.initialization == "random_pruned":
-        rankings = Rankings.random(AutoConfig.from_pretrained(materials.teacher_folder), trial.seed)
-    elif not trains and is_float32(materials.teacher_folder):
-        return as_views(materials.teacher_folder, trial.architecture)
-    return trim(materials.teacher_folder, trial.architecture, rankings)
+        rankings = Rankings.random(AutoConfig.from_pretrained(folder), trial.seed)
+    elif not trains and is_float32(folder):
+        return as_views(folder, trial.architecture)
+    return trim(folder, trial.architecture, rankings)
 
 
 def is_float32(folder: Path) -> bool:

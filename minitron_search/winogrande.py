@@ -405,20 +405,6 @@ def score_from_log_likelihoods(log_likelihoods: np.ndarray, answers: np.ndarray)
     )
 
 
-def at_chance(score: WinograndeScore) -> bool:
-    """True unless accuracy is significantly above 0.5: one-sided 5 % score test.
-
-    The bar is 0.5 + 1.645 standard errors of a coin flipped n times, 0.5 / sqrt(n): the sample standard error
-    is that to rounding near 0.5, but 0 for a handful of examples that happen to be all right.
-    """
-    return bool(score.accuracy <= chance_bar(score.n))
-
-
-def chance_bar(n: int) -> float:
-    """The accuracy on `n` examples that chance alone passes one time in twenty."""
-    return float(0.5 + 1.645 * 0.5 / np.sqrt(n))
-
-
 def check_window(config: PretrainedConfig, packed: PackedOptions) -> None:
     """Raises ValueError when the sequences do not fit in the model's sliding window, which the tree mask would
     ignore."""

@@ -26,6 +26,10 @@ EXAMPLE_TOKENS, SHOT_TOKENS = 15, 22
 HUB_EXAMPLES = 1267  # validation split of winogrande_xl
 
 
+# What a trial is spent on, by its arm; the teacher is not trained, and what a benchmark trains afterwards is its own.
+STAGE_OF = {"search": "search", **dict.fromkeys(CONTROLS, "search"), "untrained": "retrain", "retrained": "retrain"}
+
+
 class Phase(NamedTuple):
     """Of the search: `trials` that each train `tokens` further and are scored `scorings` times."""
 
@@ -291,9 +295,9 @@ def spent(costs: Costs, rows: list[dict[str, Any]]) -> dict[str, tuple[int, floa
     found = {"search": (0, 0.0), "retrain": (0, 0.0)}
     before: dict[str, int] = {}
     for row in sorted(rows, key=lambda row: row["tokens"]):
-        if row["arm"] == "teacher":
+        stage = STAGE_OF.get(row["arm"])
+        if stage is None:
             continue
-        stage = "retrain" if row["arm"] in ("untrained", "retrained") else "search"
         widths = {name: row[name] for name in COORDINATES[:4]}
         student = costs.student(Architecture(**widths, layers=tuple(range(row["num_hidden_layers"]))))
         new = row["tokens"] - before.get(row["trial"], 0)

@@ -16,7 +16,7 @@ from minitron_search import evaluation, evaluation_cache, evaluation_stage, eval
 from minitron_search import run as run_command
 from minitron_search.evaluation_tasks import TABLES, Task, check_data, parse_tasks
 from minitron_search.run_directory import RunDirectory
-from minitron_search.statistics import clustered, compared, mcnemar
+from minitron_search.statistics import chance_bar, clustered, compared, mcnemar
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +78,7 @@ def test_a_local_task_scores_as_this_projects_own_winogrande(
     assert np.mean(found["samples"]) == pytest.approx(found["value"])
     assert found["twins"] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
     assert (found["metric"], found["chance"], found["task_version"]) == ("acc,none", 0.5, 1.0)
-    assert found["at_chance"] == (found["value"] <= evaluation.chance_bar(11, 0.5))
+    assert found["at_chance"] == (found["value"] <= chance_bar(11, 0.5))
     assert found["versions"].keys() == {"lm_eval", "transformers", "torch", "datasets"}
 
 
@@ -117,7 +117,7 @@ def test_a_guesser_passes_the_bar_one_time_in_twenty() -> None:
     draw = np.random.default_rng(0)
     for n, guess in ((100, 0.25), (1267, 0.5), (40, 0.5)):
         right = draw.binomial(n, guess, 40_000) / n
-        assert 0.02 < (right > evaluation.chance_bar(n, guess)).mean() < 0.06
+        assert 0.02 < (right > chance_bar(n, guess)).mean() < 0.06
 
 
 def reported(samples: dict[str, list[dict[str, Any]]], results: dict[str, dict[str, Any]], **config: Any) -> dict:

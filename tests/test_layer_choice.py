@@ -15,7 +15,7 @@ from minitron_search.families import decoder_layers, whole
 from minitron_search.layer_choice import least_block, least_layers, merged_away, merges_of, read_merges, write_merges
 from minitron_search.layer_merge import C, collapsed, merged_model
 from minitron_search.loop_settings import LoopSettings
-from minitron_search.proposals import params_of, propose
+from minitron_search.proposals import propose
 from minitron_search.run_directory import RunDirectory
 from minitron_search.trial_run import initial_student
 from minitron_search.trial_settings import counts
@@ -55,7 +55,7 @@ def test_an_architecture_without_layers_that_are_no_block_is_one_of_a_search() -
     of = counts(tested, made)
     assert of["drop_block_start"] is None and of["drop_block_length"] is None and of["num_hidden_layers"] == 4
     tested.anchors = (made,)
-    assert propose(tested, [], sampler="tpe", seed=0) == made and "drop_block_start" not in params_of(tested, made)
+    assert propose(tested, [], sampler="tpe", seed=0) == made and "drop_block_start" not in tested.coordinates(made)
 
 
 # LaCo

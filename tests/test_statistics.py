@@ -9,6 +9,7 @@ from scipy import stats
 from minitron_search.statistics import (
     FEWEST_FOR_TAU,
     agreement,
+    chance_bar,
     clustered,
     compared,
     holm,
@@ -161,3 +162,9 @@ def test_tau_has_an_interval_where_there_are_enough() -> None:
     assert agreement(few, few, list(map(str, few)))["kendall_interval"] is None
     enough = list(range(FEWEST_FOR_TAU))
     assert agreement(enough, enough[::-1], list(map(str, enough)))["kendall_interval"] == [-1.0, -1.0]
+
+
+@pytest.mark.parametrize(("right", "n", "above"), [(50, 100, False), (58, 100, False), (59, 100, True), (2, 2, False)])
+def test_an_accuracy_is_above_chance_from_where_a_coin_gets_one_time_in_twenty(right: int, n: int, above: bool) -> None:
+    assert (right / n > chance_bar(n)) is above
+    assert stats.binom.sf(right - 1, n, 0.5) <= 0.05 if above else stats.binom.sf(right - 1, n, 0.5) > 0.05

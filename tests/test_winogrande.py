@@ -214,13 +214,6 @@ def test_score_against_numpy() -> None:
     assert np.isnan(winogrande.score_from_log_likelihoods(values[:1], answers[:1]).margin_stderr)
 
 
-@pytest.mark.parametrize(("right", "n", "expected"), [(50, 100, True), (58, 100, True), (59, 100, False), (2, 2, True)])
-def test_at_chance(right: int, n: int, expected: bool) -> None:
-    values = np.tile([1.0, 0.0], (n, 1))
-    answers = np.array([1] * right + [2] * (n - right))
-    assert winogrande.at_chance(winogrande.score_from_log_likelihoods(values, answers)) is expected
-
-
 def test_sliding_window_shorter_than_an_example_is_refused() -> None:
     tokenizer = tiny_tokenizer()
     model = tiny_model(0, tokenizer)

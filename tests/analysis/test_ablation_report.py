@@ -134,12 +134,14 @@ def test_of_several_students_of_a_seed_the_best_counts_and_the_teacher_is_none(t
     assert rows["trial"].unique().tolist() == ["s0"] and len(rows) == len(MILESTONES)
 
 
-@pytest.mark.parametrize("arm", ["retrained", "random_init", "kept"])
-def test_students_are_found_whatever_their_arm_is_called_in_the_run(tmp_path: Path, arm: str):
-    folder = write_ablation(tmp_path / "a", ("kept",))
-    run = load_ablation(folder).runs["kept"]
-    run = run._replace(trials=run.trials.assign(arm=arm))
-    assert len(ablation_report.students(run)) == 3 * len(MILESTONES)
+def test_an_arm_called_teacher_is_its_students(tmp_path: Path):
+    folder = write_ablation(tmp_path / "a", ("kept",), seeds=(0,))
+    run = RunDirectory(folder / "kept")
+    made = {"trial": "teacher", "architecture": "b", "arm": "teacher", "seed": 0, "proposal": -1}
+    run.start_trial("teacher", made)
+    run.log_rung("teacher", {**made, "rung": 0, "tokens": 0, "lm_loss": 1.0})
+    rows = ablation_report.students(load_ablation(folder).runs["kept"]._replace(name="teacher"))
+    assert rows["trial"].unique().tolist() == ["s0"]
 
 
 def test_no_word_of_an_ablation_becomes_a_tag(tmp_path: Path):

@@ -62,12 +62,18 @@ def test_the_best_candidate_is_the_promoted_one_and_its_controls_are_its_own(fin
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "stderr", "warned"),
-    [(0.52, 0.045, True), (0.60, 0.045, False), (0.60, float("nan"), True), (float("nan"), 0.01, False)],
+    ("accuracy", "verdict", "warned"),
+    [(0.52, None, True), (0.60, None, False), (float("nan"), None, False), (0.60, True, True), (0.52, False, False)],
 )
-def test_an_accuracy_at_chance_is_called_so(accuracy: float, stderr: float, warned: bool):
-    teacher = pd.Series({"winogrande_acc": accuracy, "winogrande_acc_stderr": stderr, "winogrande_n": 120.0})
-    assert bool(chance_warning(teacher)) == warned
+def test_an_accuracy_at_chance_is_called_so_and_the_runs_own_verdict_counts(
+    finished: RunDirectory, accuracy: float, verdict: bool | None, warned: bool
+):
+    run = load_run(finished)
+    scored = {"winogrande_acc": accuracy, "winogrande_acc_stderr": 0.04, "winogrande_n": 120}
+    trials = run.trials.copy()
+    trials.loc[trials["arm"] == "teacher", list(scored)] = list(scored.values())
+    evidence = {} if verdict is None else {"at_chance": {"winogrande_acc": {"at_chance": verdict}}}
+    assert bool(chance_warning(run._replace(trials=trials, evidence=evidence))) == warned
 
 
 def test_loss_curves_are_thinned_without_losing_a_trial(finished: RunDirectory):

@@ -1,6 +1,6 @@
 """A search on two hosts of one's own, brought up as a user brings them up, one of which loses power on the way.
 
-    python -m tests.cluster.two_hosts [--launcher train | inline] [--power-cuts stays-away comes-back]
+    python -m tests.cluster.two_hosts [--launcher train | inline] [--power-cuts stays-away comes-back head]
                                       [--storage folder | bucket] [--strategy ddp | fsdp2] [--folder DIR]
 
 On a laptop and two hosts, which are namespaces of this machine (see `hosts`):
@@ -11,6 +11,7 @@ On a laptop and two hosts, which are namespaces of this machine (see `hosts`):
     a job whose run directory the worker would not see is refused
     the worker loses power while a trial trains on it, and stays away: the head ends the search by itself
     a second job; the worker loses power, comes back, joins again, and trains on
+    a third job; the head loses power, an empty machine takes its place, ray up, the job again with --resume
     ray down clusters/on-prem.yaml
 
 and the same search on the laptop, without a cluster: it has the same rows, number by number. Caches are on each host's
@@ -24,6 +25,7 @@ and `clusters/node.sh` has little left to do; Ray gives up a silent host after 2
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -56,7 +58,7 @@ import boto3
 boto3.client("s3", endpoint_url="http://127.0.0.1:{PORT}", region_name="us-east-1").create_bucket(Bucket="{BUCKET}")
 """
 DASHBOARD = "http://127.0.0.1:8265"
-POWER_CUTS = ("stays-away", "comes-back")
+POWER_CUTS = ("stays-away", "comes-back", "head")
 TRAINS = {"train": "ray::RayTrainWorker", "inline": "ray::ImplicitFunc"}  # what Ray calls those that train
 STEP_TOKENS = 256
 # seconds: for two hosts to be nodes; from a job's start to a trial on the worker; until its loss is noticed; until it
@@ -134,6 +136,17 @@ class Cluster:
         forward = [*SSH, "-N", "-L", "8265:127.0.0.1:8265", f"root@{address(HEAD)}"]
         self.laptop.start(*forward, log=self.folder / "dashboard.log")
         self.wait_for_nodes()
+
+    def replace_head(self) -> None:
+        """The head loses power, and whoever on the laptop talked to it gives up; a machine with nothing on its disk but
+        the environment takes its place, and is brought up."""
+        self.network.cut_power(HEAD)
+        for process, name in self.network.laptop.processes().items():
+            if name in ("ssh", "ray"):
+                process.kill()
+        shutil.rmtree(self.folder / HOSTS[HEAD] / ".cache")
+        self.boot(HEAD)
+        self.up()
 
     def serve_bucket(self) -> None:
         self.laptop.start("moto_server", "-H", "0.0.0.0", "-p", str(PORT), log=self.folder / "bucket.log")
@@ -319,6 +332,27 @@ def search_through_a_power_cut(
     return table
 
 
+def search_through_the_loss_of_the_head(
+    cluster: Cluster, launcher: str, strategy: str, folder: str, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Its rows, from a second job that goes on with what the first had finished, on a cluster with another head."""
+    name, flags = f"{launcher}-head", ["--resources.launcher", launcher, "--resources.strategy", strategy]
+    job = Job(cluster, name, flags, folder)
+    trial = job.until("a trial trains on the worker", lambda: job.trains_on(address(WORKER)), TRIAL_S)
+    before = finished(job.output)
+    say(f"the head loses power; {trial} trains on the worker; {len(before)} rungs are finished")
+    cluster.replace_head()
+    say("ray up: another head, and both hosts are nodes")
+    job = Job(cluster, name, [*flags, "--resume"], folder)
+    assert job.ended() == 0, job.log.read_text()
+    reached = finished(job.output)
+    assert before.items() <= reached.items()
+    assert len(job.events("run_started")) == 2
+    table = rows(job.output)
+    say(f"the search has ended, {len(table)} rows, {len(reached) - len(before)} rungs since")
+    return table
+
+
 def refuse_a_folder_of_one_host(cluster: Cluster) -> None:
     """Output that only the head would see: said before anything is written, and the job has failed."""
     job = Job(cluster, "unshared", [], "/root")
@@ -386,7 +420,11 @@ def scenario(
                 told("the worker is a node again")
             place = f"s3://{BUCKET}" if storage == "bucket" else SHARED
             said = partial(told_of, told, f"{launcher}, {power_cut}")
-            compare(search_through_a_power_cut(cluster, launcher, strategy, power_cut, place, said), theirs)
+            if power_cut == "head":
+                table = search_through_the_loss_of_the_head(cluster, launcher, strategy, place, said)
+            else:
+                table = search_through_a_power_cut(cluster, launcher, strategy, power_cut, place, said)
+            compare(table, theirs)
             told(f"{launcher}, {strategy}: every row is the same as on the laptop alone")
         cluster.down()
         told(f"ray down; left: {cluster.processes()}")
