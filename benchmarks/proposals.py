@@ -10,6 +10,7 @@ model of its configuration, read back from JSON and built without memory.
 
 import argparse
 import json
+import tempfile
 import time
 from pathlib import Path
 
@@ -37,8 +38,9 @@ def main() -> None:
     options = parser.parse_args()
     failed = False
     for recipe in options.recipes:
-        config = load(str(recipe), ["--output", f"/tmp/proposals-{recipe.stem}", "--evaluation.tasks", "[]"])
-        teacher, space = check(config, resume=False)
+        with tempfile.TemporaryDirectory() as folder:
+            config = load(str(recipe), ["--output", f"{folder}/run", "--evaluation.tasks", "[]"])
+            teacher, space = check(config, resume=False)
         outside = sum(anchor.id not in {a.id for a in space.architectures()} for anchor in space.anchors)
         print(f"{recipe.stem}: {space.grid_size:,} on the grid, {len(space):,} legal and in budget")
         for sampler in options.samplers:

@@ -1,6 +1,6 @@
 """The corrected against the original teacher: one student architecture, the same tokens, several seeds.
 
-    python -m benchmarks.teacher_correction --train ../shared/data/abc_news_train.txt
+    python -m benchmarks.teacher_correction --train FILE
         [--validation FILE] [--model smollm2-135m] [--arms original corrected taught parallel] [--seeds 0 1 2]
         [--tokens 24K] [--correction-tokens 32K] [--method full] [--at-once 2] [--output docs/results.md]
         [--work runs/teacher_correction]

@@ -1,6 +1,6 @@
 """Winogrande by lm-eval and by this project, on the same file and model: same numbers, less time.
 
-    python benchmarks/winogrande_vs_lm_eval.py --model FOLDER [--examples FILE] [--limit N] [--shots 0 5]
+    python benchmarks/winogrande_vs_lm_eval.py --model FOLDER --examples FILE [--limit N] [--shots 0 5]
 
 Both run in float32 on the CPU (or the GPU where there is one). lm-eval runs its own shipped `winogrande`
 task, its data set replaced by the local file, at each of `--batch-sizes` on a part of the examples first and
@@ -29,7 +29,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from minitron_search import winogrande
 
-ROOT = Path(__file__).resolve().parents[1]
 TIE = 1e-3  # nats: options closer than this may be decided by rounding
 
 
@@ -113,7 +112,7 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a Hugging Face folder")
-    parser.add_argument("--examples", type=Path, default=ROOT.parent / "shared/data/winogrande_validation.jsonl")
+    parser.add_argument("--examples", type=Path, required=True, help="questions in Winogrande's own format, JSON lines")
     parser.add_argument("--limit", type=int, help="the first N examples only")
     parser.add_argument("--shots", type=int, nargs="+", default=[0, 5])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 32], help="tried for lm-eval")

@@ -36,9 +36,11 @@ def inline(document: Path) -> list[str]:
 
 
 def variables(script: str) -> dict[str, str]:
-    """NAME="..." and NAME=value of a shell script."""
-    found = re.findall(r"^([A-Z]+)=(\"[^\"]*\"|\S+)", script, re.MULTILINE)
-    return {name: value.strip('"') for name, value in found}
+    """NAME=(...), NAME="..." and NAME=value of a shell script, by how they are put in."""
+    lists = re.findall(r"^([A-Z]+)=\(([^)]*)\)", script, re.MULTILINE)
+    plain = re.findall(r"^([A-Z]+)=(\"[^\"]*\"|[^\s(]\S*)", script, re.MULTILINE)
+    found = {f'"${{{name}[@]}}"': words for name, words in lists}
+    return found | {f"${name}": value.strip('"') for name, value in plain}
 
 
 def commands(text: str, known: dict[str, str] | None = None) -> Iterator[list[str]]:
@@ -49,7 +51,7 @@ def commands(text: str, known: dict[str, str] | None = None) -> Iterator[list[st
         if RUN in line:
             arguments = line.partition(RUN)[2]
             for name, value in (known or {}).items():
-                arguments = arguments.replace(f"${name}", value)
+                arguments = arguments.replace(name, value)
             yield [word for word in shlex.split(arguments, comments=True) if word != "..."]
 
 
