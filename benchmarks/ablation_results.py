@@ -3,11 +3,13 @@
     python -m benchmarks.ablation_results RUN ... [--output docs/results.md] [--folder docs/ablations]
 
 RUN is the folder of an ablation (`python -m minitron_search.run --config search_spaces/ablations/NAME.yaml`); it is
-read only. Its differences are computed anew from its arms, and kept as `<folder>/NAME.parquet`.
+read only. Its differences are computed anew from its arms, and kept as `<folder>/NAME.parquet`. Tables of ablations
+that are not given stay as they are, and the figure is of all that are kept.
 """
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ import pyarrow as pa
 from analysis import palette
 from analysis.card import Card, Panel
 from analysis.static_figures import write_figures
-from benchmarks.document import replaced
+from benchmarks.document import between, replaced
 from minitron_search.ablation_evidence import SCHEMA, differences, read_arms
 from minitron_search.pairing import Row
 from minitron_search.run_directory import ABLATION_FILE, RunDirectory, write_table
@@ -87,14 +89,18 @@ def p(value: float) -> str:
     return f"**{shown}**" if value < LEVEL else shown
 
 
-def forest(all_found: list[Found]) -> go.Figure:
+def blocks(section: str) -> dict[str, str]:
+    """The tables of a section, by the ablation's name."""
+    parts = re.split(r"^(?=### )", section, flags=re.MULTILINE)
+    return {part[4:].partition(":")[0]: part.strip() for part in parts if part.startswith("### ")}
+
+
+def forest(every: pd.DataFrame) -> go.Figure:
     """Differences at the end with their intervals over windows and, lighter, over seeds; far ones are cut off."""
-    places = []
-    for found in all_found:
-        tokens = max(row["tokens"] for row in found.rows[found.about["baseline"]])
-        tests = [test for arm in found.about["arms"] if (test := test_of(found, arm, tokens))]
-        places += [(f"{found.name}: {test['arm']}", test) for test in tests]
-    names, tests = [name for name, _ in places], [test for _, test in places]
+    losses = every[every["metric"] == "lm_loss"]
+    ends = losses[losses["tokens"] == losses.groupby("ablation")["tokens"].transform("max")]
+    tests = ends.to_dict("records")
+    names = [f"{test['ablation']}: {test['arm']}" for test in tests]
     middles = [test["difference"] for test in tests]
     figure = palette.new_figure(ROW_PIXELS * len(names) + 60, yaxis={"autorange": "reversed"})
     for label, low, high, width, colour in (("over seeds", "seeds_low", "seeds_high", 2, palette.SKY),
@@ -123,12 +129,14 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     for found in all_found:
         write_table(options.folder / f"{found.name}.parquet", pa.Table.from_pylist(found.tests, schema=SCHEMA))
-    every = pd.DataFrame([{"ablation": found.name, **test} for found in all_found for test in found.tests])
-    panel = Panel("differences", forest(all_found), every, TITLE)
+    text = options.output.read_text() if options.output.exists() else ""
+    tables = blocks(between(text, "ablations")) | {found.name: table(found) for found in all_found}
+    kept = [pd.read_parquet(options.folder / f"{name}.parquet").assign(ablation=name) for name in tables]
+    every = pd.concat(kept)
+    panel = Panel("differences", forest(every), every, TITLE)
     written, problem = write_figures([Card(TITLE, "", panels=(panel,))], options.folder)
     print(problem or f"figures: {', '.join(map(str, written))}")
-    section = "\n\n".join(table(found) for found in all_found)
-    text = options.output.read_text() if options.output.exists() else ""
+    section = "\n\n".join(tables.values())
     options.output.write_text(replaced(text, section, "ablations", TITLE))
     print(section)
 

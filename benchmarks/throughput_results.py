@@ -1,6 +1,6 @@
 """What `benchmarks.throughput` measured, as docs/results.md tells it: a table and a figure.
 
-    python -m benchmarks.throughput_results [RUN] [--output docs/results.md] [--folder docs/ablations]
+    python -m benchmarks.throughput_results [RUN] [--output docs/results.md] [--folder docs]
 
 RUN is the `--output` of `benchmarks.throughput` (runs/throughput unless given); its table is read, and kept in
 `<folder>/throughput.parquet`.
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, nargs="?", default=Path("runs/throughput"))
     parser.add_argument("--output", type=Path, default=Path("docs/results.md"))
-    parser.add_argument("--folder", type=Path, default=Path("docs/ablations"))
+    parser.add_argument("--folder", type=Path, default=Path("docs"))
     chosen = parser.parse_args(arguments)
     source = chosen.run / "throughput.parquet"
     if not source.exists():
