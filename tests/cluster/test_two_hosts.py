@@ -15,4 +15,4 @@ def test_a_search_on_two_hosts_survives_power_cuts(tmp_path: Path, capsys: pytes
         if reason := missing():
             print(f"\ntests/cluster: no search on two hosts: {reason}")
             pytest.skip(reason)
-        scenario(tmp_path / "hosts", "inline", "ddp", ["comes-back"], "folder", print)
+        scenario(tmp_path / "hosts", "inline", "ddp", ["comes-back", "head"], "folder", print)
