@@ -285,6 +285,18 @@ def alone(cluster: Cluster) -> list[dict[str, Any]]:
     return rows(cluster.shared / "alone")
 
 
+def trial_on_the_worker(cluster: Cluster, job: Job, launcher: str) -> str:
+    """A trial that trains there, some steps past its first rung. Until one is placed there the head stands still."""
+    with StandingStill(cluster.network.hosts[HEAD], launcher) as head:
+
+        def placed() -> list[dict[str, Any]]:
+            head.look()
+            return job.events("trial_placed", node=address(WORKER))
+
+        job.until("a trial is placed on the worker", placed, TRIAL_S)
+    return job.until("a trial trains on the worker", lambda: job.trains_on(address(WORKER)), TRIAL_S)
+
+
 def search_through_a_power_cut(
     cluster: Cluster, launcher: str, strategy: str, power_cut: str, folder: str, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
@@ -292,14 +304,7 @@ def search_through_a_power_cut(
     worker, comes_back = address(WORKER), power_cut == "comes-back"
     flags = ["--resources.launcher", launcher, "--resources.strategy", strategy]
     job = Job(cluster, f"{launcher}-{power_cut}", flags, folder)
-    with StandingStill(cluster.network.hosts[HEAD], launcher) as head:
-
-        def placed() -> list[dict[str, Any]]:
-            head.look()
-            return job.events("trial_placed", node=worker)
-
-        job.until("a trial is placed on the worker", placed, TRIAL_S)
-    trial = job.until("a trial trains on the worker", lambda: job.trains_on(worker), TRIAL_S)
+    trial = trial_on_the_worker(cluster, job, launcher)
     before = finished(job.output)
     say(f"the worker loses power; {trial} trains on it; {len(before)} rungs are finished")
     cluster.network.cut_power(WORKER)
@@ -338,7 +343,7 @@ def search_through_the_loss_of_the_head(
     """Its rows, from a second job that goes on with what the first had finished, on a cluster with another head."""
     name, flags = f"{launcher}-head", ["--resources.launcher", launcher, "--resources.strategy", strategy]
     job = Job(cluster, name, flags, folder)
-    trial = job.until("a trial trains on the worker", lambda: job.trains_on(address(WORKER)), TRIAL_S)
+    trial = trial_on_the_worker(cluster, job, launcher)
     before = finished(job.output)
     say(f"the head loses power; {trial} trains on the worker; {len(before)} rungs are finished")
     cluster.replace_head()
