@@ -9,15 +9,13 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 run: $(VENV)/.installed
 	$(BIN)/python -m minitron_search.run $(ARGS)
 
-# Two passes, side by side: what is quick, two or more at a time, and the slow ones, which kill processes and start
-# hosts and clusters, one at a time. Much of either is waiting for processes to start. The slow pass is told when it ends.
+# two passes: what is quick side by side, then the slow ones, which kill processes and take every core, one at a time
 test: $(VENV)/.installed
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
-	@slow=$$(mktemp); $(BIN)/python -m pytest -m slow > $$slow 2>&1 & passes=$$!; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"; status=$$?; \
-	wait $$passes || status=1; cat $$slow; rm -f $$slow; exit $$status
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
+	$(BIN)/python -m pytest -m slow
 endif
 
 lint: $(VENV)/.installed
