@@ -116,7 +116,8 @@ def differences_html(info: TablesInfo) -> str:
         return ""
     lines = []
     for row in info.differences.to_dict("records"):
-        scale, digits = (100, 1) if abs(row["difference"]) <= 1 else (1, 3)
+        same = info.results[(info.results["task"] == row["task"]) & (info.results["metric"] == row["metric"])]
+        scale, digits = (100, 1) if same["value"].between(0, 1).all() else (1, 3)  # a share, as in the table above
         low, high = (f.fixed(scale * row[end], digits) for end in ("low", "high"))
         run = f"{row['run']} · " if "run" in row else ""
         lines.append([

@@ -14,7 +14,7 @@ from analysis.summary import at_chance
 
 # Events that somebody should know of, each a line with its time; and which of them are no trouble.
 INCIDENTS = ("run_failed", "trial_failed", "trial_restarted", "node_leaving", "node_lost", "node_joined",
-             "storage_failed", "storage_back", "advice", "evaluation_failed")  # fmt: skip
+             "storage_failed", "storage_back", "advice", "evaluation_failed", "tracker_failed")  # fmt: skip
 CALM = ("node_joined", "storage_back", "advice")
 LINES = 200  # of incidents; what is beyond is counted, and in the CSV
 

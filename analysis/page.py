@@ -94,6 +94,7 @@ def csv_link(name: str, data: pd.DataFrame) -> str:
     for column in safe.columns:
         if not pd.api.types.is_numeric_dtype(safe[column]):
             safe[column] = safe[column].map(no_formula)
+    safe.columns = [no_formula(column) for column in safe.columns]
     encoded = base64.b64encode(safe.to_csv(index=False, float_format="%.7g").encode()).decode()
     address = f"data:text/csv;charset=utf-8;base64,{encoded}"
     return f'<a class="csv" download="{name}.csv" href="{address}">download CSV</a>'

@@ -78,8 +78,11 @@ def table(found: Found) -> str:
         test = test_of(found, arm, tokens)
         compared = ("", "", "", "")
         if test is not None:
-            compared = (f"{test['difference']:+.3f} [{test['low']:+.3f}, {test['high']:+.3f}]", p(test["p_holm"]),
-                        f"[{test['seeds_low']:+.3f}, {test['seeds_high']:+.3f}]", p(test["seeds_p_holm"]))  # fmt: skip
+            over_seeds = ("", "")
+            if test["seeds_low"] is not None:  # there is one seed, or all are alike
+                over_seeds = (f"[{test['seeds_low']:+.3f}, {test['seeds_high']:+.3f}]", p(test["seeds_p_holm"]))
+            difference = f"{test['difference']:+.3f} [{test['low']:+.3f}, {test['high']:+.3f}]"
+            compared = (difference, p(test["p_holm"]), *over_seeds)
         lines.append("| " + " | ".join([arm, size, *values, *compared]) + " |")
     return "\n".join(lines)
 

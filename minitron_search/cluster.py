@@ -31,6 +31,10 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1200",  # a group waits as long as a cluster takes to add a node
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # where a searcher proposes them Tune has one trial at a time wait for its process: slots would start one after
+    # another (16 of them 29 rungs a minute for 49), and a cluster be asked for one node at a time; `search.Proposals`
+    # hands out no more than there is room for
+    "TUNE_MAX_PENDING_TRIALS_PG": "1000",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # the run directory is the truth; Tune's own state is never restored
     "RAY_AIR_NEW_OUTPUT": "0",

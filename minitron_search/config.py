@@ -445,6 +445,10 @@ class Evaluation(Section):
 
     @model_validator(mode="after")
     def _references_are_evaluated(self) -> "Evaluation":
+        for name in self.references:
+            if name == "teacher" or re.fullmatch(r"best(-\d+)?", name):
+                raise ValueError(f"evaluation.references: {name} is what a run calls a model of its own; valid for a "
+                                 f"folder of that name: ./{name}")  # fmt: skip
         if self.references and not self.tasks:
             raise ValueError(f"evaluation.references: {','.join(self.references)} with no evaluation.tasks; "
                              "valid: evaluation.tasks table_1, or references []")  # fmt: skip

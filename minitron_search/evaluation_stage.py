@@ -47,7 +47,7 @@ def evaluate_all(
         try:
             folder = place[1] or teacher_folder(name)
             model = {"name": place[0], "content": evaluation_cache.content(folder), "params": parameters(folder)}
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # a damaged file's is of no common kind
             found["failures"] = [*_others(found["failures"], name), {"model": name, "task": "", "message": str(error)}]
             say(f"evaluation: {name}: {error}")
             run.event("evaluation_failed", model=name, message=reason(error))

@@ -5,6 +5,7 @@ what lm-eval gives it.
 """
 
 import difflib
+import glob
 import hashlib
 import json
 import os
@@ -78,7 +79,12 @@ CANNOT = {
 def parse_tasks(asked: Iterable[str]) -> list[Task]:
     """Every task that `asked` names, once. Raises ValueError for what lm-eval does not know or cannot do, for shots
     that are none, and for tasks that run a model's code where the environment does not allow it."""
-    found = {task.label: task for name in asked for task in _named(name)}
+    found: dict[str, Task] = {}
+    for task in (task for name in asked for task in _named(name)):
+        before = found.setdefault(task.label, task)
+        if (before.yaml, before.content) != (task.yaml, task.content):
+            raise ValueError(f"evaluation.tasks: {task.label} is of two different files; valid: another name under "
+                             "`task:` in one of them")  # fmt: skip
     tasks = list(found.values())
     if unsafe := [task.name for task in tasks if task.unsafe and os.environ.get("HF_ALLOW_CODE_EVAL") != "1"]:
         safe = ",".join(_as_asked(task) for task in tasks if not task.unsafe) or "winogrande"
@@ -190,6 +196,9 @@ def _own(name: str, shots: int | None) -> Task:
         files = _absolute(files, path.parent, name)
         changes["dataset_kwargs"] = {**config["dataset_kwargs"], "data_files": files}
         content += [file_hash(Path(file)) for file in _leaves(files) if Path(file).is_file()]
+    for place in (config.get("dataset_path"), (config.get("dataset_kwargs") or {}).get("data_dir")):
+        local = [folder for folder in (path.parent / str(place), Path(str(place))) if place and folder.is_dir()]
+        content += [file_hash(file) for folder in local[:1] for file in sorted(folder.rglob("*")) if file.is_file()]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     unsafe = bool(config.get("unsafe_code"))
     return Task(_title(config), shots, str(path), changes=changes, unsafe=unsafe, content=digest)
@@ -211,8 +220,11 @@ def _absolute(files: Any, folder: Path, name: str) -> Any:
     if isinstance(files, dict):
         return {split: _absolute(each, folder, name) for split, each in files.items()}
     if isinstance(files, list):
-        return [_absolute(each, folder, name) for each in files]
-    if "://" in files or "*" in files:
+        return [found for each in files for found in _leaves(_absolute(each, folder, name))]
+    if "://" not in files and glob.has_magic(files):
+        here = (sorted(glob.glob(str(base / files), recursive=True)) for base in (folder, Path.cwd()))
+        return next(filter(None, here), files)  # where nothing matches, files of a data set on the Hub
+    if "://" in files:
         return files
     for place in (folder / Path(files).expanduser(), Path(files).absolute()):
         if place.is_file():

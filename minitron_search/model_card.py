@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from minitron_search.corpus import HUB_NAME
+from minitron_search.corpus import HUB_NAME, READERS
 from minitron_search.embedded import teacher as embedded
 from minitron_search.teacher import hub_name, teacher_folder
 from minitron_search.trial import Trial
@@ -47,8 +48,7 @@ def origin_of(model: str, taught_by: str, train: str, validation: str, winogrand
     if model == embedded.NAME:
         card, files = embedded.CARD, {}
     else:
-        readme = folder / "README.md"
-        card = ModelCard.load(readme, ignore_metadata_errors=True).data if readme.is_file() else ModelCardData()
+        card = _card_of(folder / "README.md")
         files = {
             file.name: file.read_text(errors="replace")
             for file in sorted(folder.iterdir())
@@ -66,6 +66,15 @@ def origin_of(model: str, taught_by: str, train: str, validation: str, winogrand
         licence={key: value for key, value in licence.items() if value},
         files=files,
     )
+
+
+def _card_of(readme: Path) -> ModelCardData:
+    """The front matter of a README; an empty one where there is none that could be read: a student that was retrained
+    is not lost for its teacher's README."""
+    try:
+        return ModelCard.load(readme, ignore_metadata_errors=True).data if readme.is_file() else ModelCardData()
+    except (ValueError, yaml.YAMLError):
+        return ModelCardData()
 
 
 def model_card(origin: Origin, trial: Trial, row: Mapping[str, Any], refusals: Mapping[str, str]) -> str:
@@ -109,7 +118,7 @@ def _front_matter(origin: Origin, row: Mapping[str, Any]) -> ModelCardData:
     name = f"{origin.teacher.rpartition('/')[2]}-pruned-{row['params'] / 1e6:.0f}M"
     licence = origin.licence or {"license": "other", "license_name": "unknown"}
     return ModelCardData(
-        license=licence["license"],
+        license=licence.get("license", "other"),
         license_name=licence.get("license_name"),
         license_link=licence.get("license_link"),
         base_model=origin.base_model,
@@ -148,7 +157,7 @@ def _licence_said(origin: Origin) -> str:
     if not origin.licence:
         return "The teacher's licence applies; its folder does not say which that is: ask whoever published it."
     beside = f" (beside this file: {', '.join(origin.files)})" if origin.files else ""
-    return f"The teacher's licence applies: {origin.licence.get('license_name') or origin.licence['license']}{beside}."
+    return f"The teacher's licence applies: {origin.licence.get('license_name') or origin.licence.get('license', 'see the link above')}{beside}."
 
 
 def _source(name: str) -> Source:
@@ -156,6 +165,6 @@ def _source(name: str) -> Source:
     if name in EMBEDDED:
         return Source(EMBEDDED[name], None)
     path, match = Path(name).expanduser(), HUB_NAME.fullmatch(name)
-    if match and not path.suffix and not name.startswith((".", "~")) and not path.exists():
+    if match and path.suffix not in READERS and not name.startswith((".", "~")) and not path.exists():
         return Source(name, match["path"])
     return Source(path.name, None)

@@ -119,6 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return complain("interrupted before anything was written", 130)
     mirror = mirror_of(config.output, prepared.run)
+    before = evaluations_failed(prepared.run)
     try:
         with mirror.kept(say) if mirror else nullcontext():
             run(prepared)
@@ -130,7 +131,14 @@ def main(arguments: list[str] | None = None) -> int:
         )
     except (ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
         return complain(f"{cluster.words_of(error)}\n{config.output} keeps what is finished; --resume continues it", 1)
+    if failed := evaluations_failed(prepared.run) - before:
+        return complain(f"{failed} of evaluation.tasks failed, the rest is done; --resume tries them again", 1)
     return 0
+
+
+def evaluations_failed(run: RunDirectory) -> int:
+    """So far."""
+    return sum(event["event"] == "evaluation_failed" for event in run.events())
 
 
 def ablate(options: Options, overrides: list[str]) -> int:
@@ -327,7 +335,8 @@ def taught_by(prepared: Prepared) -> str:
 
 
 def evaluate_models(prepared: Prepared, resolved: Precision, students: int) -> None:
-    """lm-eval's tasks on the teacher, on every student in best/ and on the references, into evaluation.json."""
+    """lm-eval's tasks on the teacher, on every student in best/ and on the references, into evaluation.json. What
+    fails is a line there and an event; the report says so, and `main` ends with 1."""
     run, asked = prepared.run, prepared.config.evaluation
     name = prepared.config.teacher.model + (", corrected" if prepared.teacher_folder == prepared.corrected else "")
     models = models_of(run, name, prepared.teacher_folder, students)

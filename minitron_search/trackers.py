@@ -31,7 +31,8 @@ class Tracker(Protocol):
 def check_installed(trackers: Sequence[str]) -> None:
     """Raises ValueError for a tracker whose package is not there."""
     for name in trackers:
-        if find_spec(name) is None:
+        spec = find_spec(name)
+        if spec is None or spec.origin is None:  # a folder of that name is no package: W&B leaves one where it wrote
             others = ",".join(other for other in trackers if other != name) or "[]"
             raise ValueError(f"trackers: {name} is not installed; valid: {others}, or "
                              f"pip install 'minitron-search[{name}]'")  # fmt: skip

@@ -72,7 +72,11 @@ class Tracking:
             if points := curve.new():
                 self._tell(partial(_points, trial, curve.about, points))
                 self._open.add(trial)
-                curve.file.append(points)
+                try:
+                    curve.file.append(points)
+                except OSError:
+                    del self._curves[trial]  # it is read again from its file, and what that lacks is told again
+                    raise
         for trial in self._open & ended.keys():
             self._end(trial, "FAILED" if ended[trial] == "trial_failed" else "FINISHED")
 
@@ -107,11 +111,20 @@ def tracked(
 ) -> Iterator[None]:  # fmt: skip
     """While the block runs, its trials are told to TensorBoard and to `trackers`, as trials of the run `name`."""
     tracking = Tracking(run, [tracker_of(each, name, run) for each in trackers], progress)
-    over = threading.Event()
+    over, said = threading.Event(), set[str]()
+
+    def told(what: Callable[[], None]) -> None:
+        """A disk that is full stops the run by itself; curves are not to take the place of what is said of it."""
+        try:
+            what()
+        except OSError as error:
+            if str(error) not in said:
+                said.add(str(error))
+                progress(f"tracking: {error}; tried again")
 
     def follow() -> None:
         while not over.wait(LOOK_S):
-            tracking.look()
+            told(tracking.look)
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -122,4 +135,4 @@ def tracked(
     finally:
         over.set()
         thread.join()
-        tracking.end(status)
+        told(partial(tracking.end, status))

@@ -376,3 +376,10 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
     assert cache_folder() == Path.home() / "here"
     monkeypatch.delenv("MINITRON_SEARCH_CACHE")
     assert cache_folder() == Path.home() / ".cache" / "minitron_search"
+
+
+@pytest.mark.parametrize("name", ["teacher", "best", "best-2"])
+def test_a_reference_does_not_take_the_place_of_the_runs_own_models(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"evaluation.references: {name} .*valid .*\./{name}"):
+        parse({"evaluation": {"tasks": ["winogrande"], "references": [name]}})
+    parse({"evaluation": {"tasks": ["winogrande"], "references": [f"./{name}"]}})

@@ -219,6 +219,28 @@ def test_what_lm_eval_cannot_do_is_refused_with_the_reason(questions: Path) -> N
             parse_tasks([asked])
 
 
+def test_two_files_of_one_tasks_name_are_refused(questions: Path) -> None:
+    other = questions.with_name("other.yaml")
+    other.write_text(questions.read_text() + "num_fewshot: 3\n")
+    with pytest.raises(ValueError, match="evaluation.tasks: .* is of two different files; valid: another name"):
+        parse_tasks([f"{questions}:0", f"{other}:0"])
+    assert len(parse_tasks([f"{questions}:0", f"{questions}:0"])) == 1
+
+
+@pytest.mark.parametrize("named", ["data_files: {validation: 'asked/*.jsonl'}", "data_dir: asked"])
+def test_a_task_is_another_when_a_file_of_its_questions_is(questions: Path, named: str) -> None:
+    folder = questions.with_name("asked")
+    folder.mkdir()
+    (folder / "one.jsonl").write_text('{"a": 1}\n')
+    questions.write_text(f"task: mine\ndataset_path: json\ndataset_kwargs: {{{named}}}\n")
+    (before,) = parse_tasks([f"{questions}:0"])
+    (folder / "one.jsonl").write_text('{"a": 2}\n')
+    (after,) = parse_tasks([f"{questions}:0"])
+    assert before.content != after.content and [after] == parse_tasks([f"{questions}:0"])
+    if "files" in named:
+        assert after.changes["dataset_kwargs"]["data_files"] == {"validation": [str(folder / "one.jsonl")]}
+
+
 def test_a_file_that_is_no_task_is_refused(questions: Path) -> None:
     for text, why in (
         ("task: [unclosed", "not a task"), ("dataset_path: json\n", "names no task"), ("- 1\n", "not a task"),

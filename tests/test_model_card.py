@@ -147,3 +147,21 @@ def test_the_card_says_who_takes_the_student(tmp_path: Path) -> None:
     assert "- vLLM: `vllm serve path" in model_card(origin, trial(), ROW, {})
     card = model_card(origin, trial(), ROW, {"llama.cpp": "of a reason"})
     assert "- llama.cpp does not take it: of a reason.\n" in card and "convert_hf_to_gguf" not in card
+
+
+@pytest.mark.parametrize(
+    "readme",
+    [b"caf\xe9", b"---\n- a\n- list\n---\n", b"---\nlicense: [broken\n---\n", b"---\nlicense_name: ours\n---\n"],
+    ids=["latin-1", "list", "broken", "no licence"],
+)
+def test_a_student_is_not_lost_for_its_teachers_readme(tmp_path: Path, readme: bytes) -> None:
+    folder = teacher(tmp_path)
+    (tmp_path / "README.md").write_bytes(readme)
+    card = model_card(origin_of(folder, *TEXTS), trial(), ROW, {})
+    assert front_matter(card)["license"] == "other" and "The teacher's licence applies" in card
+
+
+@pytest.mark.parametrize("name", ["org/data-v1.1", "allenai/c4/en.noblocklist:train"])
+def test_a_data_set_with_a_dot_in_its_name_is_one(name: str) -> None:
+    source = module._source(name)
+    assert source.name == name and source.hub == "/".join(name.split("/")[:2])

@@ -6,6 +6,7 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -256,9 +257,11 @@ def test_tensorboard_itself_reads_it(run: RunDirectory) -> None:
     assert "hparams" in read.summary_metadata["_hparams_/session_start_info"].plugin_data.plugin_name
 
 
-def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("left", [None, ModuleSpec("wandb", None, is_package=True)], ids=["nothing", "its folder"])
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch, left: ModuleSpec | None) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr("minitron_search.trackers.find_spec", lambda name: None if name == "wandb" else object())
+    found = {"wandb": left, "mlflow": ModuleSpec("mlflow", None, origin="mlflow/__init__.py")}
+    monkeypatch.setattr("minitron_search.trackers.find_spec", found.get)
     check_installed(["mlflow"])
     with pytest.raises(ValueError, match=r"^trackers: wandb is not installed; valid: mlflow, or pip install 'minitron"):
         check_installed(["wandb", "mlflow"])

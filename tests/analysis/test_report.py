@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from analysis import cards, report
-from analysis.page import embedded, fill, no_formula
+from analysis.page import csv_link, embedded, fill, no_formula
 from analysis.pareto import AXES
 from analysis.report import main, write_report
 from minitron_search.mirror import Mirror
@@ -90,6 +90,9 @@ def test_no_word_of_a_run_becomes_a_tag(make_run: Callable[..., RunDirectory], t
 def test_no_word_of_a_run_becomes_a_formula(kind: str):
     assert no_formula(kind) == f"'{kind}"
     assert no_formula("plain") == "plain"
+    link = csv_link("runs", pd.DataFrame({kind: [1.0]}))
+    table = base64.b64decode(link.split("base64,")[1].split('"')[0]).decode()
+    assert pd.read_csv(io.StringIO(table)).columns.tolist() == [f"'{kind}"]
 
 
 def test_every_figure_offers_its_data(finished: RunDirectory):
