@@ -444,11 +444,15 @@ class Evaluation(Section):
     limit: Count | None = None
 
     @model_validator(mode="after")
-    def _references_are_evaluated(self) -> "Evaluation":
+    def _references_have_names_of_their_own(self) -> "Evaluation":
         for name in self.references:
             if name == "teacher" or re.fullmatch(r"best(-\d+)?", name):
                 raise ValueError(f"evaluation.references: {name} is what a run calls a model of its own; valid for a "
                                  f"folder of that name: ./{name}")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _references_are_evaluated(self) -> "Evaluation":
         if self.references and not self.tasks:
             raise ValueError(f"evaluation.references: {','.join(self.references)} with no evaluation.tasks; "
                              "valid: evaluation.tasks table_1, or references []")  # fmt: skip
