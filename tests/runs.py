@@ -1,12 +1,13 @@
 """Real runs of the command on a tiny teacher: real processes, real Ray."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import psutil
 import pyarrow.parquet as pq
 import yaml
 
+from minitron_search.run import main
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +89,14 @@ class Command:
         printed, _ = process.communicate(timeout=600)
         assert process.returncode == 0, printed
         return printed
+
+    def main(self, output: Path, *arguments: str, status: int = 0) -> str:
+        """The same run inside this process, whose Ray it joins (`shared_ray`): what it printed."""
+        printed = io.StringIO()
+        with redirect_stdout(printed), redirect_stderr(printed):
+            ended = main(["--config", str(self.file), "--output", str(output), *arguments])
+        assert ended == status, printed.getvalue()
+        return printed.getvalue()
 
     def interrupt(self, output: Path | str, at: str, how: signal.Signals, *arguments: str) -> int:
         """Run until a printed line holds `at`, then send `how`; the exit status."""
