@@ -4,17 +4,22 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # read once, when Ray is imported: without it whatever calls Ray by mistake starts one, which stays for later tests
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
-import ray  # noqa: E402, F401
+import ray  # noqa: E402
 
 del os.environ["RAY_ENABLE_AUTO_CONNECT"]  # the command's own processes are a user's
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest  # noqa: E402
+
+if TYPE_CHECKING:
+    from tests.runs import Command
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,8 +38,42 @@ def shared_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         environment.setenv("MINITRON_SEARCH_CACHE", str(cache))
         environment.setenv("PYTHONPATH", str(ROOT))  # its workers import what tests define
         environment.delenv("RAY_ADDRESS", raising=False)
-        with joined():
+        with SHARED:
+            SHARED.enter_context(joined())
             yield cache
+
+
+SHARED = ExitStack()  # what is shared, while it is there
+
+
+@pytest.fixture(scope="module")
+def no_shared_ray() -> Iterator[None]:
+    """For a module that starts a Ray of another kind: the shared one, where there is one, is away meanwhile."""
+    from minitron_search.cluster import joined
+
+    shared = ray.is_initialized()
+    if shared:
+        SHARED.close()
+    yield
+    if shared:
+        SHARED.enter_context(joined())
+
+
+@pytest.fixture(scope="session")
+def tiny_command(tmp_path_factory: pytest.TempPathFactory) -> "Command":
+    """Of `tiny_inputs`; whoever asks for it gives its outputs names of their own."""
+    from tests.runs import Command, tiny_inputs
+
+    folder = tmp_path_factory.mktemp("tiny")
+    return Command(folder, tiny_inputs(folder))
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_command: "Command", shared_ray: Path) -> Path:
+    """A whole unbroken run of `tiny_command` at concurrency 1, inside the Tune trials: to be read only."""
+    output = tiny_command.folder / "finished"
+    tiny_command.main(output, "--search.concurrency", "1", "--resources.launcher", "inline")
+    return output
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,11 @@ class Command:
         assert process.returncode == 0, printed
         return printed
 
-    def main(self, output: Path, *arguments: str, status: int = 0) -> str:
-        """The same run inside this process, whose Ray it joins (`shared_ray`): what it printed."""
+    def main(self, output: Path | str, *arguments: str, status: int = 0) -> str:
+        """The same run inside this process, whose Ray it joins (`shared_ray`): what it printed.
+
+        Its caches are then those of `shared_ray`.
+        """
         printed = io.StringIO()
         with redirect_stdout(printed), redirect_stderr(printed):
             ended = main(["--config", str(self.file), "--output", str(output), *arguments])
@@ -123,32 +127,29 @@ def events(output: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == kind]
 
 
-def kill_train_process(kind: str, folder: Path) -> bool:
-    """SIGKILL the newest Ray Train worker or controller of the runs in `folder`; whether there was one."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):  # it ended meanwhile
-            name = " ".join(process.cmdline())
-            if name.startswith("ray::") and kind in name and str(folder) in " ".join(process.environ().values()):
-                found.append(process)
-    for process in sorted(found, key=psutil.Process.create_time)[-1:]:  # by time: numbers begin again at some point
-        process.kill()
-    return bool(found)
+def in_background(work: Callable[[], None]) -> threading.Thread:
+    """`work` beside a run in this process."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
 
 
-def children(driver: "subprocess.Popen[str]", kind: str) -> list[psutil.Process]:
-    """The processes below `driver` that Ray calls `kind`, oldest first."""
+def children(kind: str, driver: "subprocess.Popen[str] | None" = None) -> list[psutil.Process]:
+    """The processes below `driver`, or below this process, whose name of Ray's holds `kind`, oldest first."""
     found = []
-    for child in psutil.Process(driver.pid).children(recursive=True):
+    for child in psutil.Process(driver and driver.pid).children(recursive=True):
         with suppress(psutil.Error, IndexError):  # it ended meanwhile
-            if child.cmdline()[0].startswith(f"ray::{kind}"):
+            name = child.cmdline()[0]
+            if name.startswith("ray::") and kind in name:
                 found.append(child)
-    return sorted(found, key=psutil.Process.create_time)
+    return sorted(found, key=psutil.Process.create_time)  # by time: numbers begin again at some point
 
 
-def kill_child(driver: "subprocess.Popen[str]", kind: str) -> bool:
+def kill_child(kind: str, driver: "subprocess.Popen[str] | None" = None) -> bool:
     """SIGKILL the newest of `children`; whether there was one."""
-    found = children(driver, kind)
+    found = children(kind, driver)
     for child in found[-1:]:
-        child.kill()
-    return bool(found)
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+            return True
+    return False

@@ -3,31 +3,29 @@
 import html
 import json
 import signal
+import time
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 from minitron_search.run_directory import RunDirectory
-from tests.runs import Command, events, kill_train_process, rows, tiny_inputs
+from tests.runs import Command, events, in_background, kill_child, rows
 from tests.test_tracking import shown
 
 ONE = ("--search.concurrency", "1")
 INLINE = ("--resources.launcher", "inline")
 
 
-@pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
-    folder = tmp_path_factory.mktemp("runs")
-    return Command(folder, tiny_inputs(folder))
+@pytest.fixture
+def command(tiny_command: Command, shared_ray: Path) -> Command:
+    return tiny_command
 
 
-@pytest.fixture(scope="module")
-def unbroken(command: Command) -> Path:
+@pytest.fixture
+def unbroken(finished_run: Path) -> Path:
     """A whole run at concurrency 1, inside the Tune trials."""
-    output = command.folder / "unbroken"
-    command.run(output, *ONE, *INLINE)
-    return output
+    return finished_run
 
 
 def test_a_run_leaves_every_artifact(unbroken: Path) -> None:
@@ -84,8 +82,8 @@ def test_the_teacher_is_asked_once_for_all_trials(command: Command, unbroken: Pa
     assert asked["teacher_cache"] == "hidden"
     assert len({row["trial"] for row in rows(unbroken) if row["arm"] in ("search", "retrained")}) > 2
     output = command.folder / "topk"
-    command.run(output, *ONE, *INLINE, "--stages", "importance,search", "--search.trials", "2",
-                "--distillation.teacher_cache", "topk", "--distillation.topk", "100")  # fmt: skip
+    command.main(output, *ONE, *INLINE, "--stages", "importance,search", "--search.trials", "2",
+                 "--distillation.teacher_cache", "topk", "--distillation.topk", "100")  # fmt: skip
     (sparse,) = events(output, "teacher_asked")
     assert sparse["tokens"] == 512, "validation is exact, and was there"
     assert (sparse["teacher_cache"], sparse["topk"]) == ("topk", 100)
@@ -96,27 +94,27 @@ def test_the_teacher_is_asked_once_for_all_trials(command: Command, unbroken: Pa
     assert all(a == pytest.approx(b, rel=1e-2) for a, b in ours) and any(a != b for a, b in ours)
 
 
-@pytest.mark.parametrize("at", ["importance:", "[1/5", "retrain:"])
-def test_sigkill_of_the_driver_then_resume_gives_the_unbroken_table(command: Command, unbroken: Path, at: str) -> None:
-    output = command.folder / f"killed-{at.strip('[:').replace('/', '-')}"
-    assert command.interrupt(output, at, signal.SIGKILL, *ONE, *INLINE) == -signal.SIGKILL
-    before = rows(output) if (output / "trials.parquet").exists() else []
-    command.run(output, *ONE, *INLINE, "--resume")
+def test_a_run_killed_at_every_stage_and_interrupted_gives_the_unbroken_table(command: Command, unbroken: Path) -> None:
+    """SIGKILL of the driver, also when TPE proposes: what it proposes on resuming is in the table. Ctrl-C stops cleanly
+    and keeps finished rows."""
+    output, finished = command.folder / "killed", set[str]()
+    moments = [("importance:", signal.SIGKILL), ("rung 0", signal.SIGINT), ("[4/5", signal.SIGKILL),
+               ("retrain:", signal.SIGKILL)]  # fmt: skip
+    for at, how in moments:
+        resume = ["--resume"] if output.exists() else []
+        status = command.interrupt(output, at, how, *ONE, *INLINE, *resume)
+        assert status == (130 if how == signal.SIGINT else -signal.SIGKILL), at
+        before = rows(output) if (output / "trials.parquet").exists() else []
+        assert before or at == "importance:", at
+        finished |= {row["trial"] for row in before if row["arm"] == "search" and row["status"] != "running"}
+    command.main(output, *ONE, *INLINE, "--resume")
     assert rows(output) == rows(unbroken)
     assert told(output) == told(unbroken)
     started = [event["trial"] for event in events(output, "trial_started")]
-    finished = {row["trial"] for row in before if row["arm"] == "search" and row["status"] != "running"}
     continued = [event["trial"] for event in events(output, "trial_continued")]
+    assert len(finished) == 5
     for trial in finished:
         assert started.count(trial) == 1 + continued.count(trial), "a finished trial was repeated"
-
-
-def test_ctrl_c_stops_cleanly_and_keeps_finished_rows(command: Command, unbroken: Path) -> None:
-    output = command.folder / "interrupted"
-    assert command.interrupt(output, "rung 0", signal.SIGINT, *ONE, *INLINE) == 130
-    assert rows(output)
-    command.run(output, *ONE, *INLINE, "--resume")
-    assert rows(output) == rows(unbroken)
 
 
 @pytest.mark.slow
@@ -126,7 +124,7 @@ def test_two_at_once_through_ray_train_give_the_same_numbers(command: Command, u
     The retraining through Ray Train is on two workers, whose sums are rounded otherwise: equal to 1e-5.
     """
     output = command.folder / "parallel"
-    command.run(output, "--search.concurrency", "2")
+    command.main(output, "--search.concurrency", "2")
     alone = {(row["trial"], row["rung"]): row for row in rows(unbroken)}
     both = [row for row in rows(output) if (row["trial"], row["rung"]) in alone]
     assert len(both) >= 4
@@ -145,30 +143,39 @@ def test_two_at_once_through_ray_train_give_the_same_numbers(command: Command, u
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["TrainWorker", "TrainController"])
-def test_a_killed_train_process_is_replaced_and_changes_no_number(command: Command, unbroken: Path, name: str) -> None:
-    output = command.folder / f"killed-{name}"
-    process = command.start(output, *ONE, "--stages", "importance,search")
-    assert process.stdout is not None
-    killed, begun = False, set()
-    for line in process.stdout:
-        if " starts: " in line:
-            trial = line.split(" starts: ")[0].split()[-1]
-            if trial in begun and not killed:  # its worker trains towards the next rung
-                killed = kill_train_process(name, command.folder)
-            begun.add(trial)
-    assert process.wait(timeout=300) == 0 and killed
+def test_a_killed_train_process_is_replaced_and_changes_no_number(command: Command, unbroken: Path) -> None:
+    """A worker as its trial goes on towards the next rung, then the controller of another trial that does."""
+    output, killed = command.folder / "killed-train", list[str]()
+
+    def kill() -> None:
+        went_on = set[str]()
+        for kind in ("TrainWorker", "TrainController"):
+            while not (new := set(going_on(output)) - went_on):
+                time.sleep(0.002)
+            went_on |= new
+            if kill_child(kind):
+                killed.append(kind)
+
+    in_background(kill)
+    command.main(output, *ONE, "--stages", "importance,search")
+    assert killed == ["TrainWorker", "TrainController"]
     ours = [row for row in rows(output) if row["arm"] == "search"]
     expected = [row for row in rows(unbroken) if row["arm"] == "search"]
     assert ours == expected
 
 
+def going_on(output: Path) -> list[str]:
+    """The trials that were started again after a rung."""
+    if not (output / "events.jsonl").exists():
+        return []
+    started = [event["trial"] for event in RunDirectory(output).events() if event["event"] == "trial_started"]
+    return [trial for trial in started if started.count(trial) > 1]
+
+
 def test_a_diverging_trial_fails_with_its_reason_and_is_not_repeated(command: Command) -> None:
     output = command.folder / "diverging"
-    process = command.start(output, *ONE, *INLINE, "--stages", "importance,search", "--search.trials", "2",
-                            "--distillation.learning_rate", "1e30")  # fmt: skip
-    printed, _ = process.communicate(timeout=300)
-    assert process.returncode == 1, printed
+    printed = command.main(output, *ONE, *INLINE, "--stages", "importance,search", "--search.trials", "2",
+                           "--distillation.learning_rate", "1e30", status=1)  # fmt: skip
     assert "nothing to promote" in printed
     failed = [row for row in rows(output) if row["arm"] == "search"]
     assert len(failed) == 2
@@ -179,8 +186,8 @@ def test_a_diverging_trial_fails_with_its_reason_and_is_not_repeated(command: Co
 def test_two_workers_train_like_one(command: Command, unbroken: Path) -> None:
     """Data-parallel at the same global batch: losses agree to 1e-4 relative (sums are split differently)."""
     output = command.folder / "two-workers"
-    command.run(output, *ONE, "--resources.workers_per_trial", "2", "--stages", "importance,search",
-                "--search.trials", "2")  # fmt: skip
+    command.main(output, *ONE, "--resources.workers_per_trial", "2", "--stages", "importance,search",
+                 "--search.trials", "2")  # fmt: skip
     compared = 0
     for log in output.glob("trials/search-*/metrics.jsonl"):
         two, one = ([json.loads(line)["loss"] for line in (root / "trials" / log.parent.name / "metrics.jsonl").open()
