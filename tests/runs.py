@@ -63,7 +63,7 @@ class Command:
     """`python -m minitron_search.run` with a configuration of its own, in a process group of its own."""
 
     def __init__(self, folder: Path, configuration: dict[str, Any]):
-        self.folder = folder
+        self.folder, self.configuration = folder, configuration
         self.file = folder / "config.yaml"
         self.file.write_text(yaml.safe_dump(configuration))
         self.environment = {

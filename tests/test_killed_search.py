@@ -12,29 +12,29 @@ from typing import Any
 
 import pytest
 
-from tests.runs import Command, children, kill_child, rows, tiny_inputs
+from tests.runs import Command, children, in_background, kill_child, rows, tiny_inputs
 
 pytestmark = pytest.mark.slow
 TRIALS = 8  # four drawn, four proposed by TPE
 STAGES = ("--stages", "importance,search")
 TRIAL, WORKER = "ImplicitFunc", "RayTrainWorker"  # Ray's names of what runs Tune's function, and of what trains
 ONE, TWO = ("--search.concurrency", "1"), ("--search.concurrency", "2")
-Turn = Callable[["subprocess.Popen[str]"], Any]
+Turn = Callable[[], bool]
 INLINE = ("--resources.launcher", "inline")
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
+def command(tmp_path_factory: pytest.TempPathFactory, shared_ray: Path) -> Command:
     folder = tmp_path_factory.mktemp("killed")
     configuration = tiny_inputs(folder)
-    configuration["search"] = {"trials": TRIALS, "rungs": [96 * 64, 192 * 64, 288 * 64], "reduction_factor": 2}
+    configuration["search"] = {"trials": TRIALS, "rungs": [48 * 64, 96 * 64, 144 * 64], "reduction_factor": 2}
     return Command(folder, configuration)
 
 
 @pytest.fixture(scope="module")
 def unbroken(command: Command) -> Path:
     output = command.folder / "unbroken"
-    command.run(output, *STAGES, *ONE, *INLINE)
+    command.main(output, *STAGES, *ONE, *INLINE)
     return output
 
 
@@ -74,21 +74,19 @@ def nothing_lost_or_repeated(output: Path, finished: list[dict[str, Any]]) -> No
         assert (mine[0]["status"] == "stopped") == (len(mine) < 3)
 
 
-def kill_in_turn(driver: "subprocess.Popen[str]", output: Path, *turns: Turn) -> list[list[dict[str, Any]]]:
+def kill_in_turn(output: Path, *turns: Turn) -> list[list[dict[str, Any]]]:
     """Tries each until it has killed; what is returned fills with the rungs that were finished before each kill."""
     finished: list[list[dict[str, Any]]] = []
 
     def wait() -> None:
         for turn in turns:
             before = logged(output, "rung")
-            while not turn(driver):
-                if driver.poll() is not None:
-                    return
+            while not turn():
                 before = logged(output, "rung")
                 time.sleep(0.002)
             finished.append(before)
 
-    threading.Thread(target=wait, daemon=True).start()
+    in_background(wait)
     return finished
 
 
@@ -103,13 +101,10 @@ def sigkill_at(process: "subprocess.Popen[str]", line: str) -> None:
     assert process.wait(timeout=300) == -signal.SIGKILL
 
 
-def test_killed_trial_then_killed_driver_change_no_number(command: Command, unbroken: Path) -> None:
-    """The trial trains itself. The driver dies when TPE proposes: what it proposes on resuming is in the table."""
-    output, arguments = command.folder / "inline", (*STAGES, *ONE, *INLINE)
-    process = command.start(output, *arguments)
-    finished = kill_in_turn(process, output, lambda driver: in_steps(output, first=True) and kill_child(driver, TRIAL))
-    sigkill_at(process, f"[5/{TRIALS}")
-    command.run(output, *arguments, "--resume")
+def test_a_killed_trial_that_trains_itself_changes_no_number(command: Command, unbroken: Path) -> None:
+    output = command.folder / "inline"
+    finished = kill_in_turn(output, lambda: bool(in_steps(output, first=True)) and kill_child(TRIAL))
+    command.main(output, *STAGES, *ONE, *INLINE)
     assert len(finished) == 1, "no trial was killed"
     assert searched(output) == searched(unbroken)
     nothing_lost_or_repeated(output, finished[0])
@@ -119,15 +114,15 @@ def test_killed_trial_gives_back_its_worker_group(command: Command, unbroken: Pa
     """On one CPU, which the groups of killed trials have: one that was still starting, and one that was training."""
     output, first = command.folder / "train", set[str]()
 
-    def while_its_group_starts(driver: "subprocess.Popen[str]") -> bool:
+    def while_its_group_starts() -> bool:
         first.update(folder.name for folder in output.glob("trials/search-*"))
-        return bool(children(driver, "SynchronizationActor")) and kill_child(driver, TRIAL)
+        return bool(children("SynchronizationActor", process)) and kill_child(TRIAL, process)
 
-    def while_another_trains(driver: "subprocess.Popen[str]") -> bool:
-        return bool(in_steps(output, first=False) - first) and kill_child(driver, TRIAL)
+    def while_another_trains() -> bool:
+        return bool(in_steps(output, first=False) - first) and kill_child(TRIAL, process)
 
     process = command.start(output, *STAGES, *ONE, RAY_OVERRIDE_RESOURCES='{"CPU": 1}')
-    finished = kill_in_turn(process, output, while_its_group_starts, while_another_trains)
+    finished = kill_in_turn(output, while_its_group_starts, while_another_trains)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and len(finished) == 2, printed
     assert searched(output) == searched(unbroken)
@@ -138,14 +133,14 @@ def test_kills_among_two_trials_at_once_lose_no_row(command: Command, unbroken: 
     """A trial's process and a train worker die as two trials train; then the driver."""
     output = command.folder / "two"
 
-    def a_worker_and_a_trial(driver: "subprocess.Popen[str]") -> bool:
-        return len(in_steps(output, first=True)) == 2 and kill_child(driver, WORKER) and kill_child(driver, TRIAL)
+    def a_worker_and_a_trial() -> bool:
+        return len(in_steps(output, first=True)) == 2 and kill_child(WORKER, process) and kill_child(TRIAL, process)
 
     process = command.start(output, *STAGES, *TWO)
-    finished = kill_in_turn(process, output, a_worker_and_a_trial)
+    finished = kill_in_turn(output, a_worker_and_a_trial)
     sigkill_at(process, f"[6/{TRIALS}")
     finished.append(logged(output, "rung"))
-    command.run(output, *STAGES, *TWO, *INLINE, "--resume")
+    command.main(output, *STAGES, *TWO, *INLINE, "--resume")
     assert len(finished) == 2, "no two trials trained at once"
     for before in finished:
         nothing_lost_or_repeated(output, before)
