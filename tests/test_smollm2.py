@@ -20,7 +20,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = Command(folder, {
         "corpus": {"calibration_samples": 4, "validation_samples": 4},
         "winogrande": {"limit": 20},
-        "search": {"trials": 2, "rungs": ["1K", "2K"]},
+        "search": {"trials": 2, "rungs": ["1K", "2K"], "controls": False},
         "distillation": {"batch_tokens": "512"},
         "retraining": {"tokens": "4K", "learning_rate": "3e-4", "warmup_steps": 2},
     })  # fmt: skip

@@ -1,9 +1,11 @@
-"""The command with its output in a bucket: a second driver, on a machine that holds nothing, goes on with the run."""
+"""The command with its output in a bucket, a run's or an ablation's: a second driver, which has nothing of it, goes on
+with it."""
 
 import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import boto3
@@ -13,7 +15,7 @@ from moto.server import ThreadedMotoServer
 from pyarrow.fs import FileSelector, FileSystem, copy_files
 from transformers import AutoModelForCausalLM
 
-from tests.runs import TIMES, Command, rows, tiny_inputs
+from tests.runs import TIMES, Command, rows
 
 pytestmark = pytest.mark.slow
 ONE = ("--search.concurrency", "1", "--resources.launcher", "inline")
@@ -30,33 +32,34 @@ def endpoint() -> Iterator[str]:
 
 
 @pytest.fixture
-def address(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def address(endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """A folder of the test's own."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket=BUCKET)
     # moto refuses the delayed way of pyarrow's to open a stream otherwise
-    return f"s3://{BUCKET}/run?region=us-east-1&allow_delayed_open=true&endpoint_override={quote(endpoint, safe='')}"
+    options = f"region=us-east-1&allow_delayed_open=true&endpoint_override={quote(endpoint, safe='')}"
+    return f"s3://{BUCKET}/{request.node.name}?{options}"
 
 
-def test_a_second_driver_goes_on_from_the_bucket_alone(tmp_path: Path, address: str) -> None:
-    command = Command(tmp_path, tiny_inputs(tmp_path))
-    unbroken = tmp_path / "unbroken"
-    command.run(unbroken, *ONE)
-
+def test_a_second_driver_goes_on_from_the_bucket_alone(
+    tmp_path: Path, address: str, finished_run: Path, tiny_command: Command
+) -> None:
+    """The first driver's working copy is in caches of its own; the second's begin without one."""
+    command = Command(tmp_path, tiny_command.configuration)
     assert command.interrupt(address, "rung 1", signal.SIGKILL, *ONE) == -signal.SIGKILL
     shutil.rmtree(tmp_path / "cache")
-    refused = command.start(address, *ONE)
-    printed, _ = refused.communicate(timeout=120)
-    assert refused.returncode == 2 and "is not empty" in printed and "--resume" in printed
+    printed = command.main(address, *ONE, status=2)
+    assert "is not empty" in printed and "--resume" in printed
 
-    printed = command.run(address, *ONE, "--resume")
-    assert f"minutes: s3://{BUCKET}/run" in printed
+    printed = command.main(address, *ONE, "--resume")
     there, base = FileSystem.from_uri(address)
+    assert f"minutes: s3://{base}" in printed
     with there.open_input_file(f"{base}/trials.parquet") as file:
         table = pq.read_table(file).to_pylist()
     assert not [row["message"] for row in table if row["message"]]
-    assert [{key: value for key, value in row.items() if key not in TIMES} for row in table] == rows(unbroken)
+    assert [{key: value for key, value in row.items() if key not in TIMES} for row in table] == rows(finished_run)
 
     (tmp_path / "downloaded").mkdir()
     copy_files(f"{base}/best", str(tmp_path / "downloaded"), source_filesystem=there)
@@ -67,10 +70,47 @@ def test_a_second_driver_goes_on_from_the_bucket_alone(tmp_path: Path, address: 
     assert {"report.html", "study.db", "events.jsonl", "best.whole"} <= names and "job" not in names
 
 
-def test_a_bucket_that_is_not_there_is_refused_before_anything_is_computed(tmp_path: Path, address: str) -> None:
-    command = Command(tmp_path, tiny_inputs(tmp_path))
-    process = command.start(address.replace(BUCKET, "no-such-bucket"), *ONE)
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert "output: s3://no-such-bucket/run" in printed and "Traceback" not in printed
+def test_an_empty_machine_goes_on_with_an_ablation_in_a_bucket(
+    tmp_path: Path, address: str, shared_ray: Path, tiny_command: Command
+) -> None:
+    values: dict[str, Any] = {key: value for key, value in tiny_command.configuration.items() if key != "name"}
+    command = Command(tmp_path, {
+        **values,
+        "question": "Is it?",
+        "space": {"budget": {"params": {"target": 130_000, "tolerance": 0.4}}},
+        "architecture": {"hidden_size": 42, "intermediate_size": 112},
+        "search": {"rungs": [0, 128], "seeds": 2, "concurrency": 1},
+        "retraining": {"tokens": 128},
+        "resources": {"launcher": "inline"},
+        "before": {"middle": {"architecture": {"intermediate_size": 120}}},
+        "arms": {"a_first": {}, "b_student": {"teacher": {"model": "{output}/before/middle/best"}}},
+    })  # fmt: skip
+    unbroken = tmp_path / "unbroken"
+    command.main(unbroken)
+
+    assert command.interrupt(address, "b_student:", signal.SIGKILL) == -signal.SIGKILL
+    shutil.rmtree(tmp_path / "cache")
+    printed = command.main(address, status=2)
+    assert "is not empty" in printed and "--resume" in printed
+    printed = command.main(address, "--resume")
+    assert "arm 2 of 2, b_student" in printed and "arm 1 of 2" not in printed
+
+    there, base = FileSystem.from_uri(address)
+    downloaded = tmp_path / "downloaded"
+    copy_files(base, str(downloaded), source_filesystem=there)
+    for arm in ("before/middle", "a_first", "b_student"):
+        assert rows(downloaded / arm) == rows(unbroken / arm), arm
+    compared = pq.read_table(downloaded / "ablation.parquet")
+    assert compared == pq.read_table(unbroken / "ablation.parquet") and compared.num_rows
+    assert (downloaded / "report.html").read_text().count("b_student")
+    names = [info.path for info in there.get_file_info(FileSelector(base, recursive=True))]
+    assert not [name for name in names if "step-" in name], "nothing goes on from the checkpoints of ended arms"
+
+
+def test_a_bucket_that_is_not_there_is_refused_before_anything_is_computed(
+    tmp_path: Path, address: str, tiny_command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINITRON_SEARCH_CACHE", str(tmp_path / "cache"))
+    printed = tiny_command.main(address.replace(BUCKET, "no-such-bucket"), *ONE, status=2)
+    assert "output: s3://no-such-bucket/test_a_bucket" in printed and "Traceback" not in printed
     assert not (tmp_path / "cache" / "teachers").exists() and not list((tmp_path / "cache").glob("runs/*/config.yaml"))
