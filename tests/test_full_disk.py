@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from minitron_search.cluster import words_of
 from minitron_search.run_directory import RunDirectory
-from tests.runs import Command, rows, tiny_inputs
+from tests.runs import Command, in_background, rows
 
 STAGES = ("--stages", "importance,search", "--search.concurrency", "1", "--resources.launcher", "inline")
 
@@ -43,27 +44,29 @@ def fill(disk: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_the_run_with_one_message_and_costs_no_trial(tmp_path: Path, small_disk: Path) -> None:
-    command = Command(tmp_path, tiny_inputs(tmp_path))
-    unbroken, output = tmp_path / "unbroken", small_disk / "run"
-    command.run(unbroken, *STAGES)
+def test_a_full_disk_stops_the_run_with_one_message_and_costs_no_trial(
+    tiny_command: Command, finished_run: Path, small_disk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output, filled = RunDirectory(small_disk / "run"), list[Path]()
 
-    process = command.start(output, *STAGES)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "rung 1" in line:
-            filler = fill(small_disk)
-            break
-    said = process.stdout.read()
-    assert process.wait(timeout=300) == 1
-    assert os.strerror(errno.ENOSPC) in said and "--resume continues it" in said and "Traceback" not in said
-    finished = rows(output)
-    assert not [event for event in RunDirectory(output).events() if event["event"] == "trial_failed"]
+    def fill_at_a_rung() -> None:
+        while not any(event["event"] == "rung_finished" and event["rung"] == 1 for event in output.events()):
+            time.sleep(0.002)
+        filled.append(fill(small_disk))
 
-    filler.unlink()
-    command.run(output, *STAGES, "--resume")
-    assert rows(output) == rows(unbroken)
-    assert len(finished) < len(rows(output))
+    in_background(fill_at_a_rung)
+    said = tiny_command.main(output.root, *STAGES, status=1)
+    assert filled and os.strerror(errno.ENOSPC) in said and "--resume continues it" in said
+    captured = capfd.readouterr()
+    assert "Traceback" not in said + captured.out + captured.err
+    finished = rows(output.root)
+    assert not [event for event in output.events() if event["event"] == "trial_failed"]
+
+    filled[0].unlink()
+    tiny_command.main(output.root, *STAGES, "--resume")
+    found = rows(output.root)
+    assert found == [row for row in rows(finished_run) if row["arm"] not in ("untrained", "retrained")]
+    assert len(finished) < len(found)
 
 
 def test_what_the_system_refused_a_worker_is_told_without_a_traceback() -> None:
