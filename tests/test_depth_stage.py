@@ -1,12 +1,9 @@
 """The stage: one table whatever the number of workers, nothing finished computed twice, nothing lost to a kill."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from minitron_search.depth_stage import CHOICES, TAYLOR, TEXT, Job, _streamed, c
 from minitron_search.run import main
 from minitron_search.run_directory import DEPTH_SCHEMA, RunDirectory
 from tests import tiny
+from tests.runs import in_background, kill_child
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,7 +67,7 @@ def last_event(run: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def swept(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def swept(data: Path, tmp_path_factory: pytest.TempPathFactory, shared_ray: Path) -> Path:
     """A whole sweep by one worker."""
     output = tmp_path_factory.mktemp("runs") / "one"
     assert main(arguments(data, output, "--depth.workers", "1")) == 0
@@ -218,7 +216,7 @@ def test_seeds_from_a_sweep_that_is_not_there_are_refused(
     assert "space.axes.drop_block.seeds: sweep needs the depth stage" in capsys.readouterr().err
 
 
-def test_bi_alone_needs_no_suffix_and_has_no_one_by_one_line(data: Path, tmp_path: Path) -> None:
+def test_bi_alone_needs_no_suffix_and_has_no_one_by_one_line(data: Path, tmp_path: Path, shared_ray: Path) -> None:
     assert main(arguments(data, tmp_path / "run", "--depth.metrics", "bi")) == 0
     rows = RunDirectory(tmp_path / "run").read_depth()
     assert {(row["metric"], row["kind"]) for row in rows} == {("bi", "contiguous")}
@@ -231,12 +229,7 @@ def test_winogrande_alone_still_chooses_one_by_one_by_lm_loss(data: Path, swept:
     assert alone == both
 
 
-# Kills, on processes of a run of their own
-
-
-def start(data: Path, output: Path, *more: str) -> subprocess.Popen[bytes]:
-    command = arguments(data, output, "--corpus.validation_samples", "320", *more, teacher="slow")
-    return subprocess.Popen([sys.executable, "-m", "minitron_search.run", *command], cwd=ROOT, start_new_session=True)
+# Kills: of a driver with a process of its own, then of a worker of the sweep that goes on
 
 
 def until_pieces(run: Path, count: int, process: subprocess.Popen[bytes]) -> None:
@@ -247,44 +240,37 @@ def until_pieces(run: Path, count: int, process: subprocess.Popen[bytes]) -> Non
         time.sleep(0.02)
 
 
-def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True)
-
-
-def worker_at_work(process: subprocess.Popen[bytes]) -> psutil.Process:
-    """A process that is computing a piece: Ray calls it by its task only while it has one."""
-    while process.poll() is None:
-        for child in descendants(process):
-            with suppress(psutil.NoSuchProcess):
-                if child.name().startswith("ray::compute"):
-                    return child
-    raise AssertionError("the sweep ended before a worker could be killed")
+def kept(run: Path) -> dict[Path, int]:
+    """Every finished piece, and when it was written."""
+    return {path: path.stat().st_mtime_ns for path in (run / "depth_pieces").glob("*.npz")}
 
 
 @pytest.mark.slow
-def test_a_killed_worker_costs_the_piece_it_was_at(data: Path, tmp_path: Path) -> None:
+def test_a_killed_driver_and_a_killed_worker_cost_only_the_pieces_they_were_at(
+    data: Path, tmp_path: Path, shared_ray: Path
+) -> None:
     run = tmp_path / "run"
-    process = start(data, run)
-    until_pieces(run, 2, process)
-    kept = {path: path.stat().st_mtime_ns for path in (run / "depth_pieces").glob("*.npz")}
-    worker_at_work(process).send_signal(signal.SIGKILL)
-    assert process.wait(timeout=300) == 0
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert len(list((run / "depth_pieces").glob("*.npz"))) == last_event(run)["pieces"]
-
-
-@pytest.mark.slow
-def test_a_killed_driver_loses_no_finished_piece(data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    process = start(data, run)
+    asked = arguments(data, run, "--corpus.validation_samples", "160", teacher="slow")
+    process = subprocess.Popen([sys.executable, "-m", "minitron_search.run", *asked], cwd=ROOT, start_new_session=True)
     until_pieces(run, 3, process)
-    left = descendants(process)
-    os.kill(process.pid, signal.SIGKILL)
+    left = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
     process.wait()
     psutil.wait_procs(left, timeout=30)
-    kept = {path: path.stat().st_mtime_ns for path in (run / "depth_pieces").glob("*.npz")}
-    assert len(kept) >= 3 and not (run / "depth.json").exists()
-    again = start(data, run, "--resume")
-    assert again.wait(timeout=300) == 0
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert last_event(run)["pieces"] == len(list((run / "depth_pieces").glob("*.npz"))) - len(kept)
+    before = kept(run)
+    assert len(before) >= 3 and not (run / "depth.json").exists()
+
+    at_the_kill: list[dict[Path, int]] = []
+
+    def kill_a_worker() -> None:
+        """Behind the first piece of the second driver. Ray calls a worker by its task only while it has one."""
+        while len(kept(run)) == len(before) or not kill_child("ray::compute"):
+            time.sleep(0.002)
+        at_the_kill.append(kept(run))
+
+    in_background(kill_a_worker)
+    assert main([*asked, "--resume"]) == 0
+    assert at_the_kill, "the sweep ended before a worker could be killed"
+    after = kept(run)
+    assert after == {**after, **before, **at_the_kill[0]}, "a finished piece was computed again"
+    assert last_event(run)["pieces"] == len(after) - len(before) > len(at_the_kill[0]) - len(before)
