@@ -23,8 +23,9 @@ CORRECTED = ("--teacher.correction.method", "norms", "--teacher.correction.learn
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
-    """`teacher`, and `larger`: wider, deeper, of another family, with the same tokenizer."""
+def command(tmp_path_factory: pytest.TempPathFactory, shared_ray: Path) -> Command:
+    """`teacher`, and `larger`: wider, deeper, of another family, with the same tokenizer. Its processes have the caches
+    of `shared_ray`."""
     folder = tmp_path_factory.mktemp("families")
     shape = {"vocab_size": 258, "num_attention_heads": 6, "head_dim": 8, "max_position_embeddings": 512}
     config = tiny.config(**shape, hidden_size=48, intermediate_size=128, num_hidden_layers=6, num_key_value_heads=3)
@@ -33,16 +34,20 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
         tiny.model(made).save_pretrained(folder / name)
         tiny.tokenizer().save_pretrained(folder / name)
     (folder / "text.txt").write_text(tiny.prose(20_000))
-    return Command(folder, tiny_configuration(folder / "teacher", folder / "text.txt"))
+    made = Command(folder, tiny_configuration(folder / "teacher", folder / "text.txt"))
+    made.environment["MINITRON_SEARCH_CACHE"] = str(shared_ray)
+    return made
 
 
-def test_a_student_is_pruned_again_and_taught_by_another_model_corrected_before(command: Command) -> None:
+def test_a_student_is_pruned_again_and_taught_by_another_model_corrected_before(
+    command: Command, shared_ray: Path
+) -> None:
     """Iterative compression with an older teacher, of another shape, which is corrected; killed meanwhile, resumed."""
-    output, cache = command.folder / "again", command.folder / "cache"
+    output, cache = command.folder / "again", shared_ray
     asked = (*INLINE, *CORRECTED, "--distillation.teacher", str(command.folder / "larger"))
     assert command.interrupt(output, "correction:", signal.SIGKILL, *asked) == -signal.SIGKILL
     assert not [path for path in (cache / "corrected").glob("*") if path.suffix not in (".work", ".lock")]
-    printed = command.run(output, *asked, "--resume")
+    printed = command.main(output, *asked, "--resume")
 
     (made,) = events(output, "teacher_corrected")
     folder = Path(made["folder"])
@@ -72,8 +77,8 @@ def test_a_student_is_pruned_again_and_taught_by_another_model_corrected_before(
 def test_a_corrected_teacher_is_pruned_and_made_once(command: Command) -> None:
     """Figure 4, then its student of the original: the second run finds the first one's corrected teacher."""
     pruned, kept = command.folder / "pruned", command.folder / "kept"
-    command.run(pruned, *INLINE, *CORRECTED, "--stages", "importance")
-    command.run(kept, *INLINE, *CORRECTED, "--stages", "importance,search", "--teacher.prune", "original")
+    command.main(pruned, *INLINE, *CORRECTED, "--stages", "importance")
+    command.main(kept, *INLINE, *CORRECTED, "--stages", "importance,search", "--teacher.prune", "original")
     (first,), (second,) = events(pruned, "teacher_corrected"), events(kept, "teacher_corrected")
     assert (first["made_now"], second["made_now"]) == (True, False)
     assert first["id"] == second["id"] and first["after"] == second["after"]
@@ -87,8 +92,8 @@ def test_a_corrected_teacher_is_pruned_and_made_once(command: Command) -> None:
 
 def test_in_parallel_end_to_end(command: Command) -> None:
     output = command.folder / "parallel"
-    command.run(output, *INLINE, "--teacher.correction.method", "full", "--teacher.correction.parallel", "true",
-                "--teacher.correction.learning_rate", "1e-2", "--stages", "importance,search")  # fmt: skip
+    command.main(output, *INLINE, "--teacher.correction.method", "full", "--teacher.correction.parallel", "true",
+                 "--teacher.correction.learning_rate", "1e-2", "--stages", "importance,search")  # fmt: skip
     assert {row["arm"] for row in rows(output)} == {"teacher", "search"}
     checkpoint = next((output / "trials").glob("search-*/checkpoint/step-*"))
     assert (checkpoint / "teacher.pt").exists()
@@ -101,7 +106,6 @@ def test_in_parallel_end_to_end(command: Command) -> None:
 @pytest.fixture
 def refused(command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     monkeypatch.chdir(command.folder)
-    monkeypatch.setenv("MINITRON_SEARCH_CACHE", str(command.folder / "cache"))
 
     def refuse(*flags: str) -> str:
         assert main(["--config", str(command.file), "--output", "refused", *flags]) == 2
@@ -161,8 +165,7 @@ def test_intermediate_states_need_a_teacher_of_the_same_shape(command: Command) 
                 check(config, resume=False)
 
 
-def test_text_for_a_longer_correction_is_there(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MINITRON_SEARCH_CACHE", str(command.folder / "cache"))
+def test_text_for_a_longer_correction_is_there(command: Command) -> None:
     flags = ["--output", str(command.folder / "none"), *CORRECTED, "--teacher.correction.tokens", "2048",
              "--depth.lengths", "1"]  # fmt: skip
     for stages in ("depth", "importance,search"):

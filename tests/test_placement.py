@@ -65,7 +65,7 @@ def test_a_kind_is_of_gpus() -> None:
 
 
 @pytest.fixture(scope="module")
-def three_nodes() -> Iterator[Cluster]:
+def three_nodes(no_shared_ray: None) -> Iterator[Cluster]:
     """A head that runs nothing, a node of two CPUs, one of three."""
     for name, value in cluster.ENVIRONMENT.items():
         os.environ.setdefault(name, value)
