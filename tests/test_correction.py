@@ -1,6 +1,7 @@
 """Teacher correction: what it trains, that it helps, that it repeats itself; in parallel, step by step."""
 
 import dataclasses
+import itertools
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def lm_loss(model: PreTrainedModel, windows: np.ndarray) -> float:
 # Before distillation
 
 
-@pytest.mark.parametrize("method", METHODS)
+@tiny.over(METHODS)
 def test_correction_lowers_the_loss_on_text_it_has_not_seen(method: Any) -> None:
     model = teacher()
     before = lm_loss(model, following(40, 1))
@@ -71,8 +72,7 @@ def test_correction_lowers_the_loss_on_text_it_has_not_seen(method: Any) -> None
     assert lm_loss(merged(model).eval(), following(40, 1)) < 0.9 * before
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi3", "opt", "gemma2", "stablelm"])
-@pytest.mark.parametrize("method", METHODS)
+@tiny.over(itertools.product(METHODS, ["llama", "gpt2", "gpt_neox", "phi3", "opt", "gemma2", "stablelm"]))
 def test_only_what_the_method_trains_changes_and_plain_weights_come_out(method: Any, name: str, tmp_path: Path) -> None:
     model = teacher(model_type=name)
     ids, named = tiny.tokens(model.config), list(weights(model))
@@ -111,7 +111,7 @@ def test_a_model_whose_norms_have_no_weights_is_refused_by_name() -> None:
         trainable(bare, "norms", 0)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@tiny.over(METHODS)
 def test_a_killed_correction_goes_on_to_the_same_bits(method: Any, tmp_path: Path) -> None:
     def corrected(**given: Any) -> dict[str, torch.Tensor]:
         model = trainable(teacher(), method, 0)
@@ -203,7 +203,7 @@ def test_the_id_is_of_everything_that_makes_a_corrected_teacher() -> None:
     assert str(made_from(*base)) == str(made_from("abc", WINDOWS.astype(np.int64), asked, SETTINGS, 1))
 
 
-@pytest.mark.parametrize(("written", "said"), [
+@tiny.over([
     ({"teacher": {"correction": {"parallel": True}}}, "parallel: True with teacher.correction.method none; valid"),
     ({"teacher": {"correction": {"method": "lora"}}, "resources": {"strategy": "fsdp2"}}, "lora with resources"),
     ({"teacher": {"correction": {"method": "lora", "parallel": True, "tokens": 9}}}, "tokens: 9 with .*valid: auto"),
@@ -252,8 +252,7 @@ def run(settings: LoopSettings, taught: Teacher, **given: Any) -> tuple[list[dic
 DISTIL = dataclasses.replace(SETTINGS, loss="kld")
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("tied", [True, False])
+@tiny.over(itertools.product(["float32", "bfloat16"], [True, False]))
 def test_in_parallel_the_student_meets_the_teacher_of_its_step(precision: Any, tied: bool) -> None:
     """Three steps written out with full logits: KL from the teacher as it is, then the teacher's own step."""
     settings = dataclasses.replace(DISTIL, precision=precision, micro_batch_tokens=LENGTH)
@@ -310,8 +309,7 @@ def _kl_of(teachers: list[torch.Tensor], settings: LoopSettings) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", METHODS)
+@tiny.over(itertools.product(METHODS, ["float32", "bfloat16"]))
 def test_in_parallel_a_continued_training_is_the_unbroken_one(method: Any, precision: Any, tmp_path: Path) -> None:
     settings = dataclasses.replace(DISTIL, milestones=(3 * BATCH * LENGTH,), precision=precision)
     taught = in_parallel(settings, method)

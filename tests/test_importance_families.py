@@ -1,9 +1,10 @@
 """Every criterion measures every family, and the order it gives trims it."""
 
 import dataclasses
+import itertools
+from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 from minitron_search.config import ImportanceConfig
@@ -15,8 +16,7 @@ from tests import tiny
 METHODS = ("activation", "magnitude", "taylor", "wanda")
 
 
-@pytest.mark.parametrize("name", tiny.FAMILIES)
-@pytest.mark.parametrize("method", METHODS)
+@tiny.over(itertools.product(tiny.FAMILIES, METHODS))
 def test_scores_of_a_family_have_its_shape_and_do_not_depend_on_the_batch(name: str, method: str) -> None:
     teacher = tiny.model(tiny.random_config(1, model_type=name))
     windows = tiny.tokens(teacher.config, rows=4).numpy().astype(np.int32)
@@ -36,9 +36,8 @@ def test_scores_of_a_family_have_its_shape_and_do_not_depend_on_the_batch(name: 
         assert torch.allclose(scores, alone, rtol=1e-3, atol=1e-5 * float(scores.max()))
 
 
-@pytest.mark.parametrize("name", tiny.FAMILIES)
-@pytest.mark.parametrize("method", METHODS)
-def test_a_permuted_teacher_has_the_permuted_scores(name: str, method: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+@tiny.over(itertools.product(tiny.FAMILIES, METHODS))
+def test_a_permuted_teacher_has_the_permuted_scores(name: str, method: str, tmp_path: Path) -> None:
     """An element keeps its score wherever it stands: a wrong layout of a fused weight would mix them."""
     teacher = tiny.model(tiny.random_config(2, model_type=name))
     teacher.save_pretrained(tmp_path / "teacher")
