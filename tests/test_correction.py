@@ -2,14 +2,12 @@
 
 import dataclasses
 import itertools
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -331,27 +329,3 @@ def test_in_parallel_how_a_batch_is_split_changes_nothing_but_rounding() -> None
         for settings in (DISTIL, dataclasses.replace(DISTIL, micro_batch_tokens=LENGTH))
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-
-
-def _worker(rank: int, folder: str, told: Any) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    taught = in_parallel(DISTIL, share=BATCH // 2, world_size=2)
-    records, _ = run(DISTIL, taught, world_size=2, rank=rank)
-    assert taught.correction is not None
-    trained = taught.correction.state_dict()["weights"]
-    told.put((rank, [r["loss"] for r in records], {name: w.numpy() for name, w in trained.items()}))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def test_in_parallel_two_processes_correct_alike_and_as_one(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    told = context.Queue()
-    processes = [context.Process(target=_worker, args=(rank, str(tmp_path), told)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    (_, two, left), (_, _, right) = sorted((told.get(timeout=120) for _ in processes), key=lambda answer: answer[0])
-    for process in processes:
-        process.join(30)
-    assert all(np.array_equal(left[name], right[name]) for name in left)
-    assert two == pytest.approx([r["loss"] for r in run(DISTIL, in_parallel(DISTIL))[0]], rel=1e-3)

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import itertools
 import json
-import multiprocessing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -282,34 +280,6 @@ def test_a_continued_run_equals_an_unbroken_one_bit_for_bit(tmp_path: Path) -> N
     for changed in ({"intermediate": 1.0}, {"intermediate_loss": "cosine"}, {"embedding": True}):
         with pytest.raises(ValueError, match=f"{next(iter(changed))}: .*but the checkpoint"):
             run(dataclasses.replace(settings, **changed), resume=tmp_path / "at-5")
-
-
-def _worker(rank: int, folder: str, told: Any) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    answers = []
-    for alpha in (1.0, "auto"):
-        settings = dataclasses.replace(SETTINGS, intermediate=alpha, micro_batch_tokens=LENGTH)
-        answers.append([(r["loss"], r["intermediate"]) for r in run(settings, world_size=2, rank=rank)[0]])
-    told.put((rank, answers))
-    dist.destroy_process_group()
-
-
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    told = context.Queue()
-    processes = [context.Process(target=_worker, args=(rank, str(tmp_path), told)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    (_, (fixed, auto)), (_, silent) = sorted((told.get(timeout=120) for _ in processes), key=lambda answer: answer[0])
-    for process in processes:
-        process.join(30)
-    assert silent == [[], []]
-    one = [(r["loss"], r["intermediate"]) for r in run(SETTINGS)[0]]
-    assert np.array(fixed) == pytest.approx(np.array(one), rel=1e-4)
-    # auto balances each of four micro-batches by itself there, and all of the batch together here
-    together = run(dataclasses.replace(SETTINGS, intermediate="auto"))[0]
-    assert np.array(auto)[0] == pytest.approx((together[0]["loss"], together[0]["intermediate"]), rel=1e-4)
-    assert np.array(auto) == pytest.approx(np.array([(r["loss"], r["intermediate"]) for r in together]), rel=0.02)
 
 
 # The configuration

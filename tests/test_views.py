@@ -74,7 +74,7 @@ def test_only_what_no_view_can_say_is_copied(model_type: str, tmp_path: Path) ->
         assert copied(tmp_path, replace(teacher, num_attention_heads=4, num_key_value_heads=4, hidden_size=24)) == fused
 
 
-@tiny.over(tiny.family_seeds(4))
+@tiny.over(tiny.family_seeds(4, 10))
 def test_any_candidate_on_views_is_the_trimmed_one(model_type: str, seed: int, tmp_path: Path) -> None:
     config = tiny.random_config(seed, model_type=model_type)
     tiny.model(config, seed).save_pretrained(tmp_path)

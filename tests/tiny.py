@@ -17,10 +17,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from minitron_search.architecture import Architecture
 from minitron_search.families import is_expressible, sizes, whole
 from minitron_search.family_tables import FAMILIES as DECLARED
+
+logging.disable_progress_bar()  # of weights that take milliseconds: they bury what a test that fails says
 
 FAMILIES = {name: family for family in DECLARED for name in family.model_types}
 RATIOS = (1, 3, 4, 7)  # query heads per key-value head
