@@ -76,7 +76,7 @@ def test_rows_are_the_teachers_hidden_states(precision: teacher_cache.Precision)
 @over([(1, 2**16), (7, 2**16), (7, 2**16 + 2), (49, 2**16 + 2)])  # indices of two bytes and of four
 def test_rows_are_the_teachers_most_probable_tokens(k: int, vocab_size: int) -> None:
     windows = WINDOWS[:9] * (vocab_size // 50)
-    asked = Request("teacher", "data", windows, "float32", 16, vocab_size, k)
+    asked = Request(f"of {vocab_size} tokens", "data", windows, "float32", 16, vocab_size, k)
     indices = np.array([3, 8, 0])
     teacher = tiny_teacher(vocab_size)
     kept = CacheReader(made(asked, lambda: teacher).path).topk(indices, windows[indices])
@@ -182,33 +182,33 @@ def test_a_build_that_dies_leaves_no_cache(asked: Request) -> None:
     assert json.loads((path / "cache.json").read_text())["teacher"] == "teacher"
 
 
+def _ensured(start: Any) -> list[tuple[int, list[float]]]:
+    """Of both requests, each begun when the other process does: the tokens that it cost, and what was read."""
+    answers = []
+    for asked in (HIDDEN, TOPK):
+        start.wait(90)
+        built = made(asked)
+        reader = CacheReader(built.path)
+        said = (reader.hidden if asked.k is None else reader.topk)(np.arange(70), WINDOWS)
+        answers.append((built.teacher_tokens, [float(part.double().sum()) for part in said]))
+    return answers
+
+
 def _ensure_and_tell(folder: str, start: Any, told: "multiprocessing.Queue") -> None:
     os.environ["MINITRON_SEARCH_CACHE"] = folder
     torch.set_num_threads(1)
-    answers = []
-    for asked in (HIDDEN, TOPK):
-        start.wait(60)
-        built, everything = made(asked), np.arange(70)
-        reader = CacheReader(built.path)
-        read = reader.hidden if asked.k is None else reader.topk
-        said = read(everything, WINDOWS)
-        answers.append((built.teacher_tokens, [float(part.double().sum()) for part in said]))
-    told.put(answers)
+    told.put(_ensured(start))
 
 
 def test_two_processes_that_want_one_cache_compute_it_once(cache_folder: Path) -> None:
     context = multiprocessing.get_context("spawn")
     start, told = context.Barrier(2), context.Queue()
-    arguments = (str(cache_folder), start, told)
-    processes = [context.Process(target=_ensure_and_tell, args=arguments) for _ in range(2)]
-    for process in processes:
-        process.start()
-    answers = [told.get(timeout=90) for _ in processes]
-    for process in processes:
-        process.join(30)
-    for (first_tokens, first), (second_tokens, second) in zip(*answers, strict=True):
-        assert sorted((first_tokens, second_tokens)) == [0, 70 * 32]
-        assert first == second
+    other = context.Process(target=_ensure_and_tell, args=(str(cache_folder), start, told), daemon=True)
+    other.start()
+    for (here_tokens, here), (there_tokens, there) in zip(_ensured(start), told.get(timeout=90), strict=True):
+        assert sorted((here_tokens, there_tokens)) == [0, 70 * 32]
+        assert here == there
+    other.join(30)
 
 
 def test_auto_is_hidden_within_the_budget_or_when_it_is_there() -> None:
