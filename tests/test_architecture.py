@@ -25,8 +25,7 @@ def drawn(seed: int, **given: object):  # type: ignore[no-untyped-def]
     return weights(config), sizes_of(config, architecture), student_config(config, architecture)
 
 
-@pytest.mark.parametrize("model_type", tiny.FAMILIES)
-@pytest.mark.parametrize("seed", range(5))
+@tiny.over(tiny.family_seeds(5))
 def test_parameters_are_those_of_the_materialised_model_tied_ones_once(model_type: str, seed: int) -> None:
     listed, sizes, config = drawn(seed, model_type=model_type)
     with torch.device("meta"):
@@ -38,8 +37,7 @@ def test_parameters_are_those_of_the_materialised_model_tied_ones_once(model_typ
     assert parameter_count(listed, sizes, embeddings=False) == outside
 
 
-@pytest.mark.parametrize("model_type", tiny.FAMILIES)
-@pytest.mark.parametrize("seed", range(3))
+@tiny.over(tiny.family_seeds(3))
 def test_memory_is_that_of_weights_and_a_real_key_value_cache(model_type: str, seed: int) -> None:
     listed, sizes, config = drawn(seed, model_type=model_type, **tiny.wide_window(model_type))
     model = tiny.model(config)
@@ -53,8 +51,7 @@ def test_memory_is_that_of_weights_and_a_real_key_value_cache(model_type: str, s
     assert memory_bytes(listed, sizes, rows, length, element_bytes=4) == 4 * expected
 
 
-@pytest.mark.parametrize("model_type", tiny.FAMILIES)
-@pytest.mark.parametrize("seed", range(3))
+@tiny.over(tiny.family_seeds(3))
 def test_flops_are_those_counted_in_a_forward_pass_with_half_of_attention(model_type: str, seed: int) -> None:
     listed, sizes, config = drawn(seed, model_type=model_type)
     model = tiny.model(config)
@@ -67,8 +64,7 @@ def test_flops_are_those_counted_in_a_forward_pass_with_half_of_attention(model_
     assert forward_flops(listed, sizes, length) * length == counter.get_total_flops() - masked_half
 
 
-@pytest.mark.parametrize(
-    ("model_type", "count", "shape"),
+@tiny.over(
     [
         ("llama", 8_030_261_248, (128_256, 4096, 14_336, 32, 32, 8, 128, False)),  # Llama-3.1-8B
         ("mistral", 7_241_732_096, (32_000, 4096, 14_336, 32, 32, 8, 128, False)),  # Mistral-7B-v0.1
@@ -91,7 +87,7 @@ def test_flops_are_those_counted_in_a_forward_pass_with_half_of_attention(model_
         ("cohere", 34_980_831_232, (256_000, 8192, 22_528, 40, 64, 64, 128, True)),  # c4ai-command-r-v01
         ("ernie4_5", 360_748_032, (103_424, 1024, 3072, 18, 16, 2, 128, True)),  # ERNIE-4.5-0.3B
         ("stablelm", 1_644_515_328, (100_352, 2048, 5632, 24, 32, 32, 64, False)),  # stablelm-2-1_6b
-    ],
+    ]
 )
 def test_published_models_have_their_published_parameters(model_type: str, count: int, shape: tuple[int, ...]) -> None:
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

@@ -1,14 +1,13 @@
 """Teacher correction: what it trains, that it helps, that it repeats itself; in parallel, step by step."""
 
 import dataclasses
-import multiprocessing
+import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -62,7 +61,7 @@ def lm_loss(model: PreTrainedModel, windows: np.ndarray) -> float:
 # Before distillation
 
 
-@pytest.mark.parametrize("method", METHODS)
+@tiny.over(METHODS)
 def test_correction_lowers_the_loss_on_text_it_has_not_seen(method: Any) -> None:
     model = teacher()
     before = lm_loss(model, following(40, 1))
@@ -71,8 +70,7 @@ def test_correction_lowers_the_loss_on_text_it_has_not_seen(method: Any) -> None
     assert lm_loss(merged(model).eval(), following(40, 1)) < 0.9 * before
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi3", "opt", "gemma2", "stablelm"])
-@pytest.mark.parametrize("method", METHODS)
+@tiny.over(itertools.product(METHODS, ["llama", "gpt2", "gpt_neox", "phi3", "opt", "gemma2", "stablelm"]))
 def test_only_what_the_method_trains_changes_and_plain_weights_come_out(method: Any, name: str, tmp_path: Path) -> None:
     model = teacher(model_type=name)
     ids, named = tiny.tokens(model.config), list(weights(model))
@@ -111,7 +109,7 @@ def test_a_model_whose_norms_have_no_weights_is_refused_by_name() -> None:
         trainable(bare, "norms", 0)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@tiny.over(METHODS)
 def test_a_killed_correction_goes_on_to_the_same_bits(method: Any, tmp_path: Path) -> None:
     def corrected(**given: Any) -> dict[str, torch.Tensor]:
         model = trainable(teacher(), method, 0)
@@ -203,7 +201,7 @@ def test_the_id_is_of_everything_that_makes_a_corrected_teacher() -> None:
     assert str(made_from(*base)) == str(made_from("abc", WINDOWS.astype(np.int64), asked, SETTINGS, 1))
 
 
-@pytest.mark.parametrize(("written", "said"), [
+@tiny.over([
     ({"teacher": {"correction": {"parallel": True}}}, "parallel: True with teacher.correction.method none; valid"),
     ({"teacher": {"correction": {"method": "lora"}}, "resources": {"strategy": "fsdp2"}}, "lora with resources"),
     ({"teacher": {"correction": {"method": "lora", "parallel": True, "tokens": 9}}}, "tokens: 9 with .*valid: auto"),
@@ -252,8 +250,7 @@ def run(settings: LoopSettings, taught: Teacher, **given: Any) -> tuple[list[dic
 DISTIL = dataclasses.replace(SETTINGS, loss="kld")
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("tied", [True, False])
+@tiny.over(itertools.product(["float32", "bfloat16"], [True, False]))
 def test_in_parallel_the_student_meets_the_teacher_of_its_step(precision: Any, tied: bool) -> None:
     """Three steps written out with full logits: KL from the teacher as it is, then the teacher's own step."""
     settings = dataclasses.replace(DISTIL, precision=precision, micro_batch_tokens=LENGTH)
@@ -310,8 +307,7 @@ def _kl_of(teachers: list[torch.Tensor], settings: LoopSettings) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", METHODS)
+@tiny.over(itertools.product(METHODS, ["float32", "bfloat16"]))
 def test_in_parallel_a_continued_training_is_the_unbroken_one(method: Any, precision: Any, tmp_path: Path) -> None:
     settings = dataclasses.replace(DISTIL, milestones=(3 * BATCH * LENGTH,), precision=precision)
     taught = in_parallel(settings, method)
@@ -333,27 +329,3 @@ def test_in_parallel_how_a_batch_is_split_changes_nothing_but_rounding() -> None
         for settings in (DISTIL, dataclasses.replace(DISTIL, micro_batch_tokens=LENGTH))
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-
-
-def _worker(rank: int, folder: str, told: Any) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    taught = in_parallel(DISTIL, share=BATCH // 2, world_size=2)
-    records, _ = run(DISTIL, taught, world_size=2, rank=rank)
-    assert taught.correction is not None
-    trained = taught.correction.state_dict()["weights"]
-    told.put((rank, [r["loss"] for r in records], {name: w.numpy() for name, w in trained.items()}))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def test_in_parallel_two_processes_correct_alike_and_as_one(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    told = context.Queue()
-    processes = [context.Process(target=_worker, args=(rank, str(tmp_path), told)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    (_, two, left), (_, _, right) = sorted((told.get(timeout=120) for _ in processes), key=lambda answer: answer[0])
-    for process in processes:
-        process.join(30)
-    assert all(np.array_equal(left[name], right[name]) for name in left)
-    assert two == pytest.approx([r["loss"] for r in run(DISTIL, in_parallel(DISTIL))[0]], rel=1e-3)

@@ -55,9 +55,8 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("name", [name for name in tiny.FAMILIES if name not in UNKNOWN_TO_GGUF])
-def test_every_tensor_of_a_student_has_a_name_in_gguf(tmp_path: Path, name: str, seed: int) -> None:
+@tiny.over((name, seed) for name, seed in tiny.family_seeds(2, 10) if name not in UNKNOWN_TO_GGUF)
+def test_every_tensor_of_a_student_has_a_name_in_gguf(name: str, seed: int, tmp_path: Path) -> None:
     given = {"tie_word_embeddings": True} if name in ALWAYS_TIED["llama.cpp"] else {}
     folder = exported(tmp_path, name, seed, **given)
     config = json.loads((folder / "config.json").read_text())
@@ -73,8 +72,8 @@ def test_every_tensor_of_a_student_has_a_name_in_gguf(tmp_path: Path, name: str,
     assert ("lm_head.weight" in found) != config.get("tie_word_embeddings", True), "a tied head is stored once"
 
 
-@pytest.mark.parametrize("name", tiny.FAMILIES)
-def test_the_configuration_says_every_shape(tmp_path: Path, name: str) -> None:
+@tiny.over(tiny.FAMILIES)
+def test_the_configuration_says_every_shape(name: str, tmp_path: Path) -> None:
     folder = exported(tmp_path, name, 1)
     said, loaded = json.loads((folder / "config.json").read_text()), AutoConfig.from_pretrained(folder)
     (architecture,) = said["architectures"]
@@ -109,9 +108,7 @@ def of(
     return student_config(teacher, made)
 
 
-@pytest.mark.parametrize(
-    "name", ["granite", "olmo", "olmo2", "olmo3", "phi3", "exaone4", "nemotron", "starcoder2", "cohere"]
-)
+@tiny.over(["granite", "olmo", "olmo2", "olmo3", "phi3", "exaone4", "nemotron", "starcoder2", "cohere"])
 def test_heads_that_do_not_make_up_hidden_size_are_said_to_be_refused_by_llama_cpp(name: str) -> None:
     assert not refusals(of(name, 32, 4))
     assert set(refusals(of(name, 24, 4))) == {"llama.cpp"}
@@ -123,12 +120,12 @@ def test_of_qwen2_by_vllm_too() -> None:
     assert set(found) == {"llama.cpp", "vLLM"} and "4 of 8 are not 24" in found["vLLM"]
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "smollm3", "seed_oss", "ernie4_5", "gemma", "glm4"])
+@tiny.over(["llama", "mistral", "qwen3", "smollm3", "seed_oss", "ernie4_5", "gemma", "glm4"])
 def test_families_that_read_head_dim_may_have_any_hidden_size(name: str) -> None:
     assert not refusals(of(name, 24, 4)) and not refusals(of(name, 24, 2))
 
 
-@pytest.mark.parametrize("name", PERIODS)
+@tiny.over(PERIODS)
 def test_layers_out_of_their_rhythm_are_said_to_be_refused(name: str) -> None:
     given = {"query_pre_attn_scalar": 8} if name.startswith("gemma") else {}
     period = PERIODS[name][2]
@@ -138,18 +135,18 @@ def test_layers_out_of_their_rhythm_are_said_to_be_refused(name: str) -> None:
     assert "repeat every" in refusals(of(name, 32, 4, without, **given))["llama.cpp"]
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+@tiny.over(["gemma2", "gemma3_text"])
 def test_another_scale_of_attention_is_said_to_be_refused(name: str) -> None:
     assert "query_pre_attn_scalar" in refusals(of(name, 32, 4, query_pre_attn_scalar=9))["llama.cpp"]
 
 
-@pytest.mark.parametrize("name", FOUR_TIMES)
+@tiny.over(FOUR_TIMES)
 def test_an_mlp_of_another_width_is_said_to_be_refused(name: str) -> None:
     assert not refusals(of(name, 32, 4))
     assert "4 x 32" in refusals(of(name, 32, 4, intermediate_size=96))["llama.cpp"]
 
 
-@pytest.mark.parametrize("name", ALWAYS_TIED["llama.cpp"])
+@tiny.over(ALWAYS_TIED["llama.cpp"])
 def test_a_head_of_its_own_is_said_to_be_refused_where_theirs_are_tied(name: str) -> None:
     given = {"query_pre_attn_scalar": 8} if name == "gemma2" else {}
     assert not refusals(of(name, 32, 4, **given))
@@ -162,8 +159,8 @@ def test_families_without_a_converter_are_said_to_be_refused() -> None:
         assert name in refusals(of(name, 32, 4))["llama.cpp"]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt_neox"])
-def test_keys_of_transformers_4_change_nothing(tmp_path: Path, name: str) -> None:
+@tiny.over(["gpt2", "gpt_neox"])
+def test_keys_of_transformers_4_change_nothing(name: str, tmp_path: Path) -> None:
     folder = exported(tmp_path, name, 3)
     said = json.loads((folder / "config.json").read_text())
     assert said["n_ctx" if name == "gpt2" else "rotary_pct"] == (
@@ -190,8 +187,8 @@ convert_hf_to_gguf.main()
 
 
 @pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="LLAMA_CPP names no checkout of llama.cpp")
-@pytest.mark.parametrize("seed", range(3))
-def test_llama_cpp_converts_it(tmp_path: Path, seed: int) -> None:
+@tiny.over(range(3))
+def test_llama_cpp_converts_it(seed: int, tmp_path: Path) -> None:
     """Every weight is there, at its value (q and k but for the order of their rows)."""
     folder = exported(tmp_path, "llama", seed, attention_bias=False, mlp_bias=False)
     command = [sys.executable, "-c", CONVERT, os.environ["LLAMA_CPP"], str(folder), str(tmp_path / "student.gguf")]

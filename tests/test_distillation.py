@@ -1,6 +1,7 @@
 """The training loop: its data order, determinism, resumption, processes and failures."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pickle
@@ -29,6 +30,7 @@ from minitron_search.feed import ahead
 from minitron_search.teacher_cache import Request, ensure, in_this_process
 from minitron_search.teacher_source import Teacher, TeacherBatch, cached_teacher, live_teacher, output_head
 from minitron_search.training_log import DivergedError
+from tests.tiny import over
 
 LENGTH, VOCAB = 16, 61
 WINDOWS = np.random.default_rng(0).integers(0, VOCAB, (20, LENGTH)).astype(np.int32)
@@ -74,8 +76,7 @@ def weights(result: TrainResult) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in result.student.parameters()]
 
 
-@pytest.mark.parametrize("loss", ["kld", "ce", "clm+kld"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@over(itertools.product(["kld", "ce", "clm+kld"], ["float32", "bfloat16"]))
 def test_training_lowers_the_loss_and_logs_every_step(loss: Any, precision: Any) -> None:
     settings = dataclasses.replace(SETTINGS, loss=loss, precision=precision, total_tokens=60 * 64)
     records, result = run(settings)
@@ -122,7 +123,7 @@ def test_micro_batches_change_nothing_but_rounding() -> None:
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-4)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@over(["float32", "bfloat16"])
 def test_a_cached_teacher_trains_as_the_live_one(precision: Any) -> None:
     settings = dataclasses.replace(SETTINGS, precision=precision)
     records, result = run(settings, teacher=cached(precision))
@@ -130,9 +131,8 @@ def test_a_cached_teacher_trains_as_the_live_one(precision: Any) -> None:
     assert result.teacher_tokens == 0
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_a_continued_run_equals_an_unbroken_one_bit_for_bit(tmp_path: Path, tied: bool, schedule: Any) -> None:
+@over(itertools.product([True, False], ["constant", "cosine"]))
+def test_a_continued_run_equals_an_unbroken_one_bit_for_bit(tied: bool, schedule: Any, tmp_path: Path) -> None:
     settings = dataclasses.replace(SETTINGS, milestones=(5 * 64 - 7,), schedule=schedule)
     unbroken, whole = run(settings, student=tiny(1, tied=tied, dropout=0.2))
 
@@ -275,7 +275,7 @@ class _Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("loss", ["kld", "ce", "clm+kld"])
+@over(["kld", "ce", "clm+kld"])
 def test_no_step_waits_for_the_device(loss: Any) -> None:
     settings = dataclasses.replace(SETTINGS, loss=loss, micro_batch_tokens=LENGTH, precision="bfloat16")
     teacher = cached("bfloat16")
@@ -334,9 +334,9 @@ def test_a_checkpoint_that_is_there_is_left(tmp_path: Path) -> None:
     assert inode == [(tmp_path / "step-00000012").stat().st_ino]
 
 
-@pytest.mark.parametrize("cut", ["tensors", "state", "rename"])
+@over(["tensors", "state", "rename"])
 def test_a_process_killed_while_it_writes_a_checkpoint_leaves_the_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: str
+    cut: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Killed(BaseException):
         pass

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from minitron_search.distillation_loss import IGNORE, OutputHead, TopK, output_loss, token_losses
 from minitron_search.loop_settings import Loss
 from tests.sparse import top_k
+from tests.tiny import over
 
 LOSSES: tuple[Loss, ...] = get_args(Loss)
 OF_LOGITS: tuple[Loss, ...] = ("mse", "cosine", "clm+mse", "clm+cosine")
@@ -160,9 +161,8 @@ temperatures = st.sampled_from([0.5, 1.0, 3.0])
 chunks = st.sampled_from([1, 7, 16, 40, 512])
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@settings(max_examples=30, deadline=None)
-@given(case=cases, temperature=temperatures, chunk=chunks)
+@settings(max_examples=200, deadline=None)
+@given(case=cases, temperature=temperatures, chunk=chunks, loss=st.sampled_from(LOSSES))
 def test_loss_and_gradients_equal_the_float64_reference(case: Case, temperature: float, chunk: int, loss: Loss) -> None:
     temperature = 1.0 if loss in OF_LOGITS else temperature
     value, gradients = case.chunked(loss, temperature, chunk, factor=1.7)
@@ -176,9 +176,8 @@ def test_loss_and_gradients_equal_the_float64_reference(case: Case, temperature:
         assert (gradient - 1.7 * reference).norm() <= 1e-4 * reference.norm() + rounding + 1.7 * flips.norm()
 
 
-@pytest.mark.parametrize("loss", [KL, BOTH])
-@settings(max_examples=60, deadline=None)
-@given(case=cases, chunk=chunks, kept=st.sampled_from([1, 2, 40, -1, 0]))
+@settings(max_examples=100, deadline=None)
+@given(case=cases, chunk=chunks, kept=st.sampled_from([1, 2, 40, -1, 0]), loss=st.sampled_from([KL, BOTH]))
 def test_a_sparse_teacher_is_a_kl_of_k_and_one_outcomes(case: Case, chunk: int, kept: int, loss: Loss) -> None:
     vocab = len(case.weight)
     sparse = case.sparse(min(kept, vocab) if kept > 0 else vocab + kept)
@@ -221,7 +220,7 @@ def test_what_is_kept_of_a_teacher_are_its_most_probable_tokens(case: Case, kept
     assert (sparse.rest == -math.inf).all() == (k == vocab)
 
 
-@pytest.mark.parametrize("depth", [20.0, 60.0, 300.0])
+@over([20.0, 60.0, 300.0])
 def test_the_rest_keeps_its_digits_where_the_kept_tokens_have_all_the_probability(depth: float) -> None:
     """1 - sum of the kept is 0 in float32 from 17 nats on; from 104 nats on even exp is."""
     student = torch.tensor([[0.0, 0.3, -depth, -depth - 1.0]], requires_grad=True)
@@ -247,7 +246,7 @@ def test_a_rest_without_probability_asks_nothing() -> None:
     assert math.isfinite(value.item()) and all(part.isfinite().all() for part in gradients)
 
 
-@pytest.mark.parametrize("wrong", [{"loss": "js"}, {"loss": "clm+mse"}, {"temperature": 2.0}])
+@over([{"loss": "js"}, {"loss": "clm+mse"}, {"temperature": 2.0}])
 def test_a_sparse_teacher_is_one_of_kl_at_temperature_1(wrong: dict[str, object]) -> None:
     case = Case(6, 20, 30, 8, 8, 1.0, None)
     arguments: dict[str, object] = {"loss": KL, "temperature": 1.0, "chunk": 512, **wrong}
@@ -255,7 +254,7 @@ def test_a_sparse_teacher_is_one_of_kl_at_temperature_1(wrong: dict[str, object]
         case.chunked(sparse=case.sparse(5), **arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("loss", OF_LOGITS)
+@over(OF_LOGITS)
 def test_logits_have_no_temperature(loss: Loss) -> None:
     with pytest.raises(AssertionError, match="no temperature"):
         Case(6, 20, 30, 8, 8, 1.0, None).chunked(loss, 2.0, 512)
@@ -294,7 +293,7 @@ def test_chunks_change_nothing_but_the_order_of_sums() -> None:
             assert all(relative(a, b) < 1e-5 for a, b in zip(others, gradients, strict=True))
 
 
-@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != CE and not loss.startswith("clm+")])
+@over([loss for loss in LOSSES if loss != CE and not loss.startswith("clm+")])
 def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(loss: Loss) -> None:
     case = Case(1, 40, 500, 16, 16, 1.0, None)
     head, teacher = OutputHead(case.weight.clone().requires_grad_()), OutputHead(case.weight)
@@ -304,7 +303,7 @@ def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(loss: Loss) 
     assert head.weight.grad is not None and head.weight.grad.abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("kept", [1, 20, 500])
+@over([1, 20, 500])
 def test_a_student_equal_to_its_sparse_teacher_has_no_loss_and_no_gradient(kept: int) -> None:
     case = Case(1, 40, 500, 16, 16, 1.0, None)
     head, sparse = OutputHead(case.weight.clone().requires_grad_()), top_k(case.student, OutputHead(case.weight), kept)
@@ -329,7 +328,7 @@ def test_a_tied_weight_gets_the_gradient_of_both_uses() -> None:
     assert relative(*results) < 1e-5  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("loss", [loss for loss in LOSSES if not loss.endswith("tv")])  # its gradient is a sign
+@over([loss for loss in LOSSES if not loss.endswith("tv")])  # its gradient is a sign
 def test_bfloat16_products_stay_near_the_reference(loss: Loss) -> None:
     case = Case(3, 200, 1001, 16, 24, 0.25, None)
     with torch.autocast("cpu", torch.bfloat16):
@@ -372,7 +371,7 @@ def test_gradients_are_kept_for_one_backward_pass() -> None:
         out.loss.backward()
 
 
-@pytest.mark.parametrize("kept", [1, 5, 50])
+@over([1, 5, 50])
 def test_a_small_kl_of_a_sparse_teacher_keeps_its_digits_where_logits_are_large(kept: int) -> None:
     """Logits that float32 holds exactly, near 1000, where it rounds a log-sum-exp by up to 3e-5 nats."""
     rng = torch.Generator().manual_seed(8)

@@ -1,5 +1,6 @@
 """Importance equals its definition, written out, and does not depend on how the samples are batched."""
 
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,16 +93,14 @@ def close(actual: Tensor, expected: np.ndarray) -> bool:
     return np.allclose(actual.numpy(), expected, rtol=2e-4, atol=2e-5 * float(np.abs(expected).max()))
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@tiny.over(SEEDS)
 def test_the_pass_by_hand_is_the_models(seed: int) -> None:
     model, windows, found = case(seed)
     expected = tiny.logits(model, torch.from_numpy(windows).long())
     torch.testing.assert_close(torch.stack([a.logits for a in found]), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("sequence", SEQUENCE)
-@pytest.mark.parametrize("batch", BATCH)
-@pytest.mark.parametrize("seed", SEEDS)
+@tiny.over((batch, sequence, seed) for batch, sequence in itertools.product(BATCH, SEQUENCE) for seed in (0, 3))
 def test_every_aggregation_is_its_definition(batch: str, sequence: str, seed: int) -> None:
     model, windows, found = case(seed)
     measured = measure(model, windows, ImportanceConfig(batch=batch, sequence=sequence))
@@ -117,7 +116,7 @@ def test_every_aggregation_is_its_definition(batch: str, sequence: str, seed: in
     assert measured.heads.shape == (layers, model.config.num_attention_heads)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@tiny.over(SEEDS)
 def test_block_importance_is_one_minus_the_cosine_of_a_blocks_input_and_output(seed: int) -> None:
     model, windows, found = case(seed)
     stream = stacked(found, "stream").astype(np.float64)  # (samples, layers + 1, length, hidden)
@@ -152,7 +151,7 @@ def test_the_last_layer_is_measured_before_the_final_norm() -> None:
     assert abs(measured - float(trap)) > 1e-3
 
 
-@pytest.mark.parametrize("batch", BATCH)
+@tiny.over(BATCH)
 def test_batching_changes_nothing(batch: str) -> None:
     model, windows, _ = case(2)
     whole = measure(model, windows, ImportanceConfig(batch=batch), rows_at_once=7)

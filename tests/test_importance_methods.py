@@ -1,5 +1,6 @@
 """Every criterion of `importance.method` is its definition, over random small shapes of every family."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,7 @@ def head_owned(model: PreTrainedModel, values: dict[str, Tensor], layer: int, he
 # Magnitude
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@tiny.over(SEEDS)
 def test_magnitude_is_the_l2_norm_of_what_an_element_owns(seed: int) -> None:
     model, windows = case(seed)
     found = measure(model, windows, by("magnitude"))
@@ -87,7 +88,7 @@ def test_magnitude_is_the_l2_norm_of_what_an_element_owns(seed: int) -> None:
     close(found.hidden, channels.sqrt())
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@tiny.over(SEEDS)
 def test_what_owns_only_zeros_has_magnitude_zero_and_is_ranked_last(seed: int) -> None:
     model, windows = case(seed, num_key_value_heads=2, num_attention_heads=6, hidden_size=24)
     draw = np.random.default_rng(seed)
@@ -114,7 +115,7 @@ def test_what_owns_only_zeros_has_magnitude_zero_and_is_ranked_last(seed: int) -
 # Taylor
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@tiny.over(SEEDS)
 def test_taylor_is_weight_times_gradient_of_the_lm_loss(seed: int) -> None:
     model, windows = case(seed)
     found = measure(model, windows, by("taylor"))
@@ -177,7 +178,7 @@ def test_taylor_is_the_slope_of_the_loss_as_a_neuron_shrinks() -> None:
 # Wanda
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@tiny.over(SEEDS)
 def test_wanda_where_every_activation_has_norm_one_is_the_l1_norm_of_the_products_weights(seed: int) -> None:
     model, _ = case(seed)
     config = model.config
@@ -192,7 +193,7 @@ def test_wanda_where_every_activation_has_norm_one_is_the_l1_norm_of_the_product
         close(actual, expected)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@tiny.over(SEEDS)
 def test_wanda_multiplies_each_weight_by_the_norm_of_its_input(seed: int) -> None:
     model, windows = case(seed)
     seen: dict[str, Tensor] = {}
@@ -228,8 +229,7 @@ def test_random_repeats_with_its_seed_and_differs_with_another() -> None:
 # All
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("seed", range(2))
+@tiny.over(itertools.product(METHODS, range(2)))
 def test_parts_added_up_are_one_pass(method: str, seed: int) -> None:
     model, windows = case(seed)
     asked = by(method)
@@ -243,7 +243,7 @@ def test_parts_added_up_are_one_pass(method: str, seed: int) -> None:
             close(getattr(added, name), tensor)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@tiny.over(METHODS)
 def test_measuring_leaves_the_teacher_as_it_was(method: str) -> None:
     model, windows = case(1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -252,7 +252,7 @@ def test_measuring_leaves_the_teacher_as_it_was(method: str) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@tiny.over(METHODS)
 def test_saved_importance_loads_as_it_was(method: str, tmp_path: Path) -> None:
     model, windows = case(2)
     measured = measure(model, windows, by(method))
@@ -263,8 +263,7 @@ def test_saved_importance_loads_as_it_was(method: str, tmp_path: Path) -> None:
     assert ("rotation" in loaded.tensors()) == (method == "pca") and loaded.order is None
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "pca"])
-@pytest.mark.parametrize("seed", range(3))
+@tiny.over((method, seed) for seed, method in enumerate(METHODS) if method != "pca")
 def test_every_method_ranks_and_trims(method: str, seed: int, tmp_path: Path) -> None:
     model, windows = case(seed)
     model.save_pretrained(tmp_path / "teacher")

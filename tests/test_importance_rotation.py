@@ -32,7 +32,7 @@ def same(left: PreTrainedModel, right: PreTrainedModel) -> None:
     torch.testing.assert_close(tiny.logits(right, tokens), expected, rtol=0, atol=1e-4 * scale)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@tiny.over(SEEDS)
 def test_a_rotated_teacher_is_the_same_function_in_plain_weights(seed: int, tmp_path: Path) -> None:
     model = tiny.model(tiny.random_config(seed), seed)
     model.save_pretrained(tmp_path / "teacher")
@@ -46,7 +46,7 @@ def test_a_rotated_teacher_is_the_same_function_in_plain_weights(seed: int, tmp_
             torch.testing.assert_close(layer.get_submodule(norm).weight, torch.ones(model.config.hidden_size))
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@tiny.over(SEEDS)
 def test_the_rotated_stream_is_the_stream_in_the_new_basis(seed: int) -> None:
     model = tiny.model(tiny.random_config(seed), seed)
     basis = turned(seed, model.config.hidden_size)
@@ -59,7 +59,7 @@ def test_the_rotated_stream_is_the_stream_in_the_new_basis(seed: int) -> None:
         torch.testing.assert_close(y, x @ basis, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@tiny.over([True, False])
 def test_an_untied_head_is_counted(tied: bool) -> None:
     config = tiny.config(tie_word_embeddings=tied)
     untied = rotated_config(config)
@@ -70,7 +70,7 @@ def test_an_untied_head_is_counted(tied: bool) -> None:
     assert counted - parameter_count(weights(config), sizes(config)) == tied * config.vocab_size * config.hidden_size
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@tiny.over(SEEDS)
 def test_components_are_the_variances_of_the_norms_outputs_without_gains(seed: int) -> None:
     config = tiny.random_config(seed)
     model = tiny.model(config, seed)

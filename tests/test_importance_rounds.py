@@ -54,7 +54,7 @@ def is_whole(rankings: Rankings) -> bool:
     )
 
 
-@pytest.mark.parametrize("seed", range(4))
+@tiny.over(range(4))
 def test_one_round_is_the_single_shot_order(seed: int, tmp_path: Path) -> None:
     folder, shape = teacher(tmp_path, seed)
     measured = Measured()
@@ -64,7 +64,7 @@ def test_one_round_is_the_single_shot_order(seed: int, tmp_path: Path) -> None:
     assert same(found.rankings(shape.num_key_value_heads), expected.rankings(shape.num_key_value_heads))
 
 
-@pytest.mark.parametrize("method", ["activation", "magnitude", "taylor", "wanda", "random"])
+@tiny.over(["activation", "magnitude", "taylor", "wanda", "random"])
 def test_rounds_order_everything_once_and_keep_what_went_first_behind(method: str, tmp_path: Path) -> None:
     folder, shape = teacher(
         tmp_path, 3, hidden_size=24, intermediate_size=20, num_attention_heads=6, num_key_value_heads=2,
@@ -125,7 +125,7 @@ def test_what_is_composed_is_kept_in_the_file(tmp_path: Path) -> None:
     assert same(loaded.rankings(shape.num_key_value_heads), found.order)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@tiny.over(range(20))
 def test_steps_are_equal_and_can_be_said(seed: int) -> None:
     config = tiny.random_config(seed, attention_bias=False, mlp_bias=False)
     shape = whole(config)

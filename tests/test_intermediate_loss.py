@@ -2,8 +2,8 @@
 
 import copy
 import dataclasses
+import itertools
 import json
-import multiprocessing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -36,7 +35,7 @@ WINDOWS = np.random.default_rng(0).integers(0, VOCAB, (20, LENGTH)).astype(np.in
 SETTINGS = LoopSettings(
     total_tokens=12 * 64, batch_tokens=64, learning_rate=3e-3, warmup_steps=3, log_steps=5, threads=1, intermediate=1.0
 )
-KINDS = ["mse", "cosine"]
+KINDS: list[Any] = ["mse", "cosine"]
 
 
 def cut(model_type: str, folder: Path, seed: int) -> tuple[PreTrainedModel, PreTrainedModel, tuple[int, ...]]:
@@ -68,15 +67,14 @@ def written_out(
     return total / count
 
 
-@pytest.mark.parametrize(
-    ("kept", "expected"),
+@tiny.over(
     [
         ((0, 1, 2, 3, 4, 5), {0: 0, 1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 6}),
         ((2, 3, 4, 5), {0: 0, 1: 3, 2: 4, 3: 5, 4: 6}),  # the first layer kept does the block's work
         ((0, 1, 4, 5), {0: 0, 1: 1, 2: 4, 3: 5, 4: 6}),  # layer 1 stands in for 2 and 3: it feeds layer 4
         ((0, 1, 2, 3), {0: 0, 1: 1, 2: 2, 3: 3, 4: 6}),  # layer 3 feeds the final norm
         ((3,), {0: 0, 1: 6}),
-    ],
+    ]
 )
 def test_a_student_state_is_compared_with_what_its_next_layer_read_in_the_teacher(
     kept: tuple[int, ...], expected: dict[int, int]
@@ -90,75 +88,73 @@ def test_a_student_state_is_compared_with_what_its_next_layer_read_in_the_teache
         assert state_map(kept, 6, last, embedding=True) == {0: 0, **chosen}
 
 
-@pytest.mark.parametrize("model_type", tiny.FAMILIES)
-def test_recorded_states_are_those_of_hugging_face_but_for_the_last_norm(model_type: str) -> None:
-    for seed in range(3):
-        model = tiny.model(tiny.random_config(seed, model_type=model_type), seed)
-        ids = tiny.tokens(model.config, seed=seed)
-        states = hugging_face_states(model, ids)
-        with recorded(model, range(len(states))) as found:
-            whole_pass = model.base_model(ids, output_hidden_states=True, use_cache=False)
-        for number, state in enumerate(states):
-            assert torch.equal(found[number], state), number
-        assert not torch.equal(found[len(states) - 1], whole_pass.hidden_states[-1])  # which is behind the norm
-        found.clear()
-        model(ids)
-        assert not found  # the hooks are gone
+@tiny.over(tiny.family_seeds(3))
+def test_recorded_states_are_those_of_hugging_face_but_for_the_last_norm(model_type: str, seed: int) -> None:
+    model = tiny.model(tiny.random_config(seed, model_type=model_type), seed)
+    ids = tiny.tokens(model.config, seed=seed)
+    states = hugging_face_states(model, ids)
+    with recorded(model, range(len(states))) as found:
+        whole_pass = model.base_model(ids, output_hidden_states=True, use_cache=False)
+    for number, state in enumerate(states):
+        assert torch.equal(found[number], state), number
+    assert not torch.equal(found[len(states) - 1], whole_pass.hidden_states[-1])  # which is behind the norm
+    found.clear()
+    model(ids)
+    assert not found  # the hooks are gone
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("model_type", tiny.FAMILIES)
-@pytest.mark.parametrize("start", [0, 1, 2])
-def test_what_comes_before_a_dropped_block_is_no_distance_away(
-    tmp_path: Path, model_type: str, start: int, kind: Any
-) -> None:
+@tiny.over(tiny.FAMILIES)
+def test_what_comes_before_a_dropped_block_is_no_distance_away(model_type: str, tmp_path: Path) -> None:
     """Of two layers in four, at the start, in the middle and at the end. The trimmed student has the teacher's own
     layers, so its states are the teacher's up to the block, and differ behind it."""
     shape = tiny.config(model_type, num_hidden_layers=4)
     teacher = tiny.model(shape)
     teacher.save_pretrained(tmp_path)
-    kept = tuple(layer for layer in range(4) if not start <= layer < start + 2)
-    student = trim(tmp_path, dataclasses.replace(whole(shape), layers=kept))
     ids = tiny.tokens(shape)
-    states, of_teacher = hugging_face_states(student, ids), hugging_face_states(teacher, ids)
-    compared = state_map(kept, 4, "all", embedding=True)
-    far = [
-        intermediate_loss(kind, {own: states[own]}, {own: of_teacher[other]}).item() for own, other in compared.items()
-    ]
-    # up to the embedding, or the layer that feeds the one before the block
-    assert far[: max(1, start)] == pytest.approx([0.0] * max(1, start), abs=1e-6)
-    assert min(far[max(1, start) :]) > 1e-3
+    of_teacher = hugging_face_states(teacher, ids)
+    for start in range(3):
+        kept = tuple(layer for layer in range(4) if not start <= layer < start + 2)
+        student = trim(tmp_path, dataclasses.replace(whole(shape), layers=kept))
+        states, compared = hugging_face_states(student, ids), state_map(kept, 4, "all", embedding=True)
+        for kind in KINDS:
+            far = [
+                intermediate_loss(kind, {own: states[own]}, {own: of_teacher[other]}).item()
+                for own, other in compared.items()
+            ]
+            # up to the embedding, or the layer that feeds the one before the block
+            assert far[: max(1, start)] == pytest.approx([0.0] * max(1, start), abs=1e-6), (start, kind)
+            assert min(far[max(1, start) :]) > 1e-3, (start, kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("model_type", tiny.FAMILIES)
-def test_loss_and_gradients_equal_those_written_out_in_float64(tmp_path: Path, model_type: str, kind: Any) -> None:
+@tiny.over((name, seed, KINDS[place % 2]) for place, (name, seed) in enumerate(tiny.family_seeds(3)))
+def test_loss_and_gradients_equal_those_written_out_in_float64(
+    model_type: str, seed: int, kind: Any, tmp_path: Path
+) -> None:
     settings = dataclasses.replace(SETTINGS, intermediate=0.7, intermediate_loss=kind, embedding=True)
-    for seed in range(3):
-        teacher, student, kept = cut(model_type, tmp_path / str(seed), seed)
-        compared = state_map(kept, 5, "all", embedding=True)
-        source = live_teacher(teacher, "float32", compared)
-        ids = tiny.tokens(teacher.config, seed=seed)
-        objective = Objective(student, settings, source.head)
-        loss, means = objective(ids, source.ask(np.arange(2), ids.numpy()))
-        loss.backward()
+    teacher, student, kept = cut(model_type, tmp_path, seed)
+    compared = state_map(kept, 5, "all", embedding=True)
+    source = live_teacher(teacher, "float32", compared)
+    ids = tiny.tokens(teacher.config, seed=seed)
+    objective = Objective(student, settings, source.head)
+    loss, means = objective(ids, source.ask(np.arange(2), ids.numpy()))
+    loss.backward()
 
-        exact, exact_teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
-        exact.zero_grad()
-        with torch.no_grad():
-            targets, log_p = hugging_face_states(exact_teacher, ids), exact_teacher(ids).logits.log_softmax(-1)
-        states = _states_with_gradient(exact, ids)
-        kl = (log_p.exp() * (log_p - exact(ids).logits.log_softmax(-1))).sum(-1).mean()
-        difference = written_out(kind, states, targets, compared)
-        expected = kl + 0.7 * difference
-        expected.backward()
-        assert float(means[3]) == pytest.approx(difference.item(), rel=1e-4)
-        assert float(loss.detach()) == pytest.approx(expected.item(), rel=1e-4)
-        for (name, ours), theirs in zip(student.named_parameters(), exact.parameters(), strict=True):
-            assert ours.grad is not None and theirs.grad is not None, name
-            torch.testing.assert_close(
-                ours.grad, theirs.grad.float(), rtol=1e-3, atol=1e-4 * float(theirs.grad.abs().max()) + 1e-7
-            )
+    exact, exact_teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
+    exact.zero_grad()
+    with torch.no_grad():
+        targets, log_p = hugging_face_states(exact_teacher, ids), exact_teacher(ids).logits.log_softmax(-1)
+    states = _states_with_gradient(exact, ids)
+    kl = (log_p.exp() * (log_p - exact(ids).logits.log_softmax(-1))).sum(-1).mean()
+    difference = written_out(kind, states, targets, compared)
+    expected = kl + 0.7 * difference
+    expected.backward()
+    assert float(means[3]) == pytest.approx(difference.item(), rel=1e-4)
+    assert float(loss.detach()) == pytest.approx(expected.item(), rel=1e-4)
+    for (name, ours), theirs in zip(student.named_parameters(), exact.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None, name
+        torch.testing.assert_close(
+            ours.grad, theirs.grad.float(), rtol=1e-3, atol=1e-4 * float(theirs.grad.abs().max()) + 1e-7
+        )
 
 
 def _states_with_gradient(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, ...]:
@@ -171,7 +167,7 @@ def _states_with_gradient(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, 
     return states
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@tiny.over(KINDS)
 def test_gradients_are_those_of_finite_differences(kind: Any) -> None:
     torch.manual_seed(0)
     teacher = {number: torch.randn(2, 3, 6, dtype=torch.float64) * 10**number for number in range(3)}
@@ -181,9 +177,7 @@ def test_gradients_are_those_of_finite_differences(kind: Any) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("alpha", [1.0, "auto"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@tiny.over(itertools.product(KINDS, [1.0, "auto"], ["float32", "bfloat16"]))
 def test_a_model_is_no_distance_from_itself(kind: Any, alpha: Any, precision: Any) -> None:
     model = tiny.model(tiny.config())
     every = {number: number for number in range(4)}
@@ -196,9 +190,8 @@ def test_a_model_is_no_distance_from_itself(kind: Any, alpha: Any, precision: An
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("loss", ["kld", "clm+kld"])
-def test_auto_weighs_the_states_as_much_as_the_logits(tmp_path: Path, loss: Any, temperature: float) -> None:
+@tiny.over(itertools.product(["kld", "clm+kld"], [1.0, 2.0]))
+def test_auto_weighs_the_states_as_much_as_the_logits(loss: Any, temperature: float, tmp_path: Path) -> None:
     teacher, student, kept = cut("llama", tmp_path, 3)
     ids = tiny.tokens(teacher.config)
     source = live_teacher(teacher, "float32", state_map(kept, 5, "all", embedding=True))
@@ -238,8 +231,9 @@ def run(settings: LoopSettings, **given: Any) -> tuple[list[dict[str, float]], l
     return records, [parameter.detach().clone() for parameter in student.parameters()]
 
 
-@pytest.mark.parametrize(("loss", "alpha"), [("kld", 1.0), ("kld", "auto"), ("clm+kld", "auto"), ("ce", 1.0)])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@tiny.over([
+    ("kld", 1.0, "float32"), ("kld", "auto", "bfloat16"), ("clm+kld", "auto", "float32"), ("ce", 1.0, "bfloat16"),
+])  # fmt: skip
 def test_training_brings_the_states_nearer_than_logits_alone_do(loss: Any, alpha: Any, precision: Any) -> None:
     def distances(alpha: Any) -> list[float]:
         settings = dataclasses.replace(
@@ -288,34 +282,6 @@ def test_a_continued_run_equals_an_unbroken_one_bit_for_bit(tmp_path: Path) -> N
             run(dataclasses.replace(settings, **changed), resume=tmp_path / "at-5")
 
 
-def _worker(rank: int, folder: str, told: Any) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    answers = []
-    for alpha in (1.0, "auto"):
-        settings = dataclasses.replace(SETTINGS, intermediate=alpha, micro_batch_tokens=LENGTH)
-        answers.append([(r["loss"], r["intermediate"]) for r in run(settings, world_size=2, rank=rank)[0]])
-    told.put((rank, answers))
-    dist.destroy_process_group()
-
-
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    told = context.Queue()
-    processes = [context.Process(target=_worker, args=(rank, str(tmp_path), told)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    (_, (fixed, auto)), (_, silent) = sorted((told.get(timeout=120) for _ in processes), key=lambda answer: answer[0])
-    for process in processes:
-        process.join(30)
-    assert silent == [[], []]
-    one = [(r["loss"], r["intermediate"]) for r in run(SETTINGS)[0]]
-    assert np.array(fixed) == pytest.approx(np.array(one), rel=1e-4)
-    # auto balances each of four micro-batches by itself there, and all of the batch together here
-    together = run(dataclasses.replace(SETTINGS, intermediate="auto"))[0]
-    assert np.array(auto)[0] == pytest.approx((together[0]["loss"], together[0]["intermediate"]), rel=1e-4)
-    assert np.array(auto) == pytest.approx(np.array([(r["loss"], r["intermediate"]) for r in together]), rel=0.02)
-
-
 # The configuration
 
 
@@ -339,7 +305,7 @@ def test_what_cannot_be_is_refused_with_what_can() -> None:
         assert f"distillation.{key}" in refused(**{"intermediate": 1.0, key: value})
 
 
-@pytest.mark.parametrize("given", [
+@tiny.over([
     {"intermediate": "auto", "embedding": True, "intermediate_layers": 2},
     {"intermediate": 0.5, "loss": "ce", "teacher_cache": "off", "intermediate_loss": "cosine"},
     {"intermediate": 1e-1, "initialization": "random"},
@@ -359,7 +325,7 @@ def test_the_default_is_logits_only() -> None:
     assert not dataclasses.replace(settings, loss="ce").asks_teacher
 
 
-@pytest.mark.parametrize(("dropped", "advised"), [(2, False), (3, True)])
+@tiny.over([(2, False), (3, True)])
 def test_states_are_advised_where_less_than_two_thirds_of_the_depth_may_be_left(dropped: int, advised: bool) -> None:
     def said(**distillation: Any) -> str | None:
         config = configuration.parse({
@@ -377,7 +343,7 @@ def test_states_are_advised_where_less_than_two_thirds_of_the_depth_may_be_left(
         assert said(**configuration.load(None, flags).dump()["distillation"]) is None
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@tiny.over(["float32", "bfloat16"])
 def test_a_trial_compares_its_layers_with_the_permuted_teachers(
     precision: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

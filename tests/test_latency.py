@@ -85,7 +85,7 @@ def test_sums_are_the_times_they_were_made_of() -> None:
     np.testing.assert_allclose(summed, expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@tiny.over(range(12))
 def test_sums_hold_in_random_spaces_of_every_family(seed: int) -> None:
     draw = np.random.default_rng(seed)
     name = str(draw.choice(sorted(tiny.FAMILIES)))
@@ -183,7 +183,7 @@ def test_a_pass_beyond_the_teachers_positions_is_refused() -> None:
 # Measured
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2"])
+@tiny.over(["llama", "gpt2", "gemma2"])
 def test_measured_times_are_in_the_order_of_clearly_different_sizes(model_type: str) -> None:
     """Shapes whose work is tenfold apart; the times themselves are the machine's."""
     teacher = tiny.config(

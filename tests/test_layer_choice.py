@@ -31,7 +31,7 @@ def random_bi(depth: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).random((depth + 1, depth + 1)))
 
 
-@pytest.mark.parametrize("seed", range(10))
+@tiny.over(range(10))
 def test_the_least_block_and_the_least_layers_are_least(seed: int) -> None:
     depth, bi = 7, random_bi(7, seed)
     for length, cut in zip((1, 2, 5), least_block(bi, (1, 2, 5)), strict=True):
@@ -61,7 +61,7 @@ def test_an_architecture_without_layers_that_are_no_block_is_one_of_a_search() -
 # LaCo
 
 
-@pytest.mark.parametrize("seed", range(20))
+@tiny.over(range(20))
 def test_a_collapse_loses_as_many_layers_as_asked_whatever_is_similar(seed: int) -> None:
     draw = np.random.default_rng(seed)
     depth = int(draw.integers(2, 14))
@@ -98,7 +98,7 @@ def test_what_is_not_similar_enough_is_not_merged_until_the_threshold_has_fallen
     assert passes == 4 and seen[:4] == [4, 3, 2, 1]  # at 0.65, 0.60, 0.55, and above 0.5 again; then below
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi", "gemma2"])
+@tiny.over(["llama", "gpt2", "phi", "gemma2"])
 def test_a_merge_is_its_equation(model_type: str, tmp_path: Path) -> None:
     config = tiny.config(model_type, num_hidden_layers=4)
     teacher = tiny.model(config)
@@ -173,15 +173,14 @@ def test_merges_are_found_once_for_all_runs(tmp_path: Path, monkeypatch: pytest.
     assert read_merges(other) == stacks[:1]
 
 
-@pytest.mark.parametrize(
-    ("axes", "said"),
+@tiny.over(
     [
         (
             {"drop_block": {"lengths": [2]}},
             "with space.axes.drop_block.seeds none; valid: space.axes.drop_block.seeds l",
         ),
         ({"drop_block": {"lengths": [2], "seeds": "laco"}, "hidden_size": {"choices": [9]}}, "valid: drop_block alone"),
-    ],
+    ]
 )
 def test_merging_goes_with_laco_s_layers_and_whole_widths(axes: dict[str, Any], said: str) -> None:
     given = {"space": {"axes": axes}, "distillation": {"initialization": "merged"}}

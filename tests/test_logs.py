@@ -7,18 +7,15 @@ from pathlib import Path
 import pytest
 import ray
 
-from minitron_search import cluster
 from minitron_search.logs import LOCAL, Files, Log, append_line, read_lines
 from minitron_search.node_files import FarFiles, KeptFiles, keep_files
 from minitron_search.run_directory import RunDirectory
 
 
 @pytest.fixture(scope="module")
-def far() -> Files:
+def far(shared_ray: Path) -> Files:
     """As on another node than the actor's."""
-    with cluster.joined():
-        kept = keep_files()
-        yield FarFiles(kept.desk, "another node")
+    return FarFiles(keep_files().desk, "another node")
 
 
 @pytest.fixture(params=["local", "far"])

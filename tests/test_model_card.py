@@ -71,15 +71,14 @@ def test_scores_are_in_the_hubs_form_with_their_standard_errors(tmp_path: Path) 
     assert all(isinstance(metric["value"], float) and math.isfinite(metric["value"]) for metric in found.values())
 
 
-@pytest.mark.parametrize(
-    "given",
+@tiny.over(
     [
         {"license": "mit"},
         {"license": "llama3.1"},
         {"license": "other", "license_name": "nvidia-open-model-license", "license_link": "LICENSE.txt"},
-    ],
+    ]
 )
-def test_a_teachers_licence_is_its_students(tmp_path: Path, given: dict[str, str]) -> None:
+def test_a_teachers_licence_is_its_students(given: dict[str, str], tmp_path: Path) -> None:
     readme = f"---\n{yaml.safe_dump({**given, 'language': ['en', 'de'], 'base_model': 'owner/base'})}---\n# A model\n"
     origin = origin_of(teacher(tmp_path, readme, LICENSE_TXT="Do well."), *TEXTS)
     card = model_card(origin, trial(), ROW, {})
@@ -89,8 +88,8 @@ def test_a_teachers_licence_is_its_students(tmp_path: Path, given: dict[str, str
     assert (given.get("license_name") or given["license"]) in card.split("---\n")[2] and "LICENSE.txt" in card
 
 
-@pytest.mark.parametrize("readme", [None, "# No front matter\n", "---\nlanguage: en\n---\n# No licence\n"])
-def test_an_unknown_licence_is_said_to_be_unknown(tmp_path: Path, readme: str | None) -> None:
+@tiny.over([None, "# No front matter\n", "---\nlanguage: en\n---\n# No licence\n"])
+def test_an_unknown_licence_is_said_to_be_unknown(readme: str | None, tmp_path: Path) -> None:
     card = model_card(origin_of(teacher(tmp_path, readme), *TEXTS), trial(), ROW, {})
     said = front_matter(card)
     assert (said["license"], said["license_name"]) == ("other", "unknown")
@@ -113,8 +112,7 @@ def test_what_the_card_needs_is_fetched_from_the_hub() -> None:
     assert {"README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"} <= set(HUB_FILES)
 
 
-@pytest.mark.parametrize(
-    ("source", "name", "hub"),
+@tiny.over(
     [
         ("Salesforce/wikitext/wikitext-2-raw-v1:train", "Salesforce/wikitext/wikitext-2-raw-v1:train",
          "Salesforce/wikitext"),
@@ -122,9 +120,9 @@ def test_what_the_card_needs_is_fetched_from_the_hub() -> None:
         ("/home/someone/private/text.jsonl", "text.jsonl", None),
         ("data/*.txt", "*.txt", None),
         ("data/text.txt", "text.txt", None),
-    ],
+    ]
 )  # fmt: skip
-def test_texts_are_named_and_nobodys_folders_are(tmp_path: Path, source: str, name: str, hub: str | None) -> None:
+def test_texts_are_named_and_nobodys_folders_are(source: str, name: str, hub: str | None, tmp_path: Path) -> None:
     origin = origin_of(teacher(tmp_path / "secret" / "my-model"), "it", source, source, source)
     card = model_card(origin, trial(), ROW, {})
     said = front_matter(card)
@@ -149,19 +147,15 @@ def test_the_card_says_who_takes_the_student(tmp_path: Path) -> None:
     assert "- llama.cpp does not take it: of a reason.\n" in card and "convert_hf_to_gguf" not in card
 
 
-@pytest.mark.parametrize(
-    "readme",
-    [b"caf\xe9", b"---\n- a\n- list\n---\n", b"---\nlicense: [broken\n---\n", b"---\nlicense_name: ours\n---\n"],
-    ids=["latin-1", "list", "broken", "no licence"],
-)
-def test_a_student_is_not_lost_for_its_teachers_readme(tmp_path: Path, readme: bytes) -> None:
+@tiny.over([b"caf\xe9", b"---\n- a\n- list\n---\n", b"---\nlicense: [broken\n---\n", b"---\nlicense_name: ours\n---\n"])
+def test_a_student_is_not_lost_for_its_teachers_readme(readme: bytes, tmp_path: Path) -> None:
     folder = teacher(tmp_path)
     (tmp_path / "README.md").write_bytes(readme)
     card = model_card(origin_of(folder, *TEXTS), trial(), ROW, {})
     assert front_matter(card)["license"] == "other" and "The teacher's licence applies" in card
 
 
-@pytest.mark.parametrize("name", ["org/data-v1.1", "allenai/c4/en.noblocklist:train"])
+@tiny.over(["org/data-v1.1", "allenai/c4/en.noblocklist:train"])
 def test_a_data_set_with_a_dot_in_its_name_is_one(name: str) -> None:
     source = module._source(name)
     assert source.name == name and source.hub == "/".join(name.split("/")[:2])

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 
 from minitron_search.config import load, parse
+from tests.tiny import over
 
 
-@pytest.mark.parametrize(("asked", "objectives"), [
+@over([
     ("lm_loss", ("lm_loss",)),
     (["kl"], ("kl",)),
     ("winogrande_margin,params", ("winogrande_margin", "params")),
@@ -27,7 +28,7 @@ def test_the_command_line_takes_a_list_and_a_name() -> None:
     assert load(None, []).dump()["search"]["objective"] == "lm_loss"
 
 
-@pytest.mark.parametrize(("asked", "message"), [
+@over([
     ({"objective": "loss"}, "search.objective: 'loss' is no objective; valid: lm_loss, kl, winogrande_margin, params"),
     ({"objective": ["lm_loss", "flops"]}, "search.objective: 'flops' is no objective; valid: lm_loss"),
     ({"objective": ["lm_loss", "kl", "lm_loss"]}, "search.objective: lm_loss,kl,lm_loss names one twice; valid: lm_"),
@@ -46,6 +47,6 @@ def test_what_cannot_be_is_refused_by_name(asked: dict[str, Any], message: str) 
         parse({"search": asked})
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "grid", "nsga2", "nsga3", "gp"])
+@over(["tpe", "random", "grid", "nsga2", "nsga3", "gp"])
 def test_every_sampler_takes_several(sampler: str) -> None:
     assert parse({"search": {"sampler": sampler, "objective": ["lm_loss", "params"]}}).search.sampler == sampler

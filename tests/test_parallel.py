@@ -1,6 +1,7 @@
 """Two processes train as one does: replicas or shards, and from each other's checkpoints."""
 
 import dataclasses
+import itertools
 import multiprocessing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,9 @@ from minitron_search.families import head_logits
 from minitron_search.loop_settings import Strategy
 from minitron_search.teacher_source import live_teacher
 from minitron_search.training_log import DivergedError
-from tests import tiny
+from tests import test_correction, test_intermediate_loss, tiny
+from tests.test_correction import DISTIL
+from tests.test_intermediate_loss import SETTINGS as INTERMEDIATE
 
 LENGTH = 16
 WINDOWS = np.random.default_rng(0).integers(0, 61, (20, LENGTH)).astype(np.int32)
@@ -88,6 +91,12 @@ def both(rank: int, folder: str, told: Any) -> None:
         student("llama-tied"), **(placed("fsdp2", rank) | {"settings": dataclasses.replace(
             SETTINGS, strategy="fsdp2", gradient_checkpointing=True)}),
     ).losses  # fmt: skip
+    answers["intermediate"] = [
+        [(line["loss"], line["intermediate"]) for line in test_intermediate_loss.run(of, world_size=2, rank=rank)[0]]
+        for of in (dataclasses.replace(INTERMEDIATE, intermediate=alpha, micro_batch_tokens=LENGTH)
+                   for alpha in (1.0, "auto"))
+    ]  # fmt: skip
+    answers["corrected"] = _corrected(rank)
     told.put((rank, answers))
     dist.destroy_process_group()
 
@@ -124,6 +133,15 @@ def _sharded_teacher() -> dict[str, Any]:
         "held": sum(p.to_local().numel() for p in body) / sum(p.numel() for p in body),  # after it has been asked
         "logits": torch.equal(head_logits(shared, said), head_logits(whole, said)),
     }
+
+
+def _corrected(rank: int) -> tuple[list[float], dict[str, np.ndarray]]:
+    """Losses of a student, and the teacher's weights, which are trained beside it on two windows a process."""
+    taught = test_correction.in_parallel(DISTIL, share=2, world_size=2)
+    records, _ = test_correction.run(DISTIL, taught, world_size=2, rank=rank)
+    assert taught.correction is not None
+    trained = taught.correction.state_dict()["weights"]
+    return [line["loss"] for line in records], {name: weight.numpy() for name, weight in trained.items()}
 
 
 def _diverged(strategy: Strategy, rank: int, folder: Path) -> tuple[str, list[str]]:
@@ -173,8 +191,7 @@ def two(folder: Path, one: dict[str, Trained]) -> list[dict[str, Any]]:
     return [answers[0], answers[1]]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("name", STUDENTS)
+@tiny.over(itertools.product(STUDENTS, STRATEGIES))
 def test_two_processes_train_as_one(name: str, strategy: Strategy, one: Any, two: Any) -> None:
     first, second = (answer[f"{name} {strategy}"] for answer in two)
     assert first["losses"] == pytest.approx(one[name].losses, **SAME)
@@ -183,7 +200,7 @@ def test_two_processes_train_as_one(name: str, strategy: Strategy, one: Any, two
     assert all(np.array_equal(a, b) for a, b in zip(first["end"], second["end"], strict=True))
 
 
-@pytest.mark.parametrize("name", STUDENTS)
+@tiny.over(STUDENTS)
 def test_shards_are_halves_and_the_first_process_gets_a_whole_student(name: str, two: Any) -> None:
     first, second = (answer[f"{name} fsdp2"] for answer in two)
     assert first["held"] + second["held"] == first["params"]
@@ -194,8 +211,7 @@ def test_shards_are_halves_and_the_first_process_gets_a_whole_student(name: str,
     assert first["logits"] == pytest.approx(replica["logits"], abs=2e-3)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("name", STUDENTS)
+@tiny.over(itertools.product(STUDENTS, STRATEGIES))
 def test_a_plain_model_reads_the_weights_of_every_checkpoint(
     name: str, strategy: Strategy, two: Any, folder: Path
 ) -> None:
@@ -210,13 +226,13 @@ def test_replicas_start_from_the_weights_of_the_first_process(two: Any) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(*(answer["rank 0's weights"] for answer in two), strict=True))
 
 
-@pytest.mark.parametrize("before", ["llama-tied ddp", "llama-tied fsdp2"])
+@tiny.over(["llama-tied ddp", "llama-tied fsdp2"])
 def test_one_process_continues_what_two_began(before: str, one: Any, two: Any, folder: Path) -> None:
     after = trained(student("llama-tied", 9), resume=folder / before).losses
     assert len(after) == 4 and after == pytest.approx(one["llama-tied"].losses[4:], **SAME)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@tiny.over(STRATEGIES)
 def test_two_processes_continue_what_any_began(strategy: Strategy, one: Any, two: Any) -> None:
     continued = two[0][f"continued {strategy}"]
     assert continued["one"] == pytest.approx(one["llama-tied"].losses[4:], **SAME)
@@ -231,7 +247,7 @@ def test_a_teacher_in_shards_says_what_a_whole_one_says(two: Any) -> None:
         assert answer["teacher"]["held"] < 0.6
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@tiny.over(STRATEGIES)
 def test_a_loss_that_diverges_in_one_process_ends_both_and_keeps_no_checkpoint(strategy: Strategy, two: Any) -> None:
     first, second = (answer[f"diverged {strategy}"] for answer in two)
     assert first == second
@@ -240,3 +256,22 @@ def test_a_loss_that_diverges_in_one_process_ends_both_and_keeps_no_checkpoint(s
 
 def test_shards_with_gradient_checkpointing_train_alike(two: Any) -> None:
     assert two[0]["checkpointed"] == two[0]["llama-tied fsdp2"]["losses"]
+
+
+def test_states_are_compared_in_two_processes_as_in_one(two: Any) -> None:
+    (fixed, auto), silent = two[0]["intermediate"], two[1]["intermediate"]
+    assert silent == [[], []]
+    one = [(line["loss"], line["intermediate"]) for line in test_intermediate_loss.run(INTERMEDIATE)[0]]
+    assert np.array(fixed) == pytest.approx(np.array(one), rel=1e-4)
+    # auto balances each of four micro-batches by itself there, and all of the batch together here
+    together = test_intermediate_loss.run(dataclasses.replace(INTERMEDIATE, intermediate="auto"))[0]
+    of_one = [(line["loss"], line["intermediate"]) for line in together]
+    assert np.array(auto)[0] == pytest.approx(np.array(of_one[0]), rel=1e-4)
+    assert np.array(auto) == pytest.approx(np.array(of_one), rel=0.02)
+
+
+def test_a_teacher_is_corrected_alike_in_two_processes_and_as_in_one(two: Any) -> None:
+    (losses, left), (_, right) = (answer["corrected"] for answer in two)
+    assert all(np.array_equal(left[name], right[name]) for name in left)
+    alone = test_correction.run(DISTIL, test_correction.in_parallel(DISTIL))[0]
+    assert losses == pytest.approx([line["loss"] for line in alone], rel=1e-3)

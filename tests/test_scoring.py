@@ -39,7 +39,7 @@ def packed(tmp_path: Path) -> PackedOptions:
     return winogrande.pack(examples, tiny.tokenizer())
 
 
-@pytest.mark.parametrize("seed", range(4))
+@tiny.over(range(4))
 def test_window_losses_are_those_of_the_whole_logits(seed: int) -> None:
     student, teacher, texts = tiny.model(config(seed), 1), tiny.model(config(seed + 10), 2), windows()
     ce, kl = window_losses(student, texts, hidden_of(teacher, texts), output_head(teacher), "float32")

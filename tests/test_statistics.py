@@ -20,6 +20,7 @@ from minitron_search.statistics import (
     paired,
     standard_error,
 )
+from tests.tiny import over
 
 
 def test_mcnemar_counts_what_only_one_gets_right() -> None:
@@ -36,7 +37,7 @@ def test_mcnemar_is_right_about_chance() -> None:
     assert np.mean(found) < 0.07  # exact, and so conservative
 
 
-@pytest.mark.parametrize("n", [3, 4, 5])
+@over([3, 4, 5])
 def test_agreement_is_kendalls_by_hand_and_names_the_flips(n: int) -> None:
     names = [f"a{index}" for index in range(n)]
     before = list(range(n))
@@ -68,7 +69,7 @@ def test_a_paired_p_is_scipys_permutation_test() -> None:
     assert paired(one, other)["p"] == pytest.approx(stats.ttest_rel(one, other).pvalue, abs=0.01)
 
 
-@pytest.mark.parametrize("n", [8, 12, 16])
+@over([8, 12, 16])
 def test_one_in_twenty_equals_is_called_different(n: int) -> None:
     draw = np.random.default_rng(n)
     text = draw.normal(4, 1, (400 if n <= 12 else 150, n))  # what windows differ by is in both
@@ -76,7 +77,7 @@ def test_one_in_twenty_equals_is_called_different(n: int) -> None:
     assert 0.02 < np.mean(found) < 0.085
 
 
-@pytest.mark.parametrize("n", [4, 8, 32])
+@over([4, 8, 32])
 def test_intervals_hold_the_truth_nineteen_times_in_twenty(n: int) -> None:
     draw = np.random.default_rng(n)
     found = [interval(draw.normal(2, 3, n)) for _ in range(1500)]
@@ -133,7 +134,7 @@ def test_holm_by_hand() -> None:
     assert holm([0.9, 0.6]) == [1.0, 1.0]
 
 
-@pytest.mark.parametrize(("n", "k"), [(4, 1), (5, 2), (6, 3), (5, 4)])
+@over([(4, 1), (5, 2), (6, 3), (5, 4)])
 def test_overlap_is_that_of_every_order_by_brute_force(n: int, k: int) -> None:
     orders = [np.array(order, float) for order in itertools.permutations(range(n))]
     shared = np.array([len({*order.argsort()[:k]} & {*range(k)}) for order in orders])
@@ -164,7 +165,7 @@ def test_tau_has_an_interval_where_there_are_enough() -> None:
     assert agreement(enough, enough[::-1], list(map(str, enough)))["kendall_interval"] == [-1.0, -1.0]
 
 
-@pytest.mark.parametrize(("right", "n", "above"), [(50, 100, False), (58, 100, False), (59, 100, True), (2, 2, False)])
+@over([(50, 100, False), (58, 100, False), (59, 100, True), (2, 2, False)])
 def test_an_accuracy_is_above_chance_from_where_a_coin_gets_one_time_in_twenty(right: int, n: int, above: bool) -> None:
     assert (right / n > chance_bar(n)) is above
     assert stats.binom.sf(right - 1, n, 0.5) <= 0.05 if above else stats.binom.sf(right - 1, n, 0.5) > 0.05

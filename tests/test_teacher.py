@@ -1,5 +1,6 @@
 """The teacher's name -> folder, configuration, tokenizer and content id."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from minitron_search import teacher
+from tests.tiny import over
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +42,10 @@ def test_the_embedded_configuration_needs_no_download(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("ask", [teacher.teacher_folder, teacher.teacher_config, teacher.load_tokenizer])
-@pytest.mark.parametrize("name", ["./mode", "/no/where/at/all", "owner/never-downloaded", "no such name", "gpt"])
+@over(itertools.product(
+    [teacher.teacher_folder, teacher.teacher_config, teacher.load_tokenizer],
+    ["./mode", "/no/where/at/all", "owner/never-downloaded", "no such name", "gpt"],
+))  # fmt: skip
 def test_what_is_no_teacher_is_refused_with_what_would_be_one(ask, name, model, monkeypatch):
     monkeypatch.chdir(model.parent)
     with pytest.raises(ValueError, match=f"teacher.model: '{name}'.*'smollm2-135m'.*folder.*Hub name") as error:

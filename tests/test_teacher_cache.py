@@ -1,5 +1,6 @@
 """Teacher outputs computed once, and never used for the wrong tokens."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -28,11 +29,12 @@ from minitron_search.teacher_cache import (
 )
 from minitron_search.teacher_source import output_head
 from tests.sparse import top_k
+from tests.tiny import over
 
 WINDOWS = np.random.default_rng(0).integers(0, 50, (70, 32)).astype(np.int32)
 HIDDEN = Request("teacher", "data", WINDOWS, "float32", hidden_size=16, vocab_size=50)
 TOPK = HIDDEN._replace(k=7)
-EITHER = pytest.mark.parametrize("asked", [HIDDEN, TOPK], ids=["hidden", "topk"])
+EITHER = over([(HIDDEN,), (TOPK,)])  # a request is a tuple itself
 
 
 def tiny_teacher(vocab_size: int = 50) -> LlamaForCausalLM:
@@ -59,7 +61,7 @@ def full_log_probabilities(windows: np.ndarray, teacher: LlamaForCausalLM) -> to
         return teacher(torch.from_numpy(windows.astype(np.int64))).logits.double().log_softmax(-1)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@over(["float32", "bfloat16"])
 def test_rows_are_the_teachers_hidden_states(precision: teacher_cache.Precision) -> None:
     built = made(HIDDEN._replace(precision=precision))
     indices = np.array([3, 69, 0])
@@ -71,11 +73,10 @@ def test_rows_are_the_teachers_hidden_states(precision: teacher_cache.Precision)
     assert torch.allclose(hidden.float(), expected.float(), atol=1e-5 if precision == "float32" else 0.05)
 
 
-@pytest.mark.parametrize("k", [1, 7, 49])
-@pytest.mark.parametrize("vocab_size", [2**16, 2**16 + 2])  # indices of two bytes and of four
+@over([(1, 2**16), (7, 2**16), (7, 2**16 + 2), (49, 2**16 + 2)])  # indices of two bytes and of four
 def test_rows_are_the_teachers_most_probable_tokens(k: int, vocab_size: int) -> None:
     windows = WINDOWS[:9] * (vocab_size // 50)
-    asked = Request("teacher", "data", windows, "float32", 16, vocab_size, k)
+    asked = Request(f"of {vocab_size} tokens", "data", windows, "float32", 16, vocab_size, k)
     indices = np.array([3, 8, 0])
     teacher = tiny_teacher(vocab_size)
     kept = CacheReader(made(asked, lambda: teacher).path).topk(indices, windows[indices])
@@ -92,7 +93,7 @@ def test_rows_are_the_teachers_most_probable_tokens(k: int, vocab_size: int) -> 
     assert torch.allclose(mass, torch.ones_like(mass), atol=1e-6)
 
 
-@pytest.mark.parametrize("k", [1, 7, 40])
+@over([1, 7, 40])
 def test_what_is_lost_is_that_of_full_distributions(k: int) -> None:
     """By the definition: KL of the full distribution from the one in which all other tokens share the rest evenly."""
     log_p = full_log_probabilities(WINDOWS, tiny_teacher())
@@ -114,8 +115,7 @@ def test_more_tokens_lose_less() -> None:
     assert divergences[-1] == pytest.approx(0, abs=1e-6)  # one other token: nothing to spread
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("k", [None, 1, 7])
+@over(itertools.product([None, 1, 7], ["float32", "bfloat16"]))
 def test_a_cache_takes_the_bytes_it_was_said_to(k: int | None, precision: teacher_cache.Precision) -> None:
     asked = HIDDEN._replace(k=k, precision=precision)
     stored = sum(file.stat().st_size for file in made(asked).path.glob("*.bin"))
@@ -182,30 +182,33 @@ def test_a_build_that_dies_leaves_no_cache(asked: Request) -> None:
     assert json.loads((path / "cache.json").read_text())["teacher"] == "teacher"
 
 
-def _ensure_and_tell(asked: Request, folder: str, start: Any, told: "multiprocessing.Queue") -> None:
+def _ensured(start: Any) -> list[tuple[int, list[float]]]:
+    """Of both requests, each begun when the other process does: the tokens that it cost, and what was read."""
+    answers = []
+    for asked in (HIDDEN, TOPK):
+        start.wait(90)
+        built = made(asked)
+        reader = CacheReader(built.path)
+        said = (reader.hidden if asked.k is None else reader.topk)(np.arange(70), WINDOWS)
+        answers.append((built.teacher_tokens, [float(part.double().sum()) for part in said]))
+    return answers
+
+
+def _ensure_and_tell(folder: str, start: Any, told: "multiprocessing.Queue") -> None:
     os.environ["MINITRON_SEARCH_CACHE"] = folder
     torch.set_num_threads(1)
-    start.wait(60)
-    built, everything = made(asked), np.arange(70)
-    reader = CacheReader(built.path)
-    read = reader.hidden if asked.k is None else reader.topk
-    said = read(everything, WINDOWS)
-    told.put((built.teacher_tokens, [float(part.double().sum()) for part in said]))
+    told.put(_ensured(start))
 
 
-@EITHER
-def test_two_processes_that_want_one_cache_compute_it_once(asked: Request, cache_folder: Path) -> None:
+def test_two_processes_that_want_one_cache_compute_it_once(cache_folder: Path) -> None:
     context = multiprocessing.get_context("spawn")
     start, told = context.Barrier(2), context.Queue()
-    arguments = (asked, str(cache_folder), start, told)
-    processes = [context.Process(target=_ensure_and_tell, args=arguments) for _ in range(2)]
-    for process in processes:
-        process.start()
-    answers = [told.get(timeout=90) for _ in processes]
-    for process in processes:
-        process.join(30)
-    assert sorted(tokens for tokens, _ in answers) == [0, 70 * 32]
-    assert answers[0][1] == answers[1][1]
+    other = context.Process(target=_ensure_and_tell, args=(str(cache_folder), start, told), daemon=True)
+    other.start()
+    for (here_tokens, here), (there_tokens, there) in zip(_ensured(start), told.get(timeout=90), strict=True):
+        assert sorted((here_tokens, there_tokens)) == [0, 70 * 32]
+        assert here == there
+    other.join(30)
 
 
 def test_auto_is_hidden_within_the_budget_or_when_it_is_there() -> None:

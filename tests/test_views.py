@@ -1,5 +1,6 @@
 """A candidate on the teacher's own memory: the same weights as a trimmed student's, and nothing copied that leads."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def copied(folder: Path, architecture: Architecture) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("model_type", tiny.FAMILIES)
+@tiny.over(tiny.FAMILIES)
 def test_only_what_no_view_can_say_is_copied(model_type: str, tmp_path: Path) -> None:
     # 3 heads a group, where there are groups
     config = tiny.config(model_type, num_attention_heads=6, hidden_size=36, tie_word_embeddings=False)
@@ -73,12 +74,11 @@ def test_only_what_no_view_can_say_is_copied(model_type: str, tmp_path: Path) ->
         assert copied(tmp_path, replace(teacher, num_attention_heads=4, num_key_value_heads=4, hidden_size=24)) == fused
 
 
-@pytest.mark.parametrize("model_type", tiny.FAMILIES)
-def test_any_candidate_on_views_is_the_trimmed_one(model_type: str, tmp_path: Path) -> None:
-    for seed in range(4):
-        config = tiny.random_config(seed, model_type=model_type)
-        tiny.model(config, seed).save_pretrained(tmp_path / str(seed))
-        copied(tmp_path / str(seed), tiny.random_architecture(config, seed))
+@tiny.over(tiny.family_seeds(4, 10))
+def test_any_candidate_on_views_is_the_trimmed_one(model_type: str, seed: int, tmp_path: Path) -> None:
+    config = tiny.random_config(seed, model_type=model_type)
+    tiny.model(config, seed).save_pretrained(tmp_path)
+    copied(tmp_path, tiny.random_architecture(config, seed))
 
 
 def anonymous_bytes() -> int:
@@ -108,8 +108,7 @@ def test_scoring_a_candidate_on_views_takes_no_memory_for_its_weights(tmp_path: 
     del teacher, first  # kept until here: memory that is free already would be used again, and nothing be seen
 
 
-@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@tiny.over(itertools.product(["float32", "bfloat16"], ["float32", "bfloat16"]))
 def test_a_trial_that_does_not_train_is_scored_on_views_of_a_float32_teacher(
     stored: str, precision: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,9 +154,9 @@ def test_a_trial_scored_on_views_has_the_scores_of_the_trimmed_student(
     assert file.read_bytes() == before
 
 
-@pytest.mark.parametrize("initialization", ["pruned", "random", "random_pruned"])
+@tiny.over(["pruned", "random", "random_pruned"])
 def test_a_rung_at_0_tokens_is_the_trim_as_it_is_and_changes_nothing_after_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, initialization: str
+    initialization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MINITRON_SEARCH_CACHE", str(tmp_path / "cache"))
     made = materials(tmp_path)

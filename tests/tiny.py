@@ -1,6 +1,9 @@
 """Tiny random teachers: their shapes, weights, tokenizer and folder, made in milliseconds."""
 
+import inspect
 import json
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from minitron_search.architecture import Architecture
 from minitron_search.families import is_expressible, sizes, whole
 from minitron_search.family_tables import FAMILIES as DECLARED
+
+logging.disable_progress_bar()  # of weights that take milliseconds: they bury what a test that fails says
 
 FAMILIES = {name: family for family in DECLARED for name in family.model_types}
 RATIOS = (1, 3, 4, 7)  # query heads per key-value head
@@ -27,6 +33,46 @@ WORDS = np.array("the quick brown fox jumps over a lazy dog and runs away, far a
 HALF_ROTARY = ("phi", "phi3", "stablelm", "gpt_neox", "nemotron", "glm4")  # half of a head is rotated, in pairs
 # (model_type, query heads per key-value head): every family, with every ratio that it can have
 HEADED = [(name, ratio) for name, family in FAMILIES.items() for ratio in (RATIOS if family.grouped_query else (1,))]
+
+
+def family_seeds(seeds: int, more: int = 20) -> list[tuple[str, int]]:
+    """(model_type, seed below `seeds`): every family once, each with the next seed, and `more` that are drawn."""
+    names = list(FAMILIES)
+    once = [(name, place % seeds) for place, name in enumerate(names)]
+    left = [(name, seed) for name in names for seed in range(seeds) if (name, seed) not in once]
+    return once + [left[at] for at in sorted(np.random.default_rng(0).permutation(len(left))[:more])]
+
+
+def over(cases: Iterable[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A test of one item that is made of every case: a value of its first argument, or a tuple of its first ones.
+
+    Each has a `tmp_path` and a `monkeypatch` of its own; what fails says of which case it was.
+    """
+    tuples = [case if isinstance(case, tuple) else (case,) for case in cases]
+
+    def decorated(test: Callable[..., None]) -> Callable[..., None]:
+        fixtures = list(inspect.signature(test).parameters.values())[len(tuples[0]) :]
+
+        def once(**given: Any) -> None:
+            for number, case in enumerate(tuples):
+                with ExitStack() as stack:
+                    own = dict(given)
+                    if "tmp_path" in own:
+                        own["tmp_path"] = given["tmp_path"] / f"{number}-case"
+                        own["tmp_path"].mkdir()
+                    if "monkeypatch" in own:
+                        own["monkeypatch"] = stack.enter_context(given["monkeypatch"].context())
+                    try:
+                        test(*case, **own)
+                    except Exception as error:
+                        error.add_note(f"the case: {', '.join(map(repr, case))}")
+                        raise
+
+        once.__signature__ = inspect.Signature(fixtures)  # type: ignore[attr-defined]
+        once.__name__, once.__doc__, once.__module__ = test.__name__, test.__doc__, test.__module__
+        return once
+
+    return decorated
 
 
 def config(model_type: str = "llama", **given: Any) -> PretrainedConfig:
