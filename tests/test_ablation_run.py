@@ -1,4 +1,4 @@
-"""An ablation end to end on a tiny teacher: real processes, real Ray."""
+"""An ablation end to end on a tiny teacher, on a real Ray."""
 
 import json
 import shutil
@@ -9,7 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from minitron_search.run_directory import RunDirectory
+from tests import tiny
 from tests.runs import Command, events, rows, tiny_inputs
+
+pytestmark = pytest.mark.slow  # which has one process make what all of them read
 
 ARMS: dict[str, Any] = {
     "a_merged": {"architecture": "depth_laco", "distillation": {"initialization": "merged"}},
@@ -19,10 +22,11 @@ ARMS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
-    """Two arms, two seeds, one trial at a time inside the Tune trials."""
+def command(tmp_path_factory: pytest.TempPathFactory, shared_ray: Path) -> Command:
+    """Three arms, two seeds, one trial at a time inside the Tune trials."""
     folder = tmp_path_factory.mktemp("ablations")
     values = {key: value for key, value in tiny_inputs(folder).items() if key not in ("name", "retraining")}
+    (folder / "text.txt").write_text(tiny.prose(20_000, seed=1))  # no other test's: nothing of it is in the cache yet
     return Command(folder, {
         **values,
         "question": "Is it?",
@@ -37,7 +41,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
 @pytest.fixture(scope="module")
 def unbroken(command: Command) -> Path:
     output = command.folder / "unbroken"
-    output.with_suffix(".log").write_text(command.run(output))
+    output.with_suffix(".log").write_text(command.main(output))
     return output
 
 
@@ -76,7 +80,6 @@ def test_arms_are_compared_and_shown(unbroken: Path) -> None:
     assert (unbroken / "report.html").exists()
 
 
-@pytest.mark.slow
 def test_resume_makes_the_arm_that_was_cut_off_and_leaves_the_other(command: Command, unbroken: Path) -> None:
     """Killed in the last arm, of whose two seeds one had ended."""
     output = command.folder / "cut-off"
@@ -92,7 +95,7 @@ def test_resume_makes_the_arm_that_was_cut_off_and_leaves_the_other(command: Com
     for config in output.glob("*/config.yaml"):
         config.write_text(config.read_text().replace(unbroken.name, output.name))
     before = {path: path.stat().st_mtime_ns for path in ended}
-    command.run(output, "--resume")
+    command.main(output, "--resume")
     assert {path: path.stat().st_mtime_ns for path in before} == before, "the arm that had ended was touched"
     for arm in ARMS:
         assert rows(output / arm) == rows(unbroken / arm)

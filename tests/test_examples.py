@@ -2,16 +2,22 @@
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from transformers import AutoModelForCausalLM
 
+from minitron_search.run import main
 from tests.runs import ROOT
+
+pytestmark = pytest.mark.slow  # which has one process make what all of them read
 
 EXAMPLES = ROOT / "examples"
 
@@ -29,23 +35,33 @@ class Place:
     def __init__(self, folder: Path):
         self.folder = folder
         (folder / "examples").symlink_to(EXAMPLES)
-        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "MINITRON_SEARCH_CACHE": str(folder / "cache"),
-                            "HF_HUB_OFFLINE": "1"}  # fmt: skip
-        self.environment.pop("RAY_ADDRESS", None)
+
+    def start(self, words: list[str]) -> None:
+        """In a process of its own, as a shell does."""
+        assert words[0] == "python"
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, *words[1:]], cwd=self.folder, env=environment, capture_output=True,
+                              text=True)  # fmt: skip
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
     def run(self, words: list[str]) -> str:
-        assert words[0] == "python"
-        done = subprocess.run([sys.executable, *words[1:]], cwd=self.folder, env=self.environment, capture_output=True,
-                              text=True, timeout=600)  # fmt: skip
-        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        return done.stdout
+        """In this one; what it printed."""
+        _, file, *arguments = words
+        with pytest.MonkeyPatch.context() as here, redirect_stdout(StringIO()) as printed:
+            here.chdir(self.folder)
+            if file == "-m":
+                assert arguments[0] == "minitron_search.run" and main(arguments[1:]) == 0, printed.getvalue()
+            else:
+                here.setattr(sys, "argv", [file, *arguments])
+                runpy.run_path(file, run_name="__main__")
+        return printed.getvalue()
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+def place(tmp_path_factory: pytest.TempPathFactory, shared_ray: Path) -> Place:
     made = Place(tmp_path_factory.mktemp("examples"))
     for words in said("tiny_teacher.py"):
-        made.run(words)
+        made.start(words)
     assert (made.folder / "tiny" / "model" / "model.safetensors").exists()
     return made
 
@@ -68,7 +84,6 @@ def test_prune_once(place: Place) -> None:
     assert student.config.num_hidden_layers == teacher.config.num_hidden_layers - 1
 
 
-@pytest.mark.slow
 def test_own_text_and_use_of_its_student(place: Place) -> None:
     planned, *_ = [place.run(words) for words in said("own_text.yaml")]
     assert "legal and in budget" in planned
@@ -83,7 +98,6 @@ def test_own_text_and_use_of_its_student(place: Place) -> None:
     assert "The function returns" in printed
 
 
-@pytest.mark.slow
 def test_compare_criteria(place: Place) -> None:
     (words,) = said("compare_criteria.yaml")
     place.run(words)

@@ -3,6 +3,7 @@
 import shutil
 import sqlite3
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -181,10 +182,10 @@ def test_storage_that_fails_for_a_while_loses_nothing_and_says_so(
         assert failed.wait(10)
         run.event("while it is gone")
         while not said:
-            pass
+            time.sleep(0.01)
         gone.clear()
         while len(said) < 2:
-            pass
+            time.sleep(0.01)
     assert contents(there) == contents(run.root)
     assert said[0] == "storage: no route to storage; everything is kept here, and tried again"
     assert said[1].startswith("storage: back after")

@@ -90,16 +90,16 @@ def separate_log_likelihoods(
     return np.array(values).reshape(-1, 2)
 
 
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("row_length", [8, 64, 200, 1000])
-def test_packed_scores_equal_separate_forward_passes(seed: int, row_length: int) -> None:
-    tokenizer = tiny_tokenizer(bos=seed % 3 == 0)
-    model, examples = tiny_model(seed, tokenizer), random_examples(seed, 17)
-    shots = (0, 1, 5)[seed % 3]
-    packed = winogrande.pack(examples, tokenizer, shots, row_length)
-    score = winogrande.evaluate(model, packed, batch_tokens=(1, 500, 10**6)[seed % 3])
-    expected = separate_log_likelihoods(model, tokenizer, examples, shots, 2048)
-    np.testing.assert_allclose(score.log_likelihoods, expected, atol=2e-4, rtol=1e-5)
+def test_packed_scores_equal_separate_forward_passes() -> None:
+    for seed in range(6):
+        tokenizer = tiny_tokenizer(bos=seed % 3 == 0)
+        model, examples = tiny_model(seed, tokenizer), random_examples(seed, 17)
+        shots = (0, 1, 5)[seed % 3]
+        expected = separate_log_likelihoods(model, tokenizer, examples, shots, 2048)
+        for row_length in ((8, 200), (64, 1000))[seed // 3]:
+            packed = winogrande.pack(examples, tokenizer, shots, row_length)
+            score = winogrande.evaluate(model, packed, batch_tokens=(1, 500, 10**6)[(seed + seed // 3) % 3])
+            np.testing.assert_allclose(score.log_likelihoods, expected, 1e-5, 2e-4, err_msg=f"{seed}, {row_length}")
 
 
 @pytest.mark.parametrize("max_length", [12, 30])
@@ -165,14 +165,12 @@ def benchmark() -> ModuleType:
     return module
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("shots", [0, 5])
+@pytest.mark.parametrize(("shots", "bos"), [(0, True), (5, False)])
 def test_scores_equal_lm_eval(tmp_path: Path, shots: int, bos: bool) -> None:
     pytest.importorskip("lm_eval")
     tokenizer = tiny_tokenizer(bos)
     model = tiny_model(4, tokenizer)
-    lines = winogrande.EMBEDDED.read_text().splitlines()[:40]
+    lines = winogrande.EMBEDDED.read_text().splitlines()[:20]
     lines[9] = lines[8]  # equal questions are both left out of each other's shots
     path = tmp_path / "part.jsonl"
     path.write_text("\n".join(lines) + "\n")

@@ -1,6 +1,7 @@
 """Synthetic runs, written through RunDirectory's own writers."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from analysis.report import write_report
 from minitron_search.run_directory import RunDirectory
 
 LAYERS, HIDDEN, MLP, HEADS = 30, 576, 1536, 9
@@ -290,6 +292,23 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     return write_run(tmp_path_factory.mktemp("runs") / "finished")
 
 
+@pytest.fixture(scope="session")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """The same run, whose every word would be a tag and a script; shared likewise."""
+    return write_run(tmp_path_factory.mktemp("runs") / "hostile", hostile=HOSTILE)
+
+
+@pytest.fixture(scope="session")
+def finished_page(finished: RunDirectory) -> Path:
+    """The report of `finished`, which nobody writes anew."""
+    return Path(shutil.copy(write_report(finished), finished.root.with_name("finished.html")))
+
+
+@pytest.fixture(scope="session")
+def hostile_page(hostile: RunDirectory) -> Path:
+    return Path(shutil.copy(write_report(hostile), hostile.root.with_name("hostile.html")))
+
+
 TEST = {"difference": 0.1, "stderr": 0.01, "p": 0.001, "n": 32, "low": 0.08, "high": 0.12, "seeds": 1}
 EVIDENCE = {
     "objective": "lm_loss", "seeds": None, "words": ["Of 1 other, 1 differs."],
@@ -353,11 +372,6 @@ def write_ablation(
         run.event("stage_finished", stage="search", flops=1e14)
         run.event("run_finished", seconds=1.0)
     return folder
-
-
-@pytest.fixture
-def hostile(tmp_path: Path) -> RunDirectory:
-    return write_run(tmp_path / "hostile", hostile=HOSTILE)
 
 
 @pytest.fixture

@@ -33,44 +33,33 @@ def check(browser: Browser, page: Path, figures: int) -> None:
     assert browser.loaded() == [page.resolve().as_uri()]
 
 
-@pytest.mark.parametrize(("scheme", "ink"), [("light", "rgb(28, 33, 38)"), ("dark", "rgb(232, 234, 236)")])
-def test_every_figure_is_drawn_in_both_schemes(browser: Browser, finished: RunDirectory, scheme: str, ink: str):
-    page = write_report(finished)
-    browser.open(page, scheme=scheme)
-    check(browser, page, FIGURES)
-    assert (
-        browser.evaluate("getComputedStyle(document.querySelector('.plot .annotation-text, .legendtext')).fill") == ink
-    )
+def test_every_figure_is_drawn_in_both_schemes_and_again_when_the_scheme_changes(browser: Browser, finished_page: Path):
+    ink = "getComputedStyle(document.querySelector('.plot .annotation-text, .legendtext')).fill"
+    light, dark = "rgb(28, 33, 38)", "rgb(232, 234, 236)"
+    for scheme, now, other, then in (("dark", dark, "light", light), ("light", light, "dark", dark)):
+        browser.open(finished_page, scheme=scheme)
+        check(browser, finished_page, FIGURES)
+        assert browser.evaluate(ink) == now, scheme
+        browser.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": other}])
+        browser.wait_until("performance.getEntriesByName('all drawn').length > 1")
+        assert browser.evaluate(ink) == then, other
+        assert browser.complaints() == []
 
 
-def test_a_change_of_scheme_redraws_the_figures(browser: Browser, finished: RunDirectory):
-    browser.open(write_report(finished))
-    browser.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
-    browser.wait_until("performance.getEntriesByName('all drawn').length > 1")
-    assert browser.evaluate("getComputedStyle(document.querySelector('.legendtext')).fill") == "rgb(232, 234, 236)"
-    assert browser.complaints() == []
-
-
-def test_a_phone_scrolls_down_and_not_sideways(browser: Browser, finished: RunDirectory):
-    page = write_report(finished)
-    browser.open(page, width=390)
-    check(browser, page, FIGURES)
+def test_a_phone_scrolls_down_and_not_sideways(browser: Browser, finished_page: Path):
+    browser.open(finished_page, width=390)
+    check(browser, finished_page, FIGURES)
     assert browser.evaluate("document.documentElement.scrollWidth") <= 390
 
 
-def test_nothing_of_a_run_is_executed(browser: Browser, hostile: RunDirectory):
-    page = write_report(hostile)
+def test_nothing_of_a_run_of_several_or_of_an_ablation_is_executed(
+    browser: Browser, hostile: RunDirectory, hostile_page: Path, tmp_path: Path
+):
     browser.ask("Page.addScriptToEvaluateOnNewDocument", source="window.alert = () => { window.ran = true; }")
-    browser.open(page)
-    check(browser, page, FIGURES)
-    assert browser.evaluate("window.ran === undefined && document.querySelectorAll('img').length === 0")
-
-
-def test_nothing_of_several_runs_or_of_an_ablation_is_executed(browser: Browser, hostile: RunDirectory, tmp_path: Path):
     other = tmp_path / "comparison.html"
     assert main([str(hostile.root), str(hostile.root), "--output", str(other)]) == 0
     ablation = write_ablation_report(write_ablation(tmp_path / "ablation", hostile=HOSTILE.replace("/", "∕")))
-    for page, figures in ((other, 13), (ablation, 3)):
+    for page, figures in ((hostile_page, FIGURES), (other, 13), (ablation, 3)):
         browser.open(page, width=390)
         check(browser, page, figures)
         assert browser.evaluate("window.ran === undefined && document.querySelectorAll('img').length === 0")
@@ -83,13 +72,17 @@ def test_a_run_that_is_going_draws_what_it_has(browser: Browser, going: RunDirec
     check(browser, page, 6)
 
 
-@pytest.mark.parametrize("several", [False, True])
 def test_a_click_on_a_heading_sorts_and_another_turns_it_round(
-    browser: Browser, finished: RunDirectory, tmp_path: Path, several: bool
+    browser: Browser, finished: RunDirectory, finished_page: Path, tmp_path: Path
 ):
-    page = tmp_path / "page.html"
-    assert main([str(finished.root)] * (1 + several) + ["--output", str(page)]) == 0
-    browser.open(page)
+    several = tmp_path / "several.html"
+    assert main([str(finished.root)] * 2 + ["--output", str(several)]) == 0
+    for page in (finished_page, several):
+        browser.open(page)
+        click_and_click_again(browser)
+
+
+def click_and_click_again(browser: Browser) -> None:
     heading = (
         "[...document.querySelectorAll('table.trials th')].findIndex((th) => th.textContent.startsWith('LM loss'))"
     )
@@ -105,9 +98,9 @@ def test_a_click_on_a_heading_sorts_and_another_turns_it_round(
     assert browser.complaints() == []
 
 
-def test_a_script_that_is_not_the_pages_own_does_not_run(browser: Browser, finished: RunDirectory, tmp_path: Path):
+def test_a_script_that_is_not_the_pages_own_does_not_run(browser: Browser, finished_page: Path, tmp_path: Path):
     page = tmp_path / "injected.html"
-    text = write_report(finished).read_text()
+    text = finished_page.read_text()
     page.write_text(text.replace("</body>", "<script>document.title = 'ran'</script></body>"))
     browser.open(page)
     assert browser.evaluate("document.title") != "ran"
@@ -115,19 +108,14 @@ def test_a_script_that_is_not_the_pages_own_does_not_run(browser: Browser, finis
     assert complaints and all("Content Security Policy" in line for line in complaints)
 
 
-def test_500_trials_show_a_figure_within_3_s_and_weigh_less_than_10_mb(
+def test_500_trials_are_drawn_each_figure_once_and_weigh_less_than_10_mb(
     browser: Browser, make_run: Callable[..., RunDirectory], tmp_path: Path
 ):
     page = write_report(make_run(tmp_path / "run", trials=500))
     assert page.stat().st_size < 10_000_000
-    first, every = [], []
-    for _ in range(3):  # the quickest: what else a shared machine does in the meantime is not the page's
-        browser.open(page)
-        check(browser, page, FIGURES)
-        first.append(browser.evaluate("performance.getEntriesByName('figure drawn')[0].startTime"))
-        every.append(browser.evaluate("performance.getEntriesByName('all drawn')[0].startTime"))
-    print(f"{page.stat().st_size / 1e6:.1f} MB, first figure after {min(first):.0f} ms, all after {min(every):.0f} ms")
-    assert min(first) < 3000
+    browser.open(page)
+    check(browser, page, FIGURES)
+    assert browser.evaluate("performance.getEntriesByName('figure drawn').length") == FIGURES, "each was drawn once"
 
 
 def test_every_figure_is_written_as_svg_and_png(hostile: RunDirectory, capsys: pytest.CaptureFixture[str]):

@@ -3,7 +3,6 @@
 import base64
 import io
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from analysis.report import main
 from analysis.run_data import RunData, load_run
 from minitron_search.pairing import against
 from minitron_search.run_directory import RunDirectory
-from tests.analysis.conftest import HOSTILE
+from tests.analysis.conftest import write_run
 from tests.analysis.test_report import TITLES, Page
 
 
@@ -102,9 +101,11 @@ def test_what_differs_in_the_configurations_is_named_and_nothing_else(finished: 
     assert configuration.other_windows([run, moved]) == ["corpus.sequence_length"]
 
 
-@pytest.fixture
-def two(make_run: Callable[..., RunDirectory], tmp_path: Path) -> list[RunDirectory]:
-    return [make_run(tmp_path / "one", name="one"), make_run(tmp_path / "two", trials=16, name="two")]
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[RunDirectory]:
+    """Nobody writes into them."""
+    folder = tmp_path_factory.mktemp("two")
+    return [write_run(folder / "one", name="one"), write_run(folder / "two", trials=16, name="two")]
 
 
 def test_a_page_compares_two_runs_card_by_card(two: list[RunDirectory], tmp_path: Path):
@@ -160,12 +161,11 @@ def test_a_run_that_is_going_and_an_empty_one_are_compared_too(
     assert sum(bool(card.reason) for card in lonely) == 11  # all but the summary and health
 
 
-def test_no_word_of_several_runs_becomes_a_tag(make_run: Callable[..., RunDirectory], tmp_path: Path):
+def test_no_word_of_several_runs_becomes_a_tag(finished: RunDirectory, hostile: RunDirectory, tmp_path: Path):
     tags: dict[str, list[str]] = {}
-    for kind, hostile in (("tame", ""), ("wild", HOSTILE)):
-        runs = [make_run(tmp_path / kind / name, hostile=hostile) for name in ("a", "b")]
+    for kind, run in (("tame", finished), ("wild", hostile)):
         path = tmp_path / f"{kind}.html"
-        main([*(str(run.root) for run in runs), "--output", str(path)])
+        main([str(run.root), str(run.root), "--output", str(path)])
         tags[kind] = [tag for tag, _ in Page(path.read_text()).tags]
     assert tags["wild"] == tags["tame"]
     text = re.sub(r"<script.*?</script>", "", (tmp_path / "wild.html").read_text(), flags=re.DOTALL)
