@@ -27,7 +27,7 @@ INLINE = ("--resources.launcher", "inline")
 def command(tmp_path_factory: pytest.TempPathFactory, shared_ray: Path) -> Command:
     folder = tmp_path_factory.mktemp("killed")
     configuration = tiny_inputs(folder)
-    configuration["search"] = {"trials": TRIALS, "rungs": [48 * 64, 96 * 64, 144 * 64], "reduction_factor": 2}
+    configuration["search"] = {"trials": TRIALS, "rungs": [96 * 64, 192 * 64, 288 * 64], "reduction_factor": 2}
     return Command(folder, configuration)
 
 
