@@ -15,17 +15,19 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis import comparison, configuration, differences, health, palette
-from analysis import formatting as f
-from analysis.card import Card, Panel
-from analysis.cards import made
-from analysis.page import page
+from analysis import compared_cards, differences
+from analysis.cards import configuration, health
+from analysis.cards.trials_table import trials_table_html, trials_table_of
+from analysis.page import formatting as f
+from analysis.page import palette
+from analysis.page.card import Card, Panel
+from analysis.page.page import page
+from analysis.page.static_figures import write_beside
+from analysis.page.tables import plain_table
 from analysis.report import written
+from analysis.run_cards import made
 from analysis.run_data import RunData, candidates, load_run
-from analysis.static_figures import write_beside
-from analysis.tables import plain_table
-from analysis.trials_table import trials_table_html, trials_table_of
-from minitron_search.run_directory import ABLATION_FILE, ABLATION_TABLE, RunDirectory, replace_text, stage_seconds
+from minitron_search.records.directory import ABLATION_FILE, ABLATION_TABLE, RunDirectory, replace_text, stage_seconds
 
 TESTS = ["arm", "metric", "tokens", "difference", "low", "high", "p_holm", "seeds_low", "seeds_high", "seeds_p_holm",
          "n", "seeds"]  # fmt: skip
@@ -362,7 +364,7 @@ def configuration_card(ablation: Ablation) -> Card:
     read = "Every setting that is not the same in all arms: the one that was varied, and nothing else."
     if len(ablation.runs) < 2:
         return Card(title, read, reason="Fewer than two arms have begun.")
-    return comparison.configuration_card(list(ablation.runs.values()))._replace(title=title, how_to_read=read)
+    return compared_cards.configuration_card(list(ablation.runs.values()))._replace(title=title, how_to_read=read)
 
 
 def health_card(ablation: Ablation) -> Card:
@@ -371,7 +373,7 @@ def health_card(ablation: Ablation) -> Card:
     body = f'<ul class="warning">{broken}</ul>' if broken else ""
     if not ablation.runs:
         return Card(title, read, body=body) if body else Card(title, read, reason="No arm has begun.")
-    card = comparison.health_card(list(ablation.runs.values()))
+    card = compared_cards.health_card(list(ablation.runs.values()))
     return card._replace(how_to_read=read, sample=f"n = {f.plural(len(ablation.runs), 'arm')}.", body=body + card.body)
 
 

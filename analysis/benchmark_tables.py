@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from analysis import formatting as f
-from analysis.card import Card
+from analysis.page import formatting as f
+from analysis.page.card import Card
+from analysis.page.tables import plain_table
 from analysis.run_data import RunData
-from analysis.tables import plain_table
 
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published_tables.json").read_text())
 TITLE = "Tables 1 and 2"

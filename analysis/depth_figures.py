@@ -9,11 +9,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from analysis.cards import depth_card
-from analysis.page import page
+from analysis.page.page import page
+from analysis.page.static_figures import write_figures as write_static
+from analysis.run_cards import depth_card
 from analysis.run_data import load_run
-from analysis.static_figures import write_figures as write_static
-from minitron_search.run_directory import RunDirectory
+from minitron_search.records.directory import RunDirectory
 
 
 def write_figures(directory: RunDirectory) -> tuple[list[Path], str]:

@@ -8,8 +8,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from scipy import stats
 
-from analysis import formatting as f
-from analysis import palette
+from analysis.page import formatting as f
+from analysis.page import palette
 from analysis.run_data import RunData
 
 LEVEL = 0.95

@@ -12,17 +12,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from analysis import formatting as f
-from analysis.card import Card
-from analysis.cards import make_cards
-from analysis.comparison import compare
+from analysis.cards.health import health_info, span
+from analysis.compared_cards import compare
 from analysis.differences import labelled
-from analysis.health import health_info, span
-from analysis.page import page
+from analysis.page import formatting as f
+from analysis.page.card import Card
+from analysis.page.page import page
+from analysis.page.static_figures import write_beside
+from analysis.run_cards import make_cards
 from analysis.run_data import RunData, load_run
-from analysis.static_figures import write_beside
-from minitron_search.mirror import Mirror, mirror_of
-from minitron_search.run_directory import RunDirectory, replace_text
+from minitron_search.records.bucket import Mirror, mirror_of
+from minitron_search.records.directory import RunDirectory, replace_text
 
 COMPARISON = "comparison.html"
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 from safetensors import safe_open
 
-from minitron_search.run_directory import ABLATION_FILE, DEPTH_SCHEMA, TRIALS_SCHEMA, RunDirectory
+from minitron_search.records.directory import ABLATION_FILE, DEPTH_SCHEMA, TRIALS_SCHEMA, RunDirectory
 
 # The arms that are not candidates; every other arm is the search's. A control of a promoted
 # architecture has its tokens of the search, or, `_retrained`, those of the retraining.

@@ -17,14 +17,14 @@ import pandas as pd
 import plotly.graph_objects as go
 import pyarrow as pa
 
-from analysis import palette
-from analysis.card import Card, Panel
-from analysis.static_figures import write_figures
+from analysis.page import palette
+from analysis.page.card import Card, Panel
+from analysis.page.static_figures import write_figures
 from benchmarks.document import between, replaced
-from minitron_search.ablation_evidence import SCHEMA, differences, read_arms
-from minitron_search.pairing import Row
-from minitron_search.run_directory import ABLATION_FILE, RunDirectory, write_table
-from minitron_search.statistics import LEVEL
+from minitron_search.ablation.differences import SCHEMA, differences, read_arms
+from minitron_search.evaluation.paired_scores import Row
+from minitron_search.evaluation.statistics import LEVEL
+from minitron_search.records.directory import ABLATION_FILE, RunDirectory, write_table
 
 TITLE = "The papers' ablations at 135M parameters"
 ROW_PIXELS = 22

@@ -11,23 +11,25 @@ from dataclasses import replace
 
 import ray
 
-from minitron_search import cluster, config, retraining
-from minitron_search.architecture import Architecture
-from minitron_search.console import say
-from minitron_search.correction_stage import correct_teacher
-from minitron_search.materials import make_materials
-from minitron_search.preparation import prepare
-from minitron_search.run_directory import RunDirectory
-from minitron_search.search_state import Search
-from minitron_search.trial_settings import distillation_settings, make_trial, retraining_settings
-from minitron_search.workshop import resolved_precision
+from minitron_search.cluster import session
+from minitron_search.cluster.placement import resolved_precision
+from minitron_search.config import schema
+from minitron_search.models.architecture import Architecture
+from minitron_search.pipeline import retraining
+from minitron_search.pipeline.correction import correct_teacher
+from minitron_search.pipeline.teacher import make_materials
+from minitron_search.planning.prepare import prepare
+from minitron_search.records.console import say
+from minitron_search.records.directory import RunDirectory
+from minitron_search.search.state import Search
+from minitron_search.trials.settings import distillation_settings, make_trial, retraining_settings
 
 
 def main(folder: str) -> None:
     run = RunDirectory(folder)
-    settings = config.parse({**run.read_config(), "output": folder})
+    settings = schema.parse({**run.read_config(), "output": folder})
     prepared = prepare(settings, resume=True)
-    with cluster.joined():
+    with session.joined():
         precision = resolved_precision(settings.precision)
         prepared = correct_teacher(prepared, precision)
         materials = ray.put(make_materials(prepared, precision))
@@ -38,7 +40,7 @@ def main(folder: str) -> None:
         )
         trial = replace(trial, initialization="random")
         run.start_trial(trial.id, trial.describe())
-        slots = cluster.slots(settings.resources)
+        slots = session.slots(settings.resources)
         retraining.retrain(settings, trial, materials, slots, say, run)
     control = next(row for row in run.metrics(trial.id) if row["kind"] == "rung")
     print(f"{best}: validation LM loss, nats per token +- standard error ({control['lm_loss_n']} windows)")

@@ -28,13 +28,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from minitron_search import depth, winogrande
-from minitron_search.architecture import parameter_count
-from minitron_search.depth import TEACHER, Cut
-from minitron_search.families import sizes, weights, whole
-from minitron_search.teacher import load_tokenizer, teacher_folder
-from minitron_search.trimming import trim
-from minitron_search.walk import Walk
+from minitron_search.data import winogrande
+from minitron_search.depth import sweep as depth
+from minitron_search.depth.sweep import TEACHER, Cut
+from minitron_search.models.architecture import parameter_count
+from minitron_search.models.families import sizes, weights, whole
+from minitron_search.models.layerwise import Walk
+from minitron_search.models.sources import load_tokenizer, teacher_folder
+from minitron_search.pruning.trimming import trim
 
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY_WINDOW = 16  # tokens; memory is bounded by tokens in a chunk, whatever their windows

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 
-from minitron_search.run_directory import RunDirectory
+from minitron_search.records.directory import RunDirectory
 from tests import tiny
 from tests.runs import Command
 

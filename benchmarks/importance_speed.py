@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from minitron_search.config import ImportanceConfig
-from minitron_search.families import final_hidden
-from minitron_search.importance import partial_sums
-from minitron_search.precision import autocast, on_device
-from minitron_search.teacher import teacher_folder
+from minitron_search.config.schema import ImportanceConfig
+from minitron_search.importance.importance import partial_sums
+from minitron_search.models.device import autocast, on_device
+from minitron_search.models.families import final_hidden
+from minitron_search.models.sources import teacher_folder
 
 GOAL = 1.15
 ROWS = 4  # windows at once, on both sides

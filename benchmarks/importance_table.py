@@ -28,19 +28,27 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from benchmarks.document import replaced
-from minitron_search import precision
-from minitron_search.architecture import Architecture, parameter_count
-from minitron_search.config import ImportanceConfig
-from minitron_search.corpus import load_corpus
-from minitron_search.distillation_loss import token_losses
-from minitron_search.families import final_hidden, is_expressible, sizes, sizes_of, student_config, weights, whole
-from minitron_search.importance import Importance, measure
-from minitron_search.precision import on_device
-from minitron_search.rotation import rotated, rotated_config
-from minitron_search.statistics import mean_and_error, paired
-from minitron_search.teacher import load_tokenizer, teacher_folder
-from minitron_search.teacher_source import output_head
-from minitron_search.trimming import student_of, trimmed_weights
+from minitron_search.config.schema import ImportanceConfig
+from minitron_search.data.corpus import load_corpus
+from minitron_search.distillation.teacher import output_head
+from minitron_search.evaluation.statistics import mean_and_error, paired
+from minitron_search.importance.importance import Importance, measure
+from minitron_search.importance.pca import rotated, rotated_config
+from minitron_search.losses.output_loss import token_losses
+from minitron_search.models import device
+from minitron_search.models.architecture import Architecture, parameter_count
+from minitron_search.models.device import on_device
+from minitron_search.models.families import (
+    final_hidden,
+    is_expressible,
+    sizes,
+    sizes_of,
+    student_config,
+    weights,
+    whole,
+)
+from minitron_search.models.sources import load_tokenizer, teacher_folder
+from minitron_search.pruning.trimming import student_of, trimmed_weights
 
 METHODS = ("activation", "random", "magnitude", "taylor", "wanda", "pca")
 NAMES = {
@@ -174,7 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/results.md"))
     chosen = parser.parse_args(arguments)
     methods = ["activation", *(method for method in chosen.methods if method != "activation")]
-    resolved = precision.resolve(chosen.precision)
+    resolved = device.resolve(chosen.precision)
     tokenizer = load_tokenizer(chosen.model)
     corpora = [
         load_corpus(

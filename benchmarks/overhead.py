@@ -11,7 +11,7 @@ import math
 import statistics
 import sys
 
-from minitron_search.run_directory import RunDirectory
+from minitron_search.records.directory import RunDirectory
 
 
 def main(folder: str) -> None:

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
-from minitron_search.architecture import Architecture
-from minitron_search.config import Budget, load
-from minitron_search.families import student_config
-from minitron_search.preparation import check
-from minitron_search.proposals import Observation, propose
-from minitron_search.search_space import SearchSpace
+from minitron_search.config.schema import Budget, load
+from minitron_search.models.architecture import Architecture
+from minitron_search.models.families import student_config
+from minitron_search.planning.prepare import check
+from minitron_search.search.samplers import Observation, propose
+from minitron_search.search.space import SearchSpace
 
 RECIPES = Path(__file__).parents[1] / "search_spaces"
 SAMPLE = 25  # architectures built, of each recipe and sampler

@@ -34,15 +34,15 @@ import psutil
 import ray
 from ray.cluster_utils import Cluster
 
-from minitron_search import config as configuration
-from minitron_search import launchers, search
-from minitron_search.cluster import ENVIRONMENT
-from minitron_search.node_files import keep_files
-from minitron_search.run_directory import RunDirectory
-from minitron_search.search_space import SearchSpace
-from minitron_search.search_state import Search
-from minitron_search.trial import Trial
-from minitron_search.trial_settings import distillation_settings
+from minitron_search.cluster import launchers, tuner
+from minitron_search.cluster.remote_logs import keep_files
+from minitron_search.cluster.session import ENVIRONMENT
+from minitron_search.config import schema as configuration
+from minitron_search.records.directory import RunDirectory
+from minitron_search.search.space import SearchSpace
+from minitron_search.search.state import Search
+from minitron_search.trials.settings import distillation_settings
+from minitron_search.trials.trial import Trial
 from tests import tiny
 
 TEACHER = tiny.config(
@@ -118,10 +118,10 @@ def measure(nodes: int, slots_per_node: int, wait: float, waves: int) -> Measure
             assert len(space) >= config.search.trials, len(space)
             searched = Search(run, config, space, distillation_settings(config, "float32"))
             samples = sampled([os.getpid(), actor])
-            search.tune_function = lambda materials, run, resources: launchers.followed(
+            tuner.tune_function = lambda materials, run, resources: launchers.followed(
                 wait_instead(wait), materials, run, resources
             )
-            search.run_search(searched, ray.put(None), partial(int, slots), lambda line: None)
+            tuner.run_search(searched, ray.put(None), partial(int, slots), lambda line: None)
             return read(run, samples, slots, wait)
         finally:
             ray.shutdown()

@@ -38,20 +38,20 @@ import pyarrow as pa
 import ray
 
 from benchmarks.document import replaced
-from minitron_search import cluster
-from minitron_search import config as configuration
-from minitron_search.architecture import Architecture
-from minitron_search.config import Config
-from minitron_search.console import say
-from minitron_search.importance_stage import measure_importance
-from minitron_search.materials import make_materials
-from minitron_search.preparation import Prepared, prepare
-from minitron_search.run_directory import RunDirectory, replace_text, write_table
-from minitron_search.search_space import SearchSpace
-from minitron_search.statistics import agreement, mean_and_error, paired
-from minitron_search.trial import Trial
-from minitron_search.trial_settings import make_trial, retraining_settings, untrained
-from minitron_search.workshop import resolved_precision
+from minitron_search.cluster import session
+from minitron_search.cluster.placement import resolved_precision
+from minitron_search.config import schema as configuration
+from minitron_search.config.schema import Config
+from minitron_search.evaluation.statistics import agreement, mean_and_error, paired
+from minitron_search.models.architecture import Architecture
+from minitron_search.pipeline.importance import measure_importance
+from minitron_search.pipeline.teacher import make_materials
+from minitron_search.planning.prepare import Prepared, prepare
+from minitron_search.records.console import say
+from minitron_search.records.directory import RunDirectory, replace_text, write_table
+from minitron_search.search.space import SearchSpace
+from minitron_search.trials.settings import make_trial, retraining_settings, untrained
+from minitron_search.trials.trial import Trial
 
 CLOSEST = 10  # architectures that NVIDIA's rule scores
 SEARCHES = {
@@ -241,7 +241,7 @@ class Bench:
 
 def train_and_drop(materials: list[ray.ObjectRef], trial: Trial) -> None:
     """To its last row; what it would go on from is then no longer needed."""
-    from minitron_search.trial_run import run_to_end
+    from minitron_search.trials.runner import run_to_end
 
     made = ray.get(materials[0])
     run_to_end(made, trial, decided=False)
@@ -278,7 +278,7 @@ def proxies(bench: Bench, folders: list[Path], seed: int) -> list[tuple[str, dic
                 shapes[row["architecture"]] = architecture_of(run, row["trial"])
                 rungs[row["architecture"], row["rung"]] = row["lm_loss"]
     names = sorted(shapes)
-    with cluster.joined():
+    with session.joined():
         untrained_losses = bench.untrained_losses(seed, [shapes[name] for name in names])
     for name in names:
         first[name] = rungs[name, 0]
@@ -352,7 +352,7 @@ def main(arguments: list[str] | None = None) -> None:
     work.mkdir(parents=True, exist_ok=True)
     bench = Bench(config, work, chosen.share)
     asked = [name for name in SEARCHES if name in chosen.methods]
-    with cluster.joined():
+    with session.joined():
         rows = fixed_rules(bench, chosen.methods, chosen.seeds)
     pairs = [(name, seed) for name in asked for seed in chosen.seeds]
     beside = [("draws", seed) for seed in chosen.seeds] if pairs else []
@@ -361,7 +361,7 @@ def main(arguments: list[str] | None = None) -> None:
         folders_of = dict(zip([*pairs, *beside], made, strict=True))
     searches = {pair: winner(folders_of[pair]) for pair in pairs}
     if searches:
-        with cluster.joined():
+        with session.joined():
             jobs = [Job(name, seed, architecture, bench.left)
                     for (name, seed), (architecture, _) in searches.items()]  # fmt: skip
             found = bench.retrain(jobs)

@@ -14,17 +14,17 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from analysis import formatting as f
 from analysis.benchmark_tables import percent, tables_info
+from analysis.page import formatting as f
 from analysis.report import write_report
 from analysis.run_data import load_run
-from minitron_search import precision
-from minitron_search.console import console, say
-from minitron_search.evaluation import evaluate
-from minitron_search.evaluation_stage import evaluate_all, models_of
-from minitron_search.evaluation_tasks import check_data, parse_tasks
-from minitron_search.run_directory import RunDirectory
-from minitron_search.teacher import teacher_folder
+from minitron_search.evaluation.benchmarks import evaluate_all, models_of
+from minitron_search.evaluation.lm_eval_run import evaluate
+from minitron_search.evaluation.lm_eval_tasks import check_data, parse_tasks
+from minitron_search.models import device
+from minitron_search.models.sources import teacher_folder
+from minitron_search.records.console import console, say
+from minitron_search.records.directory import RunDirectory
 
 
 def models_in(run: RunDirectory) -> dict[str, tuple[str, Path]]:
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, RuntimeError) as error:
         print(f"benchmarks.tables: {str(error).replace('teacher.model', '--references')}", file=sys.stderr)
         return 2
-    resolved = precision.resolve(chosen.precision or run.read_environment().get("precision", "auto"))
+    resolved = device.resolve(chosen.precision or run.read_environment().get("precision", "auto"))
     done = evaluate_all(run, models, references, tasks, resolved, chosen.limit, evaluate, say)
     console.print(printed(run))
     say(f"tables: {run.evaluation} and {write_report(run)}")

@@ -32,28 +32,29 @@ import pyarrow as pa
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from analysis import palette
+from analysis.page import palette
 from benchmarks.document import replaced
 from benchmarks.importance_table import lm_loss, shape_within
-from minitron_search import checkpoints, precision
-from minitron_search.architecture import digest, parameter_count
-from minitron_search.config import Config, ImportanceConfig, parse
-from minitron_search.corpus import load_corpus
-from minitron_search.correction import correcting_teacher, float32_of, merged, trainable
-from minitron_search.distillation import Milestone, train
-from minitron_search.families import sizes, sizes_of, weights, whole
-from minitron_search.importance import measure
-from minitron_search.loop_settings import Precision
-from minitron_search.memory import release_memory
-from minitron_search.precision import autocast, on_device
-from minitron_search.retraining import write_folder
-from minitron_search.run_directory import replace_text, write_table
-from minitron_search.statistics import mean_and_error, paired
-from minitron_search.teacher import fingerprint, load_tokenizer, teacher_folder
-from minitron_search.teacher_cache import Request, ensure, in_this_process
-from minitron_search.teacher_source import cached_teacher, live_teacher
-from minitron_search.trial_settings import correction, correction_settings, retraining_settings
-from minitron_search.trimming import load_head, load_teacher, permute_teacher, trim
+from minitron_search.config.schema import Config, ImportanceConfig, parse
+from minitron_search.data.corpus import load_corpus
+from minitron_search.distillation import checkpoints
+from minitron_search.distillation.correction import correcting_teacher, float32_of, merged, trainable
+from minitron_search.distillation.loop import Milestone, train
+from minitron_search.distillation.settings import Precision
+from minitron_search.distillation.teacher import cached_teacher, live_teacher
+from minitron_search.distillation.teacher_cache import Request, ensure, in_this_process
+from minitron_search.evaluation.statistics import mean_and_error, paired
+from minitron_search.importance.importance import measure
+from minitron_search.models import device
+from minitron_search.models.architecture import digest, parameter_count
+from minitron_search.models.device import autocast, on_device
+from minitron_search.models.families import sizes, sizes_of, weights, whole
+from minitron_search.models.memory import release_memory
+from minitron_search.models.sources import fingerprint, load_tokenizer, teacher_folder
+from minitron_search.pipeline.retraining import write_folder
+from minitron_search.pruning.trimming import load_head, load_teacher, permute_teacher, trim
+from minitron_search.records.directory import replace_text, write_table
+from minitron_search.trials.settings import correction, correction_settings, retraining_settings
 
 
 class Kind(NamedTuple):
@@ -88,7 +89,7 @@ class Plan:
     config: dict[str, Any]
     kept: float  # of the teacher's parameters
     tokens: int  # of a student
-    precision: Precision
+    device: Precision
 
     def read(self) -> Config:
         return parse(self.config)
@@ -376,7 +377,7 @@ def main(arguments: list[str] | None = None) -> None:
         "distillation": {"batch_tokens": chosen.batch_tokens},
         "retraining": {"tokens": chosen.tokens, "learning_rate": chosen.learning_rate},
     })  # fmt: skip
-    plan = Plan(config.dump(), chosen.kept, config.retraining.tokens, precision.resolve(chosen.precision))
+    plan = Plan(config.dump(), chosen.kept, config.retraining.tokens, device.resolve(chosen.precision))
     work = chosen.work.absolute() / digest(asdict(plan))
     (work / "rows").mkdir(parents=True, exist_ok=True)
     arms = ["original", *(arm for arm in ARMS if arm in chosen.arms and arm != "original")]

@@ -33,15 +33,15 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from minitron_search import precision
-from minitron_search.ablation_shapes import shaped
-from minitron_search.architecture import Architecture, parameter_count
-from minitron_search.config import Config, parse
-from minitron_search.console import console, say
-from minitron_search.families import sizes_of, student_config, weights, whole
-from minitron_search.run_directory import write_table
-from minitron_search.search_space import SearchSpace
-from minitron_search.teacher import teacher_config
+from minitron_search.ablation.shapes import shaped
+from minitron_search.config.schema import Config, parse
+from minitron_search.models import device as precision
+from minitron_search.models.architecture import Architecture, parameter_count
+from minitron_search.models.families import sizes_of, student_config, weights, whole
+from minitron_search.models.sources import teacher_config
+from minitron_search.records.console import console, say
+from minitron_search.records.directory import write_table
+from minitron_search.search.space import SearchSpace
 
 SCHEMA = pa.schema([
     ("model", pa.string()), ("params", pa.int64()), ("engine", pa.string()), ("on", pa.string()),

@@ -15,9 +15,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analysis import palette
-from analysis.card import Card, Panel
-from analysis.static_figures import write_figures
+from analysis.page import palette
+from analysis.page.card import Card, Panel
+from analysis.page.static_figures import write_figures
 from benchmarks.document import replaced
 
 TITLE = "Figure 10: how fast the students answer"

@@ -27,7 +27,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks.winogrande import preprocess_winogrande
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from minitron_search import winogrande
+from minitron_search.data import winogrande
 
 TIE = 1e-3  # nats: options closer than this may be decided by rounding
 

@@ -11,11 +11,11 @@ from dataclasses import replace
 import torch
 from transformers import AutoModelForCausalLM
 
-from minitron_search.corpus import load_corpus
-from minitron_search.families import whole
-from minitron_search.importance import measure
-from minitron_search.teacher import load_tokenizer, teacher_folder
-from minitron_search.trimming import trim
+from minitron_search.data.corpus import load_corpus
+from minitron_search.importance.importance import measure
+from minitron_search.models.families import whole
+from minitron_search.models.sources import load_tokenizer, teacher_folder
+from minitron_search.pruning.trimming import trim
 
 model, text, output = sys.argv[1:]
 folder, tokenizer = teacher_folder(model), load_tokenizer(model)

@@ -23,58 +23,92 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import ray  # noqa: E402
 import tyro  # noqa: E402
 
-from minitron_search import cluster, retraining  # noqa: E402
-from minitron_search import config as configuration  # noqa: E402
-from minitron_search.ablation import checked, is_ablation  # noqa: E402
-from minitron_search.ablation import load as load_ablation  # noqa: E402
-from minitron_search.ablation_run import dry_run as dry_run_ablation  # noqa: E402
-from minitron_search.ablation_run import prepare_ablation, run_ablation  # noqa: E402
-from minitron_search.ablation_storage import put as put_ablation  # noqa: E402
-from minitron_search.architecture import Architecture  # noqa: E402
-from minitron_search.chance import refuse_at_chance  # noqa: E402
-from minitron_search.console import console, say  # noqa: E402
-from minitron_search.correction_stage import correct_teacher  # noqa: E402
-from minitron_search.depth import Cut, block  # noqa: E402
-from minitron_search.depth_recommendation import best_blocks  # noqa: E402
-from minitron_search.depth_stage import measure_depth  # noqa: E402
-from minitron_search.evaluation import evaluate  # noqa: E402
-from minitron_search.evaluation_stage import evaluate_all, models_of  # noqa: E402
-from minitron_search.evaluation_tasks import parse_tasks  # noqa: E402
-from minitron_search.evidence import evidence  # noqa: E402
-from minitron_search.forecast import comparison, dry_run, intermediate_advice  # noqa: E402
-from minitron_search.forecast_stage import costs_of, write_forecast  # noqa: E402
-from minitron_search.importance import Importance  # noqa: E402
-from minitron_search.importance_stage import calibration_windows, measure_importance  # noqa: E402
-from minitron_search.latency_stage import held_here, hold_to_speed  # noqa: E402
-from minitron_search.layer_choice import (  # noqa: E402
-    least_block,
-    least_layers,
-    merged_away,
-    read_merges,
-    write_merges,
+from minitron_search.ablation.definition import (
+    checked,
+    is_ablation,  # noqa: E402
 )
-from minitron_search.layer_merge import collapsed  # noqa: E402
-from minitron_search.loop_settings import Precision  # noqa: E402
-from minitron_search.materials import make_materials  # noqa: E402
-from minitron_search.memory import release_memory  # noqa: E402
-from minitron_search.mirror import mirror_of  # noqa: E402
-from minitron_search.model_card import origin_of  # noqa: E402
-from minitron_search.node_disks import connected, disconnect  # noqa: E402
-from minitron_search.preparation import Prepared, check, environment, prepare  # noqa: E402
-from minitron_search.run_directory import RunDirectory  # noqa: E402
-from minitron_search.search import run_search  # noqa: E402
-from minitron_search.search_state import Search  # noqa: E402
-from minitron_search.summary import summary_table  # noqa: E402
-from minitron_search.tracking import tracked  # noqa: E402
-from minitron_search.trial_settings import (  # noqa: E402
+from minitron_search.ablation.definition import load as load_ablation  # noqa: E402
+from minitron_search.ablation.runner import dry_run as dry_run_ablation  # noqa: E402
+from minitron_search.ablation.runner import (
+    prepare_ablation,
+    run_ablation,  # noqa: E402
+)
+from minitron_search.ablation.storage import put as put_ablation  # noqa: E402
+from minitron_search.cluster import session
+from minitron_search.cluster.node_disks import (
+    connected,
+    disconnect,  # noqa: E402
+)
+from minitron_search.cluster.placement import (
+    on_all_cpus,
+    resolved_precision,  # noqa: E402
+)
+from minitron_search.cluster.tuner import run_search  # noqa: E402
+from minitron_search.config import schema as configuration  # noqa: E402
+from minitron_search.depth.layer_choice import least_block, least_layers, merged_away, read_merges, write_merges
+from minitron_search.depth.recommendation import best_blocks  # noqa: E402
+from minitron_search.depth.sweep import (
+    Cut,
+    block,  # noqa: E402
+)
+from minitron_search.distillation.settings import Precision  # noqa: E402
+from minitron_search.evaluation.benchmarks import (
+    evaluate_all,
+    models_of,  # noqa: E402
+)
+from minitron_search.evaluation.chance import refuse_at_chance  # noqa: E402
+from minitron_search.evaluation.evidence import evidence  # noqa: E402
+from minitron_search.evaluation.lm_eval_run import evaluate  # noqa: E402
+from minitron_search.evaluation.lm_eval_tasks import parse_tasks  # noqa: E402
+from minitron_search.export.model_card import origin_of  # noqa: E402
+from minitron_search.importance.importance import Importance  # noqa: E402
+from minitron_search.models.architecture import Architecture  # noqa: E402
+from minitron_search.models.memory import release_memory  # noqa: E402
+from minitron_search.pipeline import retraining  # noqa: E402
+from minitron_search.pipeline.correction import correct_teacher  # noqa: E402
+from minitron_search.pipeline.depth import measure_depth  # noqa: E402
+from minitron_search.pipeline.forecast import (
+    costs_of,
+    write_forecast,  # noqa: E402
+)
+from minitron_search.pipeline.importance import (
+    calibration_windows,
+    measure_importance,  # noqa: E402
+)
+from minitron_search.pipeline.latency import (
+    held_here,
+    hold_to_speed,  # noqa: E402
+)
+from minitron_search.pipeline.teacher import make_materials  # noqa: E402
+from minitron_search.planning.forecast import (
+    comparison,
+    dry_run,
+    intermediate_advice,  # noqa: E402
+)
+from minitron_search.planning.prepare import (
+    Prepared,
+    check,
+    environment,
+    prepare,  # noqa: E402
+)
+from minitron_search.planning.workload import spent  # noqa: E402
+from minitron_search.pruning.laco import collapsed  # noqa: E402
+from minitron_search.records.bucket import mirror_of  # noqa: E402
+from minitron_search.records.console import (
+    console,
+    say,  # noqa: E402
+)
+from minitron_search.records.directory import RunDirectory  # noqa: E402
+from minitron_search.records.summary import summary_table  # noqa: E402
+from minitron_search.search.state import Search  # noqa: E402
+from minitron_search.tracking.curves import tracked  # noqa: E402
+from minitron_search.trials.settings import (
     correction_tokens,
     distillation_settings,
     make_trial,
     retraining_settings,
     untrained,
 )
-from minitron_search.workload import spent  # noqa: E402
-from minitron_search.workshop import on_all_cpus, resolved_precision  # noqa: E402
 
 
 @dataclass
@@ -123,14 +157,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with mirror.kept(say) if mirror else nullcontext():
             run(prepared)
-    except cluster.UnfitError as error:
+    except session.UnfitError as error:
         return complain(error, 2)
     except KeyboardInterrupt:
         return complain(
             f"interrupted; every finished row is kept. Continue with --output {config.output} --resume", 130
         )
     except (ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
-        return complain(f"{cluster.words_of(error)}\n{config.output} keeps what is finished; --resume continues it", 1)
+        return complain(f"{session.words_of(error)}\n{config.output} keeps what is finished; --resume continues it", 1)
     if failed := evaluations_failed(prepared.run) - before:
         return complain(f"{failed} of evaluation.tasks failed, the rest is done; --resume tries them again", 1)
     return 0
@@ -156,12 +190,12 @@ def ablate(options: Options, overrides: list[str]) -> int:
 
         say(f"report: {write_ablation_report(ablation.root)}")
         put_ablation(ablation)
-    except cluster.UnfitError as error:
+    except session.UnfitError as error:
         return complain(error, 2)
     except KeyboardInterrupt:
         return complain(f"interrupted; every finished row is kept; {again}", 130)
     except (ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
-        return complain(f"{cluster.words_of(error)}\n{again}", 1)
+        return complain(f"{session.words_of(error)}\n{again}", 1)
     return complain(f"failed: {', '.join(failed)}; {again}", 1) if failed else 0
 
 
@@ -175,7 +209,7 @@ def run(prepared: Prepared, foretold: bool = True) -> None:
     except (ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
         with suppress(OSError):  # of a disk that is full the message is what stopped the run
             if run.config.exists():
-                run.event("run_failed", message=cluster.words_of(error).strip().splitlines()[-1])
+                run.event("run_failed", message=session.words_of(error).strip().splitlines()[-1])
         raise
     shutil.rmtree(run.scratch, ignore_errors=True)
     disconnect(run)
@@ -199,13 +233,13 @@ def stages(prepared: Prepared, foretold: bool = True) -> None:
     if not set(config.stages) & {"importance", "depth", "search", "retrain"}:
         begin_run(prepared)
     else:
-        with cluster.joined():
-            cluster.wait_for_place(config.resources, say)
+        with session.joined():
+            session.wait_for_place(config.resources, say)
             prepared = connected(prepared)
             resolved = resolved_precision(config.precision)
             prepared, speeds = hold_to_speed(prepared, resolved)
             begin_run(prepared)
-            with cluster.watched(run, say), tracked(run, config.name, config.trackers, say):
+            with session.watched(run, say), tracked(run, config.name, config.trackers, say):
                 compute(prepared, resolved, speeds, foretold)
     if "report" in config.stages:
         from analysis.report import write_report  # reads the run directory only; Plotly is not needed before
@@ -260,7 +294,7 @@ def search_and_retrain(prepared: Prepared, resolved: Precision) -> None:
         return {"tokens": tokens, "flops": flops}
 
     if "search" in config.stages:
-        room = cluster.Room(config.search.concurrency, resources)
+        room = session.Room(config.search.concurrency, resources)
         say(f"search: {config.search.trials} of {len(space):,} legal architectures, {room()} trials at once")
         if config.search.trials >= len(space):
             say(f"search: the space is small: all {len(space):,} of its architectures are tried")
@@ -306,7 +340,7 @@ def retrain(prepared: Prepared, search: Search, architecture: Architecture, rank
     run.event("trial_started", trial=trial.id)
     on_all_cpus(run.depot, retraining.score_now, materials, before)
     if not run.best(rank).exists():
-        slots = cluster.slots(config.resources)  # nodes may have come and gone since the search began
+        slots = session.slots(config.resources)  # nodes may have come and gone since the search began
         try:
             retraining.retrain(config, trial, materials, slots, say, run)
         except RuntimeError:  # one that diverged is a row that says so

@@ -31,7 +31,7 @@ def shared_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     Yields the cache folder of its processes, which is fixed when they start; what is cached is keyed by content, so
     tests may share it.
     """
-    from minitron_search.cluster import joined
+    from minitron_search.cluster.session import joined
 
     with pytest.MonkeyPatch.context() as environment:
         cache = tmp_path_factory.mktemp("cache")
@@ -49,7 +49,7 @@ SHARED = ExitStack()  # what is shared, while it is there
 @pytest.fixture(scope="module")
 def no_shared_ray() -> Iterator[None]:
     """For a module that starts a Ray of another kind: the shared one, where there is one, is away meanwhile."""
-    from minitron_search.cluster import joined
+    from minitron_search.cluster.session import joined
 
     shared = ray.is_initialized()
     if shared:

@@ -7,16 +7,16 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minitron_search.architecture import Architecture
-from minitron_search.families import whole
-from minitron_search.loop_settings import LoopSettings, Precision
-from minitron_search.rankings import Rankings
-from minitron_search.run_directory import RunDirectory
-from minitron_search.teacher_cache import Request, ensure, in_this_process
-from minitron_search.trial import Trial
-from minitron_search.trial_run import Materials
-from minitron_search.trimming import load_teacher, permute_teacher
-from minitron_search.winogrande import load_examples, pack
+from minitron_search.data.winogrande import load_examples, pack
+from minitron_search.distillation.settings import LoopSettings, Precision
+from minitron_search.distillation.teacher_cache import Request, ensure, in_this_process
+from minitron_search.models.architecture import Architecture
+from minitron_search.models.families import whole
+from minitron_search.pruning.rankings import Rankings
+from minitron_search.pruning.trimming import load_teacher, permute_teacher
+from minitron_search.records.directory import RunDirectory
+from minitron_search.trials.runner import Materials
+from minitron_search.trials.trial import Trial
 from tests import tiny
 
 LENGTH = 16

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from minitron_search.distillation_loss import OutputHead, TopK
+from minitron_search.losses.output_loss import OutputHead, TopK
 
 
 @torch.no_grad()

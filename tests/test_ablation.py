@@ -14,20 +14,20 @@ import pytest
 import yaml
 from transformers import CONFIG_MAPPING
 
-from minitron_search.ablation import Ablation, checked, is_ablation, load
-from minitron_search.ablation_evidence import differences, read_arms, shown, write_differences
-from minitron_search.ablation_run import prepare_ablation, run_ablation
-from minitron_search.ablation_shapes import shaped
-from minitron_search.architecture import parameter_count
-from minitron_search.cluster import UnfitError
-from minitron_search.config import load as load_config
-from minitron_search.config import parse
-from minitron_search.families import sizes, sizes_of, weights, whole
-from minitron_search.preparation import Prepared, check
+from minitron_search.ablation.definition import Ablation, checked, is_ablation, load
+from minitron_search.ablation.differences import differences, read_arms, shown, write_differences
+from minitron_search.ablation.runner import prepare_ablation, run_ablation
+from minitron_search.ablation.shapes import shaped
+from minitron_search.cluster.session import UnfitError
+from minitron_search.config.schema import load as load_config
+from minitron_search.config.schema import parse
+from minitron_search.evaluation.statistics import holm
+from minitron_search.models.architecture import parameter_count
+from minitron_search.models.families import sizes, sizes_of, weights, whole
+from minitron_search.planning.prepare import Prepared, check
+from minitron_search.records.directory import RunDirectory
 from minitron_search.run import main
-from minitron_search.run_directory import RunDirectory
-from minitron_search.search_space import SearchSpace
-from minitron_search.statistics import holm
+from minitron_search.search.space import SearchSpace
 from tests import tiny
 from tests.test_evidence import WINDOWS, log
 
@@ -106,7 +106,7 @@ def values(inputs: Path) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MINITRON_SEARCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("minitron_search.cluster.joined", lambda: pytest.fail("nothing here needs Ray"))
+    monkeypatch.setattr("minitron_search.cluster.session.joined", lambda: pytest.fail("nothing here needs Ray"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -184,7 +184,7 @@ def test_the_width_rule_shrinks_both_widths_alike_to_the_budget(
 ) -> None:
     """Of the sizes that a family's configuration has by itself: those of its first model."""
     teacher = CONFIG_MAPPING[model_type]()
-    monkeypatch.setattr("minitron_search.ablation_shapes.teacher_config", lambda name: teacher)
+    monkeypatch.setattr("minitron_search.ablation.shapes.teacher_config", lambda name: teacher)
     target, full = share * parameter_count(weights(teacher), sizes(teacher)), whole(teacher)
     config = parse({"space": {"budget": {"params": {"target": target, "tolerance": 0.05}}, "axes": {}}})
     (shape,) = SearchSpace(parse({"space": {**config.dump()["space"], **shaped("width", config)}}).space,
@@ -235,7 +235,7 @@ def test_an_arm_may_wait_for_a_run_that_is_made_first(loaded: Loaded, inputs: Pa
 def test_an_arm_that_fails_is_said_to_and_the_others_go_on(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("minitron_search.cluster.joined", nullcontext)
+    monkeypatch.setattr("minitron_search.cluster.session.joined", nullcontext)
     found = loaded(arms={"one": {}, "two": {}, "three": {}})
     text, ran = np.arange(WINDOWS) / 10, []
 

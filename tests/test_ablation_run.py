@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from minitron_search.run_directory import RunDirectory
+from minitron_search.records.directory import RunDirectory
 from tests import tiny
 from tests.runs import Command, events, rows, tiny_inputs
 

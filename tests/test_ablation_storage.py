@@ -11,15 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from minitron_search import ablation_storage
-from minitron_search.ablation import Ablation, checked, load
-from minitron_search.ablation_run import prepare_ablation, run_ablation
-from minitron_search.folders import SCHEMES, inside
-from minitron_search.preparation import Prepared
+from minitron_search.ablation import storage as ablation_storage
+from minitron_search.ablation.definition import Ablation, checked, load
+from minitron_search.ablation.runner import prepare_ablation, run_ablation
+from minitron_search.models.sources import teacher_config, teacher_folder
+from minitron_search.models.stored import is_stored, stored_model
+from minitron_search.planning.prepare import Prepared
+from minitron_search.records.directory import RunDirectory
+from minitron_search.records.paths import SCHEMES, inside
 from minitron_search.run import main
-from minitron_search.run_directory import RunDirectory
-from minitron_search.stored_model import is_stored, stored_model
-from minitron_search.teacher import teacher_config, teacher_folder
 from tests import tiny
 from tests.test_evidence import WINDOWS, log
 
@@ -33,8 +33,8 @@ ARMS: dict[str, Any] = {
 @pytest.fixture
 def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that is reached as file:// addresses are storage; its parts have to be there, as buckets' need not."""
-    monkeypatch.setattr("minitron_search.folders.SCHEMES", (*SCHEMES, "file"))
-    monkeypatch.setattr("minitron_search.cluster.joined", nullcontext)
+    monkeypatch.setattr("minitron_search.records.paths.SCHEMES", (*SCHEMES, "file"))
+    monkeypatch.setattr("minitron_search.cluster.session.joined", nullcontext)
     monkeypatch.chdir(tmp_path)
     there = tmp_path / "storage" / "a"
     for place in (*ARMS, "before/middle"):
@@ -193,7 +193,7 @@ def test_a_model_in_storage_that_does_not_answer_is_refused(monkeypatch: pytest.
         def from_uri(address: str) -> None:
             raise OSError("When listing objects: no such bucket\nand more")
 
-    monkeypatch.setattr("minitron_search.stored_model.FileSystem", Gone)
+    monkeypatch.setattr("minitron_search.models.stored.FileSystem", Gone)
     with pytest.raises(ValueError, match="teacher.model: 's3://b/best' could not be read: .*no such bucket; valid"):
         teacher_folder("s3://b/best")
 

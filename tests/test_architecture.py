@@ -11,8 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from minitron_search.architecture import Architecture, digest, forward_flops, memory_bytes, parameter_count
-from minitron_search.families import sizes, sizes_of, student_config, weights
+from minitron_search.models.architecture import Architecture, digest, forward_flops, memory_bytes, parameter_count
+from minitron_search.models.families import sizes, sizes_of, student_config, weights
 from tests import tiny
 
 SHAPE = Architecture(24, 20, 4, 2, (0, 1, 4))

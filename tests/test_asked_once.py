@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from minitron_search import distillation, winogrande
-from minitron_search.architecture import Architecture
-from minitron_search.distillation import TrainResult
-from minitron_search.families import whole
-from minitron_search.loop_settings import LoopSettings
-from minitron_search.rankings import Rankings
-from minitron_search.run_directory import RunDirectory
-from minitron_search.teacher_cache import Request, ensure, in_this_process
-from minitron_search.trial import Trial
-from minitron_search.trial_run import Materials, run_trial
-from minitron_search.trimming import load_teacher, permute_teacher
+from minitron_search.data import winogrande
+from minitron_search.distillation import loop
+from minitron_search.distillation.loop import TrainResult
+from minitron_search.distillation.settings import LoopSettings
+from minitron_search.distillation.teacher_cache import Request, ensure, in_this_process
+from minitron_search.models.architecture import Architecture
+from minitron_search.models.families import whole
+from minitron_search.pruning.rankings import Rankings
+from minitron_search.pruning.trimming import load_teacher, permute_teacher
+from minitron_search.records.directory import RunDirectory
+from minitron_search.trials.runner import Materials, run_trial
+from minitron_search.trials.trial import Trial
 from tests import tiny
 
 TRAINED, VOCAB = 4 * 64, len(tiny.tokenizer())
@@ -31,13 +32,13 @@ class Forwards:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.tokens = 0
         self.results: list[TrainResult] = []
-        train = distillation.train
+        train = loop.train
 
         def recorded(*given: Any, **named: Any) -> TrainResult:
             self.results.append(train(*given, **named))
             return self.results[-1]
 
-        monkeypatch.setattr(distillation, "train", recorded)
+        monkeypatch.setattr(loop, "train", recorded)
 
     def watch(self, model: PreTrainedModel) -> PreTrainedModel:
         def count(_: Any, __: Any, output: Any) -> None:

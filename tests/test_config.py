@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from minitron_search.config import Axis, Config, differences, keys, load, parse
-from minitron_search.folders import cache_folder
+from minitron_search.config.schema import Axis, Config, differences, keys, load, parse
+from minitron_search.records.paths import cache_folder
 
 # The interface: these keys are what users have written down. Values may differ from today's defaults.
 INTERFACE = """

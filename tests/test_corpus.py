@@ -13,8 +13,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from minitron_search import corpus
-from minitron_search.corpus import Corpus, load_corpus
+from minitron_search.data import corpus
+from minitron_search.data.corpus import Corpus, load_corpus
 
 WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext2_valid.txt"
 WORDS = np.array("the quick brown fox jumps over a lazy dog and runs away, far away; then 12 wolves sleep.".split())
@@ -282,7 +282,7 @@ def test_the_teachers_loss_on_wikitext_is_the_reference_one(monkeypatch):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from minitron_search.teacher import load_tokenizer, teacher_folder
+    from minitron_search.models.sources import load_tokenizer, teacher_folder
 
     if USERS_CACHE is None:  # the teacher that other slow tests made
         monkeypatch.delenv("MINITRON_SEARCH_CACHE")

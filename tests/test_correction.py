@@ -11,14 +11,14 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from minitron_search.config import parse
-from minitron_search.correction import correcting_teacher, float32_of, merged, norm_weights, trainable
-from minitron_search.correction_settings import Correction, method_of
-from minitron_search.correction_stage import made_from
-from minitron_search.distillation import LoopSettings, Milestone, TrainResult, learning_rate_of, stream, train
-from minitron_search.retraining import write_folder
-from minitron_search.teacher_source import Teacher, live_teacher
-from minitron_search.trial_settings import correction, correction_settings, retraining_settings
+from minitron_search.config.schema import parse
+from minitron_search.distillation.correction import correcting_teacher, float32_of, merged, norm_weights, trainable
+from minitron_search.distillation.correction_settings import Correction, method_of
+from minitron_search.distillation.loop import LoopSettings, Milestone, TrainResult, learning_rate_of, stream, train
+from minitron_search.distillation.teacher import Teacher, live_teacher
+from minitron_search.pipeline.correction import made_from
+from minitron_search.pipeline.retraining import write_folder
+from minitron_search.trials.settings import correction, correction_settings, retraining_settings
 from tests import tiny
 
 LENGTH, VOCAB, BATCH = 16, 61, 4

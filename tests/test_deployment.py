@@ -14,13 +14,13 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from minitron_search.config import Config
-from minitron_search.deployment import ALWAYS_TIED, FOUR_TIMES, NOT_CONVERTED, PERIODS, complete, refusals
-from minitron_search.families import student_config, whole
-from minitron_search.retraining import write_folder
-from minitron_search.search_space import SearchSpace
-from minitron_search.teacher import teacher_config
-from minitron_search.trimming import trim
+from minitron_search.config.schema import Config
+from minitron_search.export.compatibility import ALWAYS_TIED, FOUR_TIMES, NOT_CONVERTED, PERIODS, complete, refusals
+from minitron_search.models.families import student_config, whole
+from minitron_search.models.sources import teacher_config
+from minitron_search.pipeline.retraining import write_folder
+from minitron_search.pruning.trimming import trim
+from minitron_search.search.space import SearchSpace
 from tests import tiny
 
 # llama.cpp's names of the families that it calls otherwise

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from minitron_search import depot as module
-from minitron_search.checkpoints import keep_newest, latest_checkpoint
-from minitron_search.depot import Depot
+from minitron_search.distillation.checkpoints import keep_newest, latest_checkpoint
+from minitron_search.records import transfer as module
+from minitron_search.records.transfer import Depot
 
 
 @pytest.fixture

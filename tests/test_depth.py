@@ -9,12 +9,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minitron_search import depth, importance, winogrande
-from minitron_search.architecture import Architecture
-from minitron_search.depth import TEACHER, Cut, block
-from minitron_search.families import final_hidden, head_logits, whole
-from minitron_search.trimming import trim
-from minitron_search.walk import Walk
+from minitron_search.data import winogrande
+from minitron_search.depth import sweep
+from minitron_search.depth.sweep import TEACHER, Cut, block
+from minitron_search.importance import importance
+from minitron_search.models.architecture import Architecture
+from minitron_search.models.families import final_hidden, head_logits, whole
+from minitron_search.models.layerwise import Walk
+from minitron_search.pruning.trimming import trim
 from tests import tiny
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -45,8 +47,8 @@ def losses_of(model, windows: np.ndarray) -> np.ndarray:  # type: ignore[no-unty
 
 
 def test_lm_loss_is_that_of_a_stock_model_without_the_layers(folder: Path, windows: np.ndarray) -> None:
-    cuts = [TEACHER, *depth.blocks([1, 2, 4], 5), (0, 2), (1, 3, 4)]
-    found = depth.text_values(Walk(folder, "float32"), windows, cuts)["lm_loss"]
+    cuts = [TEACHER, *sweep.blocks([1, 2, 4], 5), (0, 2), (1, 3, 4)]
+    found = sweep.text_values(Walk(folder, "float32"), windows, cuts)["lm_loss"]
     assert list(found) == cuts
     for cut in cuts:
         np.testing.assert_allclose(found[cut], losses_of(student_without(folder, cut), windows), atol=1e-5)
@@ -55,12 +57,12 @@ def test_lm_loss_is_that_of_a_stock_model_without_the_layers(folder: Path, windo
 def test_winogrande_is_that_of_a_stock_model_without_the_layers(folder: Path, tmp_path: Path) -> None:
     examples = winogrande.load_examples(str(tiny.winogrande_file(tmp_path / "w.jsonl", 30)))
     packed = winogrande.pack(examples, tiny.tokenizer(), max_length=256)
-    cuts, walk = [TEACHER, *depth.blocks([2], 5), (0, 4)], Walk(folder, "float32")
+    cuts, walk = [TEACHER, *sweep.blocks([2], 5), (0, 4)], Walk(folder, "float32")
     found = {cut: np.zeros(2 * len(examples)) for cut in cuts}
     chunks = packed.batches(300)
     assert len(chunks) > 1
     for rows in chunks:
-        for cut, values in depth.winogrande_values(walk, packed, rows, cuts).items():
+        for cut, values in sweep.winogrande_values(walk, packed, rows, cuts).items():
             found[cut] += values
     for cut in cuts:
         expected = winogrande.evaluate(student_without(folder, cut), packed)
@@ -71,8 +73,8 @@ def test_winogrande_is_that_of_a_stock_model_without_the_layers(folder: Path, tm
 
 
 def test_bi_is_that_of_the_importance_pass_taken_before_the_final_norm(folder: Path, windows: np.ndarray) -> None:
-    blocks = depth.blocks([1, 2, 4], 5)
-    found = depth.text_values(Walk(folder, "float32"), windows, [], blocks)["bi"]
+    blocks = sweep.blocks([1, 2, 4], 5)
+    found = sweep.text_values(Walk(folder, "float32"), windows, [], blocks)["bi"]
     expected = importance.measure(trim(folder, whole(AutoConfig.from_pretrained(folder))), windows).block_bi
     for cut in blocks:
         assert found[cut].shape == (len(windows),)
@@ -81,8 +83,8 @@ def test_bi_is_that_of_the_importance_pass_taken_before_the_final_norm(folder: P
 
 def test_the_angular_distance_of_a_block_is_the_angle_at_the_last_position(folder: Path, windows: np.ndarray) -> None:
     """Gromov et al., equation for d(x^l, x^(l+n)): arccos of the cosine over pi, at the final token."""
-    blocks = depth.blocks([1, 2, 4], 5)
-    found = depth.text_values(Walk(folder, "float32"), windows, [], blocks)["angular"]
+    blocks = sweep.blocks([1, 2, 4], 5)
+    found = sweep.text_values(Walk(folder, "float32"), windows, [], blocks)["angular"]
     model = trim(folder, whole(AutoConfig.from_pretrained(folder)))
     ids = torch.from_numpy(windows.astype(np.int64))
     stream: list[torch.Tensor] = []
@@ -98,8 +100,8 @@ def test_the_angular_distance_of_a_block_is_the_angle_at_the_last_position(folde
 
 def test_taylor_of_a_layer_is_the_sum_of_its_weights_times_gradients(folder: Path, windows: np.ndarray) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    found = depth.taylor_values(model, windows[:3], "float32")
-    assert sorted(found) == depth.blocks([1], 5)
+    found = sweep.taylor_values(model, windows[:3], "float32")
+    assert sorted(found) == sweep.blocks([1], 5)
     for index, window in enumerate(windows[:3]):
         ids = torch.from_numpy(window.astype(np.int64))[None]
         model.zero_grad()
@@ -112,14 +114,14 @@ def test_taylor_of_a_layer_is_the_sum_of_its_weights_times_gradients(folder: Pat
 def test_an_angle_is_exact_however_small() -> None:
     for angle in (0.0, 1e-6, 0.3, np.pi / 2, 3.0, np.pi):
         x, y = torch.tensor([[2.0, 0.0]]).double(), 5 * torch.tensor([[np.cos(angle), np.sin(angle)]])
-        assert depth._angle(x, y)[0] == pytest.approx(angle / np.pi, rel=1e-6, abs=1e-12), angle
+        assert sweep._angle(x, y)[0] == pytest.approx(angle / np.pi, rel=1e-6, abs=1e-12), angle
 
 
 def test_a_cuts_numbers_do_not_depend_on_the_cuts_beside_it(folder: Path, windows: np.ndarray) -> None:
-    walk, cuts = Walk(folder, "float32"), [TEACHER, *depth.blocks([1, 3], 5)]
-    together = depth.text_values(walk, windows, cuts, cuts[1:])
+    walk, cuts = Walk(folder, "float32"), [TEACHER, *sweep.blocks([1, 3], 5)]
+    together = sweep.text_values(walk, windows, cuts, cuts[1:])
     for cut in cuts:
-        alone = depth.text_values(walk, windows, [cut], [cut] if cut else [])
+        alone = sweep.text_values(walk, windows, [cut], [cut] if cut else [])
         assert np.array_equal(alone["lm_loss"][cut], together["lm_loss"][cut])
         assert not cut or np.array_equal(alone["bi"][cut], together["bi"][cut])
 
@@ -128,8 +130,8 @@ def test_layers_before_a_block_are_computed_once_for_all_blocks(folder: Path, wi
     walk, calls = Walk(folder, "float32"), Counter[int]()
     for index, layer in enumerate(walk.layers):
         layer.register_forward_hook(lambda *_, index=index: calls.update([index]))
-    cuts = [TEACHER, *depth.blocks([1, 3], 5)]
-    depth.text_values(walk, windows, cuts, cuts[1:])
+    cuts = [TEACHER, *sweep.blocks([1, 3], 5)]
+    sweep.text_values(walk, windows, cuts, cuts[1:])
     # one teacher pass, and of every cut only the layers after its block
     expected = Counter(layer for cut in cuts for layer in range(cut[-1] + 1 if cut else 0, 5))
     assert calls == expected
@@ -139,18 +141,18 @@ def test_sets_that_begin_alike_share_their_beginning(folder: Path, windows: np.n
     walk, calls = Walk(folder, "float32"), Counter[int]()
     for index, layer in enumerate(walk.layers):
         layer.register_forward_hook(lambda *_, index=index: calls.update([index]))
-    depth.text_values(walk, windows, [(0, 3), (0, 4)])
+    sweep.text_values(walk, windows, [(0, 3), (0, 4)])
     assert calls == {1: 1, 2: 1, 3: 1, 4: 1}  # layer 3 by the second alone, layer 4 by the first alone
 
 
 def test_fractions_of_the_depth_are_lengths_too() -> None:
-    assert depth.in_layers([0.5, 1, 2, 0.1, 15], 30) == [1, 2, 3, 15]
+    assert sweep.in_layers([0.5, 1, 2, 0.1, 15], 30) == [1, 2, 3, 15]
     with pytest.raises(ValueError, match="depth.lengths: 30 of the teacher's 30 layers; valid: at most 29"):
-        depth.in_layers([1, 30], 30)
+        sweep.in_layers([1, 30], 30)
 
 
 def test_every_start_of_every_length() -> None:
-    cuts = depth.blocks([1, 2, 8, 15], 30)
+    cuts = sweep.blocks([1, 2, 8, 15], 30)
     assert len(cuts) == len(set(cuts)) == 98
     assert block(15, 15) in cuts and block(0, 15) in cuts
 
@@ -158,20 +160,20 @@ def test_every_start_of_every_length() -> None:
 def test_one_by_one_takes_the_layers_that_each_hurt_least() -> None:
     losses = {(layer,): np.array([value, value]) for layer, value in enumerate([9.0, 3.0, 5.0, 3.0, 4.0])}
     losses[(0, 1)] = np.zeros(2)  # not a single layer: no candidate
-    assert depth.one_by_one(losses, 1) == (1,)
-    assert depth.one_by_one(losses, 3) == (1, 3, 4)
+    assert sweep.one_by_one(losses, 1) == (1,)
+    assert sweep.one_by_one(losses, 3) == (1, 3, 4)
 
 
 def test_the_streams_of_one_chunk_have_a_budget() -> None:
-    assert depth.cuts_at_once(1024, 576) > 98  # SmolLM2: all cuts at once
-    assert 20 < depth.cuts_at_once(1024, 4096) < 40
-    assert depth.cuts_at_once(10**6, 8192) == 1
+    assert sweep.cuts_at_once(1024, 576) > 98  # SmolLM2: all cuts at once
+    assert 20 < sweep.cuts_at_once(1024, 4096) < 40
+    assert sweep.cuts_at_once(10**6, 8192) == 1
 
 
 def test_the_table_has_every_row_once(folder: Path, windows: np.ndarray) -> None:
-    cuts = depth.blocks([1, 2], 5)
-    values = depth.text_values(Walk(folder, "float32"), windows, [TEACHER, *cuts, (0, 2)], cuts)
-    rows = depth.table_rows(values, [1, 2], 5, {1: (2,), 2: (0, 2)})
+    cuts = sweep.blocks([1, 2], 5)
+    values = sweep.text_values(Walk(folder, "float32"), windows, [TEACHER, *cuts, (0, 2)], cuts)
+    rows = sweep.table_rows(values, [1, 2], 5, {1: (2,), 2: (0, 2)})
     kinds = Counter((row["metric"], row["kind"], row["length"]) for row in rows)
     assert kinds == {
         ("lm_loss", "teacher", 0): 1, ("lm_loss", "contiguous", 1): 5, ("lm_loss", "contiguous", 2): 4,
@@ -190,7 +192,7 @@ def test_the_table_has_every_row_once(folder: Path, windows: np.ndarray) -> None
 @pytest.mark.skipif(not SHARED.exists(), reason="the reference numbers are not here")
 def test_the_reference_cuts_of_smollm2_are_reproduced() -> None:
     """Half the depth at every start, and the single layers that hurt most, least and in the middle; in float32."""
-    from minitron_search.teacher import load_tokenizer, teacher_folder
+    from minitron_search.models.sources import load_tokenizer, teacher_folder
 
     reference = json.loads((SHARED / "reference/smollm2_depth_lm_loss.json").read_text())
     text = (SHARED / "data/wikitext2_valid.txt").read_text()
@@ -200,8 +202,8 @@ def test_the_reference_cuts_of_smollm2_are_reproduced() -> None:
     asked = {cut: loss for cut, loss in asked.items() if len(cut) == 15 or cut in ((0,), (11,), (29,))}
     asked[TEACHER] = reference["teacher_loss"]
     parts = [
-        depth.text_values(walk, windows[rows], list(asked))["lm_loss"]
-        for rows in depth.text_chunks(windows, walk.device)
+        sweep.text_values(walk, windows[rows], list(asked))["lm_loss"]
+        for rows in sweep.text_chunks(windows, walk.device)
     ]
     for cut, loss in asked.items():
         assert np.concatenate([part[cut] for part in parts]).mean() == pytest.approx(loss, abs=1e-4), cut

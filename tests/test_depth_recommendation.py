@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from minitron_search.config import parse
-from minitron_search.depth import TEACHER, Values, block
-from minitron_search.depth_recommendation import best_blocks, recommendation
-from minitron_search.search_space import SearchSpace
-from minitron_search.statistics import paired
+from minitron_search.config.schema import parse
+from minitron_search.depth.recommendation import best_blocks, recommendation
+from minitron_search.depth.sweep import TEACHER, Values, block
+from minitron_search.evaluation.statistics import paired
+from minitron_search.search.space import SearchSpace
 from tests import tiny
 
 

@@ -13,11 +13,13 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from minitron_search import depth, depth_stage, winogrande
-from minitron_search.config import DepthConfig
-from minitron_search.depth_stage import CHOICES, TAYLOR, TEXT, Job, _streamed, compute, keep, missing_pieces, read
+from minitron_search.config.schema import DepthConfig
+from minitron_search.data import winogrande
+from minitron_search.depth import sweep
+from minitron_search.pipeline import depth as depth_stage
+from minitron_search.pipeline.depth import CHOICES, TAYLOR, TEXT, Job, _streamed, compute, keep, missing_pieces, read
+from minitron_search.records.directory import DEPTH_SCHEMA, RunDirectory
 from minitron_search.run import main
-from minitron_search.run_directory import DEPTH_SCHEMA, RunDirectory
 from tests import tiny
 from tests.runs import in_background, kill_child
 
@@ -100,7 +102,7 @@ def test_two_workers_and_streamed_weights_give_the_same_bytes(data: Path, swept:
 
 
 def test_more_workers_than_chunks_share_a_chunk_and_change_nothing(data: Path, tmp_path: Path) -> None:
-    cuts = [depth.TEACHER, *depth.blocks([1, 2], 5)]
+    cuts = [sweep.TEACHER, *sweep.blocks([1, 2], 5)]
     few, many = job(data, tmp_path / "few"), job(data, tmp_path / "many")
     for made, workers in ((few, 1), (many, 7)):
         pieces = missing_pieces(made, {TEXT: (cuts, cuts[1:]), CHOICES: (cuts, [])}, workers)
@@ -119,7 +121,7 @@ def test_more_workers_than_chunks_share_a_chunk_and_change_nothing(data: Path, t
 
 
 def test_what_is_kept_is_for_the_same_content_only(data: Path, tmp_path: Path) -> None:
-    made, cuts = job(data, tmp_path), [depth.TEACHER, (1,)]
+    made, cuts = job(data, tmp_path), [sweep.TEACHER, (1,)]
     for piece in missing_pieces(made, {TEXT: (cuts, [])}, 1):
         keep(made, *compute(made, piece))
     assert missing_pieces(made, {TEXT: (cuts, [])}, 1) == []
@@ -136,7 +138,7 @@ def test_what_is_kept_is_for_the_same_content_only(data: Path, tmp_path: Path) -
 
 
 def test_taylor_is_one_piece_a_chunk_for_all_layers_and_is_kept(data: Path, tmp_path: Path) -> None:
-    made, layers = job(data, tmp_path), depth.blocks([1], 5)
+    made, layers = job(data, tmp_path), sweep.blocks([1], 5)
     pieces = missing_pieces(made, {TAYLOR: (layers, [])}, workers=64)
     assert [piece.rows for piece in pieces] == made.chunks(TAYLOR)
     for piece in pieces:

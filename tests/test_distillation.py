@@ -17,19 +17,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minitron_search import checkpoints
-from minitron_search.checkpoints import latest_checkpoint
-from minitron_search.distillation import (
-    LoopSettings,
-    Milestone,
-    TrainResult,
-    stream,
-    train,
-)
-from minitron_search.feed import ahead
-from minitron_search.teacher_cache import Request, ensure, in_this_process
-from minitron_search.teacher_source import Teacher, TeacherBatch, cached_teacher, live_teacher, output_head
-from minitron_search.training_log import DivergedError
+from minitron_search.distillation import checkpoints
+from minitron_search.distillation.checkpoints import latest_checkpoint
+from minitron_search.distillation.loop import LoopSettings, Milestone, TrainResult, stream, train
+from minitron_search.distillation.prefetch import ahead
+from minitron_search.distillation.teacher import Teacher, TeacherBatch, cached_teacher, live_teacher, output_head
+from minitron_search.distillation.teacher_cache import Request, ensure, in_this_process
+from minitron_search.distillation.training_log import DivergedError
 from tests.tiny import over
 
 LENGTH, VOCAB = 16, 61

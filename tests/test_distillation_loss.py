@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from minitron_search.distillation_loss import IGNORE, OutputHead, TopK, output_loss, token_losses
-from minitron_search.loop_settings import Loss
+from minitron_search.distillation.settings import Loss
+from minitron_search.losses.output_loss import IGNORE, OutputHead, TopK, output_loss, token_losses
 from tests.sparse import top_k
 from tests.tiny import over
 

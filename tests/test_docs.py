@@ -11,8 +11,9 @@ import pytest
 import tyro
 import yaml
 
-from minitron_search import ablation, run
-from minitron_search import config as configuration
+from minitron_search import run
+from minitron_search.ablation import definition
+from minitron_search.config import schema as configuration
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -108,8 +109,8 @@ def validate(words: list[str]) -> None:
     for name in ("stages", "output"):
         if getattr(options, name) is not None:
             overrides += [f"--{name}", getattr(options, name)]
-    if ablation.is_ablation(options.config):
-        made = ablation.load(options.config, overrides)
+    if definition.is_ablation(options.config):
+        made = definition.load(options.config, overrides)
         for arm, changes in made.changes.items():
             if not made.waits(arm, changes) and not hub(made.values):
                 made.config(arm)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from minitron_search.embedded import docstrings
+from minitron_search.data import docstrings
 
 SOURCE = b'''
 """Module."""

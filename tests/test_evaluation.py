@@ -12,11 +12,12 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import tables
-from minitron_search import evaluation, evaluation_cache, evaluation_stage, evaluation_tasks, winogrande
 from minitron_search import run as run_command
-from minitron_search.evaluation_tasks import TABLES, Task, check_data, parse_tasks
-from minitron_search.run_directory import RunDirectory
-from minitron_search.statistics import chance_bar, clustered, compared, mcnemar
+from minitron_search.data import winogrande
+from minitron_search.evaluation import benchmarks, lm_eval_run, lm_eval_tasks, results_cache
+from minitron_search.evaluation.lm_eval_tasks import TABLES, Task, check_data, parse_tasks
+from minitron_search.evaluation.statistics import chance_bar, clustered, compared, mcnemar
+from minitron_search.records.directory import RunDirectory
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +72,7 @@ def test_a_local_task_scores_as_this_projects_own_winogrande(
     models: dict[str, Path], questions: Path, shots: int
 ) -> None:
     (task,) = parse_tasks([f"{questions}:{shots}"])
-    found = evaluation.evaluate(models["teacher"], task, "float32")
+    found = lm_eval_run.evaluate(models["teacher"], task, "float32")
     ours = scores(models["teacher"], questions.with_name("winogrande_validation.jsonl"), shots)
     assert (found["value"], found["n"], found["shots"]) == (pytest.approx(ours.accuracy), 11, shots)
     assert found["stderr"] == pytest.approx(ours.accuracy_stderr)
@@ -85,8 +86,8 @@ def test_a_local_task_scores_as_this_projects_own_winogrande(
 def test_shots_asked_for_are_given_where_a_task_fixes_none(models: dict[str, Path], questions: Path) -> None:
     questions.write_text(DOCUMENTED + "num_fewshot: 0\n")  # which lm-eval's own option would not change
     (task,) = parse_tasks([f"{questions}:2"])
-    assert evaluation.evaluate(models["teacher"], task, "float32", limit=2)["shots"] == 2
-    (task,) = evaluation_tasks.load(task)
+    assert lm_eval_run.evaluate(models["teacher"], task, "float32", limit=2)["shots"] == 2
+    (task,) = lm_eval_tasks.load(task)
     task.set_fewshot_seed(1234)
     task.build_all_requests(limit=1)
     assert task.instances[0].args[0].count("\n\n") == 2
@@ -97,19 +98,19 @@ def test_shots_reach_the_prompts_of_real_winogrande(models: dict[str, Path], que
     shutil.copy(SHARED, questions.with_name("winogrande_validation.jsonl"))
     seen = {}
     for task in parse_tasks([f"{questions}:0", f"{questions}:2"]):
-        (loaded,) = evaluation_tasks.load(task)
+        (loaded,) = lm_eval_tasks.load(task)
         loaded.set_fewshot_seed(1234)
         loaded.build_all_requests(limit=3)
         seen[task.shots] = [instance.args[0] for instance in loaded.instances]
     assert len(seen[0]) == len(seen[2]) == 6
     assert all(two.endswith(none) and two.count("\n\n") == 2 for none, two in zip(seen[0], seen[2], strict=True))
-    found = evaluation.evaluate(models["teacher"], parse_tasks([f"{questions}:0"])[0], "float32", limit=5)
+    found = lm_eval_run.evaluate(models["teacher"], parse_tasks([f"{questions}:0"])[0], "float32", limit=5)
     assert found["n"] == 5 and found["limit"] == 5 and len(found["samples"]) == 5
 
 
 def test_bfloat16_is_of_the_products(models: dict[str, Path], questions: Path) -> None:
     (task,) = parse_tasks([f"{questions}:0"])
-    found = evaluation.evaluate(models["teacher"], task, "bfloat16")
+    found = lm_eval_run.evaluate(models["teacher"], task, "bfloat16")
     assert found["precision"] == "bfloat16" and found["n"] == 11
 
 
@@ -143,7 +144,7 @@ def test_ifevals_value_is_the_papers_mean_of_four_and_its_error_is_over_prompts(
     ]  # fmt: skip
     four = {"prompt_level_strict_acc,none": 1 / 3, "inst_level_strict_acc,none": 4 / 6,
             "prompt_level_loose_acc,none": 2 / 3, "inst_level_loose_acc,none": 5 / 6}  # fmt: skip
-    found = evaluation.measured(
+    found = lm_eval_run.measured(
         next(task for task in TABLES["table_2"] if task.name == "ifeval"),
         reported({"ifeval": asked}, {"ifeval": {"name": "ifeval", **four}}, output_type="generate_until"),
     )
@@ -156,25 +157,25 @@ def test_ifevals_value_is_the_papers_mean_of_four_and_its_error_is_over_prompts(
 def test_a_group_is_all_questions_of_its_tasks_in_one_order() -> None:
     leaves = {"b": [sample(1, acc=1.0), sample(0, acc=0.0)], "a": [sample(0, acc=1.0)]}
     results = {"g": {"acc,none": 2 / 3, "acc_stderr,none": 0.3, "name": "g"}, "a": {}, "b": {}}
-    found = evaluation.measured(Task("g", 5, None), reported(leaves, results, output_type="multiple_choice"))
+    found = lm_eval_run.measured(Task("g", 5, None), reported(leaves, results, output_type="multiple_choice"))
     assert found["samples"] == [1.0, 0.0, 1.0] and (found["n"], found["stderr"], found["chance"]) == (3, 0.3, 0.25)
 
 
 def test_a_metric_that_is_no_mean_has_no_samples_and_no_chance() -> None:
     leaves = {"t": [sample(n, word_perplexity=(-3.0, 2)) for n in range(2)]}
     results = {"t": {"word_perplexity,none": 12.5, "word_perplexity_stderr,none": "N/A"}}
-    found = evaluation.measured(Task("t", 0, None), reported(leaves, results, output_type="loglikelihood_rolling"))
+    found = lm_eval_run.measured(Task("t", 0, None), reported(leaves, results, output_type="loglikelihood_rolling"))
     assert (found["value"], found["stderr"], found["samples"], found["chance"]) == (12.5, None, None, None)
     leaves = {"t": [sample(n, acc=float(n)) for n in range(2)]}  # mass on several right options
     scored = reported(leaves, {"t": {"acc,none": 0.5}}, output_type="multiple_choice", process_results="its own")
-    assert evaluation.measured(Task("t", 0, None), scored)["chance"] is None
+    assert lm_eval_run.measured(Task("t", 0, None), scored)["chance"] is None
 
 
 # What is asked
 
 
 def test_a_task_has_the_papers_shots_where_the_paper_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation_tasks, "_manager", lambda: pytest.fail("the index takes seconds"))
+    monkeypatch.setattr(lm_eval_tasks, "_manager", lambda: pytest.fail("the index takes seconds"))
     asked = ["winogrande", "arc_challenge", "mmlu", "hellaswag", "gsm8k", "truthfulqa_mc2", "winogrande:0", "mmlu:5"]
     labels = [task.label for task in parse_tasks(asked)]
     assert labels == ["winogrande:5", "arc_challenge:25", "mmlu:5", "hellaswag:10", "gsm8k:5", "truthfulqa_mc2:0",
@@ -274,7 +275,7 @@ class Index:
 
 
 def test_other_names_are_those_of_lm_evals_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation_tasks, "_manager", Index)
+    monkeypatch.setattr(lm_eval_tasks, "_manager", Index)
     labels = [task.label for task in parse_tasks(["piqa:3", "tag", "mean"])]
     assert labels == ["piqa:3", "arc_challenge:25", "fixed:0", "piqa:0", "mean"]
     assert [task.shots for task in parse_tasks(["tag:2"])] == [2, 2, 2]
@@ -327,9 +328,7 @@ def evaluate_in(models: dict[str, Path], counting: Counting) -> Evaluate:
                     precision: Any = "float32", **changed: Path) -> bool:  # fmt: skip
         ours = {"teacher": ("tiny", models["teacher"]), "best": ("best", models["student"])}
         ours |= {name: (name, folder) for name, folder in changed.items()}
-        return evaluation_stage.evaluate_all(
-            run, ours, references, tasks, precision, limit, counting, lambda text: None
-        )
+        return benchmarks.evaluate_all(run, ours, references, tasks, precision, limit, counting, lambda text: None)
 
     return evaluate_in
 
@@ -358,19 +357,19 @@ def test_what_was_evaluated_is_not_evaluated_again(
 
 def test_an_id_is_of_all_that_answers(tmp_path: Path, models: dict[str, Path]) -> None:
     copy = Path(shutil.copytree(models["teacher"], tmp_path / "copy"))
-    before = evaluation_cache.content(copy)
-    assert before == evaluation_cache.content(models["teacher"]) != evaluation_cache.content(models["student"])
+    before = results_cache.content(copy)
+    assert before == results_cache.content(models["teacher"]) != results_cache.content(models["student"])
     (copy / "chat_template.jinja").write_text("{{ messages }}")
-    assert evaluation_cache.content(copy) != before
+    assert results_cache.content(copy) != before
     (copy / "README.md").write_text("said of it")
     (copy / "chat_template.jinja").unlink()
-    assert evaluation_cache.content(copy) == before
+    assert results_cache.content(copy) == before
 
 
 def test_a_key_is_of_a_local_tasks_content_wherever_it_lies(tmp_path: Path, questions: Path) -> None:
     def keyed(path: Path) -> str:
         (task,) = parse_tasks([str(path)])
-        return evaluation_cache.key("model", task, "float32", None)
+        return results_cache.key("model", task, "float32", None)
 
     before = keyed(questions)
     moved = Path(shutil.copytree(questions.parent, tmp_path / "elsewhere")) / questions.name
@@ -389,7 +388,7 @@ def test_data_files_may_lie_where_the_command_is_started(questions: Path, monkey
     monkeypatch.chdir(here)
     (task,) = parse_tasks(["tasks/my_winogrande.yaml:0"])
     monkeypatch.chdir("/")  # where a worker is
-    assert len(evaluation_tasks.load(task)[0].eval_docs) == 11
+    assert len(lm_eval_tasks.load(task)[0].eval_docs) == 11
 
 
 def test_a_task_that_fails_loses_nothing_and_is_tried_again(
@@ -439,18 +438,18 @@ def test_differences_are_paired_by_question() -> None:
     a, b = draw.integers(0, 2, (2, 40)).astype(float)
     twins = (np.arange(40) // 2).tolist()
     results = [answered("teacher", a.tolist()), answered("best", b.tolist())]
-    (found,) = evaluation_stage.differences(results, ["best"])
+    (found,) = benchmarks.differences(results, ["best"])
     expected = compared(a, b) | {"p": mcnemar(a, b)["p"]}
     assert {key: found[key] for key in expected} == pytest.approx(expected)
     assert (found["test"], found["n"], found["units"]) == ("McNemar", 40, 40)
     assert found["only_teacher"] == int((a > b).sum()) and found["only_model"] == int((b > a).sum())
-    (over,) = evaluation_stage.differences([{**each, "twins": twins} for each in results], ["best"])
+    (over,) = benchmarks.differences([{**each, "twins": twins} for each in results], ["best"])
     whole = compared(clustered(a, np.array(twins)), clustered(b, np.array(twins)))
     assert over["stderr"] == pytest.approx(whole["stderr"]) and over["units"] == 20 and over["p"] == found["p"]
-    (alike,) = evaluation_stage.differences([{**each, "samples": a.tolist()[:5] + [0.0], "twins": [0, 0, 1, 1, 2, 3]}
+    (alike,) = benchmarks.differences([{**each, "samples": a.tolist()[:5] + [0.0], "twins": [0, 0, 1, 1, 2, 3]}
                                              for each in results], ["best"])  # fmt: skip
     assert str(alike["difference"]) == "0.0" and alike["p"] == 1.0
-    (shares,) = evaluation_stage.differences([results[0], answered("best", (b / 2).tolist())], ["best"])
+    (shares,) = benchmarks.differences([results[0], answered("best", (b / 2).tolist())], ["best"])
     assert shares["test"] == "signs"
 
 
@@ -458,13 +457,13 @@ def test_differences_are_paired_by_question() -> None:
                                    {"metric": "acc_norm,none"}, {"label": "t:5", "shots": 5}])  # fmt: skip
 def test_what_was_not_asked_alike_is_not_paired(other: dict[str, Any]) -> None:
     results = [answered("teacher", [1.0, 0.0]), answered("best", [1.0, 1.0]) | other]
-    assert evaluation_stage.differences(results, ["best"]) == []
-    assert evaluation_stage.differences(results[1:], ["best"]) == []
+    assert benchmarks.differences(results, ["best"]) == []
+    assert benchmarks.differences(results[1:], ["best"]) == []
 
 
 def test_parameters_are_counted_from_the_file(models: dict[str, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(models["teacher"])
-    assert evaluation_stage.parameters(models["teacher"]) == sum(each.numel() for each in model.parameters())
+    assert benchmarks.parameters(models["teacher"]) == sum(each.numel() for each in model.parameters())
 
 
 # The commands
@@ -491,7 +490,7 @@ def test_a_finished_run_is_evaluated_by_one_command_once(
     assert names == [(model, shots) for model in ("teacher", "best", str(models["reference"])) for shots in (0, 2)]
     assert len(found["differences"]) == 4 and all(row["test"] == "McNemar" for row in found["differences"])
     assert [row["precision"] for row in found["results"]] == ["float32"] * 6  # the run's own
-    assert found["models"]["best"]["content"] == evaluation_cache.content(models["student"])
+    assert found["models"]["best"]["content"] == results_cache.content(models["student"])
     assert "Tables 1 and 2" in finished.report.read_text()
     printed = capsys.readouterr().out
     assert "winogrande" in printed and "±" in printed

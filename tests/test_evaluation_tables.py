@@ -9,8 +9,8 @@ import datasets
 import evaluate as hf_evaluate
 import pytest
 
-from minitron_search import evaluation
-from minitron_search.evaluation_tasks import TABLES, Task
+from minitron_search.evaluation import lm_eval_run
+from minitron_search.evaluation.lm_eval_tasks import TABLES, Task
 from tests import tiny
 
 ROWS = 30  # as many as 25 shots need
@@ -75,7 +75,7 @@ def test_a_task_of_the_tables_has_the_papers_metric_and_shots(
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
     short = {**task.changes, "generation_kwargs": {**task.changes.get("generation_kwargs", {}), "max_gen_toks": 4}}
     generated = task.name.startswith(("gsm8k", "mbpp", "humaneval", "ifeval"))
-    found = evaluation.evaluate(model, task._replace(changes=short) if generated else task, "float32", limit=2)
+    found = lm_eval_run.evaluate(model, task._replace(changes=short) if generated else task, "float32", limit=2)
     subjects = 57 if task.name == "mmlu" else 1
     assert len(asked) == subjects and found["n"] == 2 * subjects
     assert found["metric"] == " + ".join(task.metrics) and 0 <= found["value"] <= 1
@@ -97,5 +97,5 @@ def test_a_chat_template_is_put_around_the_prompts_of_table_2(
     (chatty / "chat_template.jinja").write_text(text)
     (task,) = (task for task in TABLES["table_2"] if task.name == "gsm8k_cot_zeroshot")
     task = task._replace(changes={"generation_kwargs": {"max_gen_toks": 4}})
-    assert evaluation.evaluate(chatty, task, "float32", limit=2)["chat_template"]
-    assert not evaluation.evaluate(chatty, task._replace(chat=False), "float32", limit=2)["chat_template"]
+    assert lm_eval_run.evaluate(chatty, task, "float32", limit=2)["chat_template"]
+    assert not lm_eval_run.evaluate(chatty, task._replace(chat=False), "float32", limit=2)["chat_template"]

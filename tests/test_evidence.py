@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis import evidence as card
-from analysis.cards import evidence_card
+from analysis.cards import evidence as card
+from analysis.run_cards import evidence_card
 from analysis.run_data import load_run
-from minitron_search.chance import refuse_at_chance
-from minitron_search.evidence import evidence, not_worse
-from minitron_search.run_directory import RunDirectory
+from minitron_search.evaluation.chance import refuse_at_chance
+from minitron_search.evaluation.evidence import evidence, not_worse
+from minitron_search.records.directory import RunDirectory
 
 WINDOWS, QUESTIONS = 16, 30
 HOSTILE = "<img src=x onerror=alert(1)>"

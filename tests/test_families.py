@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from minitron_search import families
-from minitron_search.architecture import Architecture, dimension
-from minitron_search.families import (
+from minitron_search.models import families
+from minitron_search.models.architecture import Architecture, dimension
+from minitron_search.models.families import (
     decoder_layers,
     family_of,
     final_hidden,
@@ -26,7 +26,7 @@ from minitron_search.families import (
     weights,
     whole,
 )
-from minitron_search.family_tables import LLAMA
+from minitron_search.models.family_tables import LLAMA
 from tests import tiny
 
 SEEDS = range(20)
@@ -282,7 +282,7 @@ def test_names_split_at_their_layer() -> None:
 
 
 def test_a_configuration_of_the_embedded_teacher_is_declared() -> None:
-    from minitron_search.embedded.teacher import config as embedded_config
+    from minitron_search.models.embedded import config as embedded_config
 
     config: PretrainedConfig = embedded_config()
     counted = sum(torch.Size(sizes(config)[dim] for dim in weight.dims).numel() for weight in weights(config))

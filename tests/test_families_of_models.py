@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from minitron_search.config import load
-from minitron_search.preparation import check, prepare
+from minitron_search.config.schema import load
+from minitron_search.models.sources import fingerprint
+from minitron_search.planning.prepare import check, prepare
 from minitron_search.run import main
-from minitron_search.teacher import fingerprint
 from tests import tiny
 from tests.runs import Command, events, rows, tiny_configuration
 

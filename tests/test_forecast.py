@@ -10,12 +10,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from minitron_search import calibration, forecast_stage, workload
-from minitron_search import config as configuration
-from minitron_search.calibration import Speed, measure, stated
-from minitron_search.config import Config
-from minitron_search.families import whole
-from minitron_search.forecast import (
+from minitron_search.config import schema as configuration
+from minitron_search.config.schema import Config
+from minitron_search.models.families import whole
+from minitron_search.pipeline import forecast as forecast_stage
+from minitron_search.planning import calibration, workload
+from minitron_search.planning.calibration import Speed, measure, stated
+from minitron_search.planning.forecast import (
     EXCHANGE_BYTES_PER_SECOND,
     START_UP_S,
     Forecast,
@@ -28,9 +29,9 @@ from minitron_search.forecast import (
     total,
     trials_at_once,
 )
-from minitron_search.run_directory import RunDirectory, stage_seconds
-from minitron_search.search_space import SearchSpace
-from minitron_search.workload import Costs, search_phases, search_tokens, whole_batches
+from minitron_search.planning.workload import Costs, search_phases, search_tokens, whole_batches
+from minitron_search.records.directory import RunDirectory, stage_seconds
+from minitron_search.search.space import SearchSpace
 from tests import tiny
 
 CPUS = Machine(cpus=2, gpus=0)

@@ -12,8 +12,8 @@ import pytest
 from ray.exceptions import RayTaskError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from minitron_search.cluster import words_of
-from minitron_search.run_directory import RunDirectory
+from minitron_search.cluster.session import words_of
+from minitron_search.records.directory import RunDirectory
 from tests.runs import Command, in_background, rows
 
 STAGES = ("--stages", "importance,search", "--search.concurrency", "1", "--resources.launcher", "inline")

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from minitron_search.config import ImportanceConfig
-from minitron_search.importance import Importance, measure
+from minitron_search.config.schema import ImportanceConfig
+from minitron_search.importance.importance import Importance, measure
 from tests import tiny
 
 WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext2_valid.txt"
@@ -211,7 +211,7 @@ def test_smollm2s_last_layer_is_no_outlier() -> None:
     """After the final norm its BI would read 1.0, the most important of all layers by far."""
     if not WIKITEXT.exists():
         pytest.skip("the text is not here")
-    from minitron_search.teacher import load_tokenizer, teacher_folder
+    from minitron_search.models.sources import load_tokenizer, teacher_folder
 
     teacher = AutoModelForCausalLM.from_pretrained(teacher_folder("smollm2-135m"), dtype=torch.float32).eval()
     ids = load_tokenizer("smollm2-135m")(WIKITEXT.read_text()[:20_000])["input_ids"]

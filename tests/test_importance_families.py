@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minitron_search.config import ImportanceConfig
-from minitron_search.families import whole
-from minitron_search.importance import measure
-from minitron_search.trimming import permute_teacher
+from minitron_search.config.schema import ImportanceConfig
+from minitron_search.importance.importance import measure
+from minitron_search.models.families import whole
+from minitron_search.pruning.trimming import permute_teacher
 from tests import tiny
 
 METHODS = ("activation", "magnitude", "taylor", "wanda")

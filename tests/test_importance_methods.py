@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from minitron_search.config import ImportanceConfig, parse
-from minitron_search.families import sizes, weights, whole
-from minitron_search.importance import Importance, combined, measure, partial_sums
-from minitron_search.taylor import gradient_sums
-from minitron_search.trimming import permute_teacher, trim
-from minitron_search.weight_importance import input_axes, magnitude, of_elements, slice_sums, wanda
+from minitron_search.config.schema import ImportanceConfig, parse
+from minitron_search.importance.importance import Importance, combined, measure, partial_sums
+from minitron_search.importance.taylor import gradient_sums
+from minitron_search.importance.weights import input_axes, magnitude, of_elements, slice_sums, wanda
+from minitron_search.models.families import sizes, weights, whole
+from minitron_search.pruning.trimming import permute_teacher, trim
 from tests import tiny
 
 METHODS = ("activation", "random", "magnitude", "taylor", "wanda", "pca")

@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from minitron_search import rotation
-from minitron_search.architecture import parameter_count
-from minitron_search.config import ImportanceConfig
-from minitron_search.families import decoder_layers, family_of, sizes, weights, whole
-from minitron_search.importance import measure
-from minitron_search.rotation import principal_components, rotate_teacher, rotated, rotated_config
-from minitron_search.trimming import permute_teacher, trim
+from minitron_search.config.schema import ImportanceConfig
+from minitron_search.importance import pca
+from minitron_search.importance.importance import measure
+from minitron_search.importance.pca import principal_components, rotate_teacher, rotated, rotated_config
+from minitron_search.models.architecture import parameter_count
+from minitron_search.models.families import decoder_layers, family_of, sizes, weights, whole
+from minitron_search.pruning.trimming import permute_teacher, trim
 from tests import tiny
 
 SEEDS = range(8)
@@ -144,9 +144,7 @@ def test_a_teacher_whose_norms_subtract_a_mean_is_refused(monkeypatch: pytest.Mo
 def test_a_norm_that_no_matrix_reads_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sandwich norm, on a sublayer's output, is one: here the second of Llama's, declared to feed nothing."""
     family = family_of(tiny.config())
-    monkeypatch.setattr(
-        rotation, "family_of", lambda config: SimpleNamespace(layers=family.layers, norms=family.norms[:1])
-    )
+    monkeypatch.setattr(pca, "family_of", lambda config: SimpleNamespace(layers=family.layers, norms=family.norms[:1]))
     with pytest.raises(ValueError, match="no matrix reads model.layers.0.post_attention_layernorm"):
         rotated_config(tiny.config())
 

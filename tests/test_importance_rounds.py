@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from minitron_search.architecture import Architecture
-from minitron_search.config import Axes, ImportanceConfig
-from minitron_search.families import is_expressible, whole
-from minitron_search.importance import Importance, measure
-from minitron_search.rankings import Rankings
-from minitron_search.rounds import after_round, composed, in_rounds, smallest_widths
-from minitron_search.trimming import trim
+from minitron_search.config.schema import Axes, ImportanceConfig
+from minitron_search.importance.importance import Importance, measure
+from minitron_search.importance.iterative import after_round, composed, in_rounds, smallest_widths
+from minitron_search.models.architecture import Architecture
+from minitron_search.models.families import is_expressible, whole
+from minitron_search.pruning.rankings import Rankings
+from minitron_search.pruning.trimming import trim
 from tests import tiny
 
 ASKED = ImportanceConfig(method="magnitude")

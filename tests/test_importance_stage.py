@@ -9,16 +9,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from minitron_search import config as configuration
-from minitron_search import importance_stage, materials
-from minitron_search.architecture import parameter_count
-from minitron_search.families import sizes, weights
-from minitron_search.folders import cache_folder
-from minitron_search.importance import Importance, measure
-from minitron_search.importance_stage import PART, calibration_windows, measure_importance
-from minitron_search.materials import make_materials
-from minitron_search.preparation import Prepared, prepare
-from minitron_search.trimming import trim
+from minitron_search.config import schema as configuration
+from minitron_search.importance.importance import Importance, measure
+from minitron_search.models.architecture import parameter_count
+from minitron_search.models.families import sizes, weights
+from minitron_search.pipeline import importance as importance_stage
+from minitron_search.pipeline import teacher
+from minitron_search.pipeline.importance import PART, calibration_windows, measure_importance
+from minitron_search.pipeline.teacher import make_materials
+from minitron_search.planning.prepare import Prepared, prepare
+from minitron_search.pruning.trimming import trim
+from minitron_search.records.paths import cache_folder
 from tests import tiny
 
 METHODS = ("activation", "random", "magnitude", "taylor", "wanda", "pca")
@@ -32,10 +33,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def prepared(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Prepared]:
     monkeypatch.setenv("MINITRON_SEARCH_CACHE", str(tmp_path / "cache"))
-    for stage in (importance_stage, materials):
+    for stage in (importance_stage, teacher):
         monkeypatch.setattr(stage, "in_parts", lambda depot, function, parts, *arguments: function(parts, *arguments))
         monkeypatch.setattr(stage, "on_all_cpus", lambda depot, function, *arguments: function(*arguments))
-    monkeypatch.setattr(materials, "at_the_workshop", lambda depot, function, *arguments: function(*arguments))
+    monkeypatch.setattr(teacher, "at_the_workshop", lambda depot, function, *arguments: function(*arguments))
 
     def made(name: str = "run", **importance: Any) -> Prepared:
         given = {

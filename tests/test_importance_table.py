@@ -6,9 +6,9 @@ import pytest
 
 from benchmarks.document import replaced
 from benchmarks.importance_table import TOLERANCE, main, shape_within
-from minitron_search.architecture import parameter_count
-from minitron_search.families import sizes, sizes_of, weights, whole
-from minitron_search.rotation import rotated_config
+from minitron_search.importance.pca import rotated_config
+from minitron_search.models.architecture import parameter_count
+from minitron_search.models.families import sizes, sizes_of, weights, whole
 from tests import tiny
 
 BEGIN, END = "<!-- importance_table: begin -->", "<!-- importance_table: end -->"

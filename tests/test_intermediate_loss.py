@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from minitron_search import config as configuration
-from minitron_search.architecture import Architecture
-from minitron_search.config import Config
-from minitron_search.distillation import LoopSettings, Milestone, train
-from minitron_search.families import decoder_layers, family_of, whole
-from minitron_search.forecast import intermediate_advice
-from minitron_search.intermediate_loss import intermediate_loss, recorded, state_map
-from minitron_search.objective import Objective
-from minitron_search.search_space import SearchSpace
-from minitron_search.teacher_source import live_teacher
-from minitron_search.trial_run import run_trial
-from minitron_search.trial_settings import distillation_settings
-from minitron_search.trimming import trim
+from minitron_search.config import schema as configuration
+from minitron_search.config.schema import Config
+from minitron_search.distillation.loop import LoopSettings, Milestone, train
+from minitron_search.distillation.objective import Objective
+from minitron_search.distillation.teacher import live_teacher
+from minitron_search.losses.intermediate import intermediate_loss, recorded, state_map
+from minitron_search.models.architecture import Architecture
+from minitron_search.models.families import decoder_layers, family_of, whole
+from minitron_search.planning.forecast import intermediate_advice
+from minitron_search.pruning.trimming import trim
+from minitron_search.search.space import SearchSpace
+from minitron_search.trials.runner import run_trial
+from minitron_search.trials.settings import distillation_settings
 from tests import tiny
 from tests.materials import materials, trial
 

@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minitron_search import latency, latency_stage
-from minitron_search.architecture import Architecture
-from minitron_search.cluster import UnfitError
-from minitron_search.config import parse
-from minitron_search.families import is_expressible, whole
-from minitron_search.latency import (
+from minitron_search.cluster.session import UnfitError
+from minitron_search.config.schema import parse
+from minitron_search.models.architecture import Architecture
+from minitron_search.models.families import is_expressible, whole
+from minitron_search.pipeline import latency as latency_stage
+from minitron_search.records.directory import RunDirectory
+from minitron_search.search import latency
+from minitron_search.search.latency import (
     HIDDEN_SIZES,
     INTERMEDIATE_SIZES,
     LatencyTable,
@@ -22,8 +24,7 @@ from minitron_search.latency import (
     models_of,
     table_of,
 )
-from minitron_search.run_directory import RunDirectory
-from minitron_search.search_space import SearchSpace
+from minitron_search.search.space import SearchSpace
 from tests import tiny
 
 TEACHER = tiny.config(hidden_size=24, num_attention_heads=6, num_key_value_heads=2, num_hidden_layers=5)

@@ -9,17 +9,24 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from minitron_search import layer_merge
-from minitron_search.config import parse
-from minitron_search.families import decoder_layers, whole
-from minitron_search.layer_choice import least_block, least_layers, merged_away, merges_of, read_merges, write_merges
-from minitron_search.layer_merge import C, collapsed, merged_model
-from minitron_search.loop_settings import LoopSettings
-from minitron_search.proposals import propose
-from minitron_search.run_directory import RunDirectory
-from minitron_search.trial_run import initial_student
-from minitron_search.trial_settings import counts
-from minitron_search.trimming import reader, trim
+from minitron_search.config.schema import parse
+from minitron_search.depth.layer_choice import (
+    least_block,
+    least_layers,
+    merged_away,
+    merges_of,
+    read_merges,
+    write_merges,
+)
+from minitron_search.distillation.settings import LoopSettings
+from minitron_search.models.families import decoder_layers, whole
+from minitron_search.pruning import laco
+from minitron_search.pruning.laco import C, collapsed, merged_model
+from minitron_search.pruning.trimming import reader, trim
+from minitron_search.records.directory import RunDirectory
+from minitron_search.search.samplers import propose
+from minitron_search.trials.runner import initial_student
+from minitron_search.trials.settings import counts
 from tests import tiny
 from tests.materials import materials, trial
 from tests.test_proposals import space
@@ -66,7 +73,7 @@ def test_a_collapse_loses_as_many_layers_as_asked_whatever_is_similar(seed: int)
     draw = np.random.default_rng(seed)
     depth = int(draw.integers(2, 14))
     length = int(draw.integers(1, depth))
-    found = layer_merge._collapse(depth, length, lambda layers: float(draw.uniform(-1, 1)))
+    found = laco._collapse(depth, length, lambda layers: float(draw.uniform(-1, 1)))
     assert len(found) == depth - length and 0 in found and list(found) == sorted(found)
     for base, layer in found.items():
         assert sum(layer.values()) == 1, "theta_l and differences, of which each adds up to nothing"
@@ -77,9 +84,9 @@ def test_a_collapse_loses_as_many_layers_as_asked_whatever_is_similar(seed: int)
 
 def test_the_paper_s_order_is_followed() -> None:
     """All merges are good enough: from the last four layers on, each `INTERVAL` before the last."""
-    found = layer_merge._collapse(12, C - 1, lambda layers: 1.0)
+    found = laco._collapse(12, C - 1, lambda layers: 1.0)
     assert found == {**{layer: {layer: 1} for layer in range(8)}, 8: {8: -2, 9: 1, 10: 1, 11: 1}}
-    found = layer_merge._collapse(12, 2 * (C - 1), lambda layers: 1.0)
+    found = laco._collapse(12, 2 * (C - 1), lambda layers: 1.0)
     # the second merge begins two layers before the first, of nine layers left: at 5, and takes 6, 7 and what became 8
     assert list(found) == [0, 1, 2, 3, 4, 5] and found[5] == {5: -2, 6: 1, 7: 1, 8: -2, 9: 1, 10: 1, 11: 1}
 
@@ -92,7 +99,7 @@ def test_what_is_not_similar_enough_is_not_merged_until_the_threshold_has_fallen
         seen.append(merged)
         return 0.5 if merged == 3 else 0.1
 
-    found = layer_merge._collapse(8, 2, similarity)
+    found = laco._collapse(8, 2, similarity)
     assert list(found) == [0, 1, 2, 3, 6, 7] and found[3] == {3: -1, 4: 1, 5: 1}
     passes = seen.count(4)
     assert passes == 4 and seen[:4] == [4, 3, 2, 1]  # at 0.65, 0.60, 0.55, and above 0.5 again; then below

@@ -50,7 +50,7 @@ def top_level(path: Path) -> set[str]:
 
 def test_there_is_something_to_look_at() -> None:
     assert len(PACKAGE) > 15 and len(ANALYSIS) > 5
-    assert "minitron_search.config" in of_package(PACKAGE["minitron_search.run"])
+    assert "minitron_search.config.schema" in of_package(PACKAGE["minitron_search.run"])
 
 
 def test_imports_go_one_way() -> None:
@@ -78,19 +78,19 @@ def test_ray_is_imported_only_where_work_is_placed(name: str) -> None:
 @pytest.mark.parametrize("path", ANALYSIS, ids=lambda path: path.stem)
 def test_analysis_reads_run_directories_with_neither_torch_nor_ray(path: Path) -> None:
     assert not top_level(path) & {"torch", "ray", "transformers"}
-    assert of_package(path) <= {"minitron_search.run_directory", "minitron_search.mirror"}
+    assert of_package(path) <= {"minitron_search.records.directory", "minitron_search.records.bucket"}
     for name in ("run_directory", "mirror", "logs", "depot"):
         read = of_package(PACKAGE[f"minitron_search.{name}"])
         assert read <= {
-            "minitron_search.folders",
-            "minitron_search.logs",
-            "minitron_search.depot",
-            "minitron_search.run_directory",
+            "minitron_search.records.paths",
+            "minitron_search.records.logs",
+            "minitron_search.records.transfer",
+            "minitron_search.records.directory",
         }
 
 
 def test_the_run_directory_needs_neither_torch_nor_ray() -> None:
-    assert not top_level(PACKAGE["minitron_search.run_directory"]) & {"torch", "ray", "transformers"}
+    assert not top_level(PACKAGE["minitron_search.records.directory"]) & {"torch", "ray", "transformers"}
     assert not top_level(PACKAGE["minitron_search"]) & {"torch", "ray", "transformers"}
 
 

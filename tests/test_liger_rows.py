@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from minitron_search import liger_rows
-from minitron_search.distillation_loss import IGNORE, OutputHead, OutputLoss, output_loss
-from minitron_search.loop_settings import Loss
+from minitron_search.distillation.settings import Loss
+from minitron_search.losses import liger
+from minitron_search.losses.output_loss import IGNORE, OutputHead, OutputLoss, output_loss
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -44,12 +44,12 @@ def test_ligers_rows_are_ours(
         calls.append(1)
         return kernel(*args, **kwargs)  # type: ignore[operator,no-any-return]
 
-    assert liger_rows._installed()
-    monkeypatch.setattr(liger_rows, "usable", lambda device: False)
+    assert liger._installed()
+    monkeypatch.setattr(liger, "usable", lambda device: False)
     ours, references = run(loss, vocab, temperature, *head)
-    monkeypatch.setattr(liger_rows, "usable", lambda device: True)
-    kernel = liger_rows.cross_entropy
-    monkeypatch.setattr(liger_rows, "cross_entropy", lambda *a, **k: counted(*a, kernel=kernel, **k))
+    monkeypatch.setattr(liger, "usable", lambda device: True)
+    kernel = liger.cross_entropy
+    monkeypatch.setattr(liger, "cross_entropy", lambda *a, **k: counted(*a, kernel=kernel, **k))
     theirs, gradients = run(loss, vocab, temperature, *head)
     assert len(calls) == 3  # chunks: of 16 rows, on a GPU a tile each, on a CPU a tile too
     for value, reference in zip(theirs, ours, strict=True):

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import ray
 
-from minitron_search.logs import LOCAL, Files, Log, append_line, read_lines
-from minitron_search.node_files import FarFiles, KeptFiles, keep_files
-from minitron_search.run_directory import RunDirectory
+from minitron_search.cluster.remote_logs import FarFiles, KeptFiles, keep_files
+from minitron_search.records.directory import RunDirectory
+from minitron_search.records.logs import LOCAL, Files, Log, append_line, read_lines
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from pyarrow.fs import FileSystem
 
-from minitron_search import mirror as module
-from minitron_search.folders import is_uri, working_folder
-from minitron_search.mirror import Mirror
-from minitron_search.run_directory import RunDirectory
+from minitron_search.records import bucket as module
+from minitron_search.records.bucket import Mirror
+from minitron_search.records.directory import RunDirectory
+from minitron_search.records.paths import is_uri, working_folder
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from minitron_search import model_card as module
-from minitron_search.embedded import teacher as embedded
-from minitron_search.model_card import model_card, origin_of
-from minitron_search.retraining import write_folder
-from minitron_search.teacher import HUB_FILES, hub_name
-from minitron_search.trial import Trial
-from minitron_search.trial_settings import LoopSettings
+from minitron_search.export import model_card as module
+from minitron_search.export.model_card import model_card, origin_of
+from minitron_search.models import embedded
+from minitron_search.models.sources import HUB_FILES, hub_name
+from minitron_search.pipeline.retraining import write_folder
+from minitron_search.trials.settings import LoopSettings
+from minitron_search.trials.trial import Trial
 from tests import tiny
 
 TEXTS = ("it", "docstrings", "docstrings", "embedded")

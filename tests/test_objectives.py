@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from minitron_search.config import load, parse
+from minitron_search.config.schema import load, parse
 from tests.tiny import over
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from analysis.report import write_report
+from minitron_search.records.directory import RunDirectory
 from minitron_search.run import main
-from minitron_search.run_directory import RunDirectory
 from tests.runs import rows
 
 OLD = Path(__file__).parent / "fixtures" / "old_run"

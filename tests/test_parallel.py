@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from minitron_search import checkpoints, parallel
-from minitron_search.distillation import LoopSettings, Milestone, train
-from minitron_search.families import head_logits
-from minitron_search.loop_settings import Strategy
-from minitron_search.teacher_source import live_teacher
-from minitron_search.training_log import DivergedError
+from minitron_search.distillation import checkpoints, parallel
+from minitron_search.distillation.loop import LoopSettings, Milestone, train
+from minitron_search.distillation.settings import Strategy
+from minitron_search.distillation.teacher import live_teacher
+from minitron_search.distillation.training_log import DivergedError
+from minitron_search.models.families import head_logits
 from tests import test_correction, test_intermediate_loss, tiny
 from tests.test_correction import DISTIL
 from tests.test_intermediate_loss import SETTINGS as INTERMEDIATE

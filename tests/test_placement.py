@@ -13,13 +13,13 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from minitron_search import cluster
-from minitron_search import config as configuration
-from minitron_search.cluster import UnfitError, blind_node, slots
-from minitron_search.config import Resources
-from minitron_search.depot import Depot
-from minitron_search.run_directory import RunDirectory
-from minitron_search.workshop import at_the_workshop, in_parts, on_all_cpus
+from minitron_search.cluster import session
+from minitron_search.cluster.placement import at_the_workshop, in_parts, on_all_cpus
+from minitron_search.cluster.session import UnfitError, blind_node, slots
+from minitron_search.config import schema as configuration
+from minitron_search.config.schema import Resources
+from minitron_search.records.directory import RunDirectory
+from minitron_search.records.transfer import Depot
 
 
 def nodes(*resources: dict[str, float]) -> list[dict[str, Any]]:
@@ -43,16 +43,16 @@ def nodes(*resources: dict[str, float]) -> list[dict[str, Any]]:
 def test_slots_are_counted_node_by_node(
     monkeypatch: pytest.MonkeyPatch, have: list[dict[str, float]], asked: dict[str, Any], fitting: int
 ) -> None:
-    monkeypatch.setattr(cluster.ray, "nodes", lambda: [*nodes(*have), {"Alive": False, "Resources": {"CPU": 99}}])
-    monkeypatch.setattr(cluster, "draining", lambda: {})
+    monkeypatch.setattr(session.ray, "nodes", lambda: [*nodes(*have), {"Alive": False, "Resources": {"CPU": 99}}])
+    monkeypatch.setattr(session, "draining", lambda: {})
     assert slots(Resources(**asked)) == fitting
 
 
 def test_what_fits_nowhere_is_told_with_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     have = {"CPU": 8.0, "GPU": 1.0, "accelerator_type:L4": 1.0}
-    monkeypatch.setattr(cluster.ray, "nodes", lambda: nodes(have))
-    monkeypatch.setattr(cluster, "draining", lambda: {})
-    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: have)
+    monkeypatch.setattr(session.ray, "nodes", lambda: nodes(have))
+    monkeypatch.setattr(session, "draining", lambda: {})
+    monkeypatch.setattr(session.ray, "cluster_resources", lambda: have)
     with pytest.raises(
         UnfitError, match="1 GPUs of kind H100 each does not fit the cluster's 8 CPUs and 1 GPUs of kind L4"
     ):
@@ -67,7 +67,7 @@ def test_a_kind_is_of_gpus() -> None:
 @pytest.fixture(scope="module")
 def three_nodes(no_shared_ray: None) -> Iterator[Cluster]:
     """A head that runs nothing, a node of two CPUs, one of three."""
-    for name, value in cluster.ENVIRONMENT.items():
+    for name, value in session.ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80 * 2**20})
     for cpus in (2, 3):
@@ -122,7 +122,7 @@ def copied(given: Path, into: Path) -> Path:
 
 def test_nodes_that_come_and_go_are_events(three_nodes: Cluster, tmp_path: Path) -> None:
     run, said = RunDirectory(tmp_path / "run"), list[str]()
-    with cluster.watched(run, said.append):
+    with session.watched(run, said.append):
         node = three_nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20)
         wait_for(lambda: said)
         before = slots(Resources())

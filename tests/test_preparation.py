@@ -8,11 +8,11 @@ import pytest
 import yaml
 from transformers import GPTJConfig, GPTJForCausalLM
 
-from minitron_search import config as configuration
-from minitron_search import preparation
-from minitron_search.preparation import prepare
+from minitron_search.config import schema as configuration
+from minitron_search.planning import prepare as preparation
+from minitron_search.planning.prepare import prepare
+from minitron_search.records.directory import RunDirectory
 from minitron_search.run import main
-from minitron_search.run_directory import RunDirectory
 from tests import tiny
 
 BUDGET = "{params: {target: 12K, tolerance: 0.5}}"
@@ -28,7 +28,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MINITRON_SEARCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "500")
-    monkeypatch.setattr("minitron_search.cluster.joined", lambda: pytest.fail("nothing here needs Ray"))
+    monkeypatch.setattr("minitron_search.cluster.session.joined", lambda: pytest.fail("nothing here needs Ray"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minitron_search import proposals
-from minitron_search.architecture import Architecture
-from minitron_search.config import parse
-from minitron_search.proposals import (
+from minitron_search.config.schema import parse
+from minitron_search.models.architecture import Architecture
+from minitron_search.search import samplers
+from minitron_search.search.samplers import (
     NEEDED,
     POPULATION,
     STARTUP,
@@ -22,7 +22,7 @@ from minitron_search.proposals import (
     promotable,
     propose,
 )
-from minitron_search.search_space import SearchSpace
+from minitron_search.search.space import SearchSpace
 from tests import tiny
 
 TEACHER = tiny.config(hidden_size=24, num_attention_heads=6, num_key_value_heads=2, num_hidden_layers=6)
@@ -287,12 +287,12 @@ def test_what_is_told_is_bounded_and_keeps_the_best() -> None:
     observed[0] = replace(observed[0], values=(0.0,))  # the first and the best
     for several in (False, True):
         asked = [replace(o, others=((1.0,),)) for o in observed] if several else observed
-        view = proposals._View(tested)
+        view = samplers._View(tested)
         told = view._at_equal_tokens(asked) if several else view._by_rung(asked)
-        assert len(told) == proposals.TOLD
+        assert len(told) == samplers.TOLD
         numbers = [trial.number - 1 for trial in told]
         assert numbers == sorted(numbers) and {0, 299} <= set(numbers)
-    few = proposals._View(tested)._by_rung(observed[:20])
+    few = samplers._View(tested)._by_rung(observed[:20])
     assert [trial.number for trial in few] == list(range(1, 21))
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
-from minitron_search.config import Config, keys, load, parse
-from minitron_search.preparation import check
-from minitron_search.search_space import SearchSpace
-from minitron_search.teacher import teacher_config
+from minitron_search.config.schema import Config, keys, load, parse
+from minitron_search.models.sources import teacher_config
+from minitron_search.planning.prepare import check
+from minitron_search.search.space import SearchSpace
 
 RECIPES = Path(__file__).parents[1] / "search_spaces"
 PAPERS = {

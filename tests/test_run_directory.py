@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from minitron_search import run_directory
-from minitron_search.run_directory import (
+from minitron_search.records import directory
+from minitron_search.records.directory import (
     AXES,
     TRIALS_SCHEMA,
     RunDirectory,
@@ -185,7 +185,7 @@ def test_a_table_is_replaced_whole_or_not_at_all(run: RunDirectory, monkeypatch:
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_directory.pq, "write_table", cut_off)
+        patched.setattr(directory.pq, "write_table", cut_off)
         with pytest.raises(OSError):
             run.write_trials({"a": "complete"})
     assert run.trials_table.read_bytes() == before

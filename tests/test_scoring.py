@@ -8,13 +8,14 @@ import pytest
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from minitron_search import scoring, winogrande
-from minitron_search.families import final_hidden
-from minitron_search.run_directory import TRIALS_SCHEMA
-from minitron_search.scoring import Score, score, window_losses
-from minitron_search.statistics import standard_error
-from minitron_search.teacher_source import output_head
-from minitron_search.winogrande import PackedOptions
+from minitron_search.data import winogrande
+from minitron_search.data.winogrande import PackedOptions
+from minitron_search.distillation.teacher import output_head
+from minitron_search.evaluation import scoring
+from minitron_search.evaluation.scoring import Score, score, window_losses
+from minitron_search.evaluation.statistics import standard_error
+from minitron_search.models.families import final_hidden
+from minitron_search.records.directory import TRIALS_SCHEMA
 from tests import tiny
 
 VOCAB = len(tiny.tokenizer())

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from minitron_search.architecture import Architecture
-from minitron_search.config import Space, parse
-from minitron_search.families import is_expressible, sizes, student_config, whole
-from minitron_search.proposals import Observation, propose
-from minitron_search.search_space import COORDINATES, SearchSpace
+from minitron_search.config.schema import Space, parse
+from minitron_search.models.architecture import Architecture
+from minitron_search.models.families import is_expressible, sizes, student_config, whole
+from minitron_search.search.samplers import Observation, propose
+from minitron_search.search.space import COORDINATES, SearchSpace
 from tests import tiny
 
 TEACHER = tiny.config(hidden_size=24, num_attention_heads=6, num_key_value_heads=2, num_hidden_layers=5)

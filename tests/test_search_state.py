@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from minitron_search import config as configuration
-from minitron_search.config import Config
-from minitron_search.ruling import ruling
-from minitron_search.run_directory import RunDirectory
-from minitron_search.search_space import SearchSpace
-from minitron_search.search_state import CONTROLS, Search
-from minitron_search.trial import Trial
-from minitron_search.trial_settings import distillation_settings
+from minitron_search.cluster.schedulers import ruling
+from minitron_search.config import schema as configuration
+from minitron_search.config.schema import Config
+from minitron_search.records.directory import RunDirectory
+from minitron_search.search.space import SearchSpace
+from minitron_search.search.state import CONTROLS, Search
+from minitron_search.trials.settings import distillation_settings
+from minitron_search.trials.trial import Trial
 from tests import tiny
 
 TEACHER = tiny.config(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from minitron_search.statistics import (
+from minitron_search.evaluation.statistics import (
     FEWEST_FOR_TAU,
     agreement,
     chance_bar,

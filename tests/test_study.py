@@ -10,9 +10,9 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from minitron_search import study as module
-from minitron_search.proposals import Observation
-from minitron_search.study import LiveStudy
+from minitron_search.search import study as module
+from minitron_search.search.samplers import Observation
+from minitron_search.search.study import LiveStudy
 from tests.test_proposals import observe, searched, space
 
 ONE, TWO = ("lm_loss",), ("winogrande_margin", "params")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from minitron_search import teacher
+from minitron_search.models import sources
 from tests.tiny import over
 
 
@@ -32,18 +32,18 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_a_folder_gives_its_configuration_tokenizer_and_path(model):
-    assert teacher.teacher_folder(str(model)) == model
-    assert teacher.teacher_config(str(model)).hidden_size == 16
-    assert teacher.load_tokenizer(str(model))("a a")["input_ids"] == [1, 1]
+    assert sources.teacher_folder(str(model)) == model
+    assert sources.teacher_config(str(model)).hidden_size == 16
+    assert sources.load_tokenizer(str(model))("a a")["input_ids"] == [1, 1]
 
 
 def test_the_embedded_configuration_needs_no_download(tmp_path):
-    assert teacher.teacher_config("smollm2-135m").num_hidden_layers == 30
+    assert sources.teacher_config("smollm2-135m").num_hidden_layers == 30
     assert not (tmp_path / "cache").exists()
 
 
 @over(itertools.product(
-    [teacher.teacher_folder, teacher.teacher_config, teacher.load_tokenizer],
+    [sources.teacher_folder, sources.teacher_config, sources.load_tokenizer],
     ["./mode", "/no/where/at/all", "owner/never-downloaded", "no such name", "gpt"],
 ))  # fmt: skip
 def test_what_is_no_teacher_is_refused_with_what_would_be_one(ask, name, model, monkeypatch):
@@ -57,21 +57,21 @@ def test_a_folder_without_configuration_or_weights_is_refused(model):
     weights = model / "model.safetensors"
     os.rename(weights, model / "model-00001-of-00002.safetensors")
     with pytest.raises(ValueError, match="teacher.model: .* has no weights in safetensors"):
-        teacher.teacher_folder(str(model))
+        sources.teacher_folder(str(model))
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"lacks 1 of its 2 weight files \(model-00002"):
-        teacher.teacher_folder(str(model))
+        sources.teacher_folder(str(model))
     (model / "config.json").unlink()
     with pytest.raises(ValueError, match="has no config.json"):
-        teacher.teacher_config(str(model))
+        sources.teacher_config(str(model))
 
 
 def test_a_folder_without_a_tokenizer_is_refused(model):
     for path in model.glob("tokenizer*"):
         path.unlink()
     with pytest.raises(ValueError, match="teacher.model: .*tokenizer"):
-        teacher.load_tokenizer(str(model))
+        sources.load_tokenizer(str(model))
 
 
 def test_a_hub_name_is_fetched_with_what_is_needed_only(model, monkeypatch):
@@ -81,37 +81,37 @@ def test_a_hub_name_is_fetched_with_what_is_needed_only(model, monkeypatch):
         asked[name] = allow_patterns
         return str(model)
 
-    monkeypatch.setattr(teacher, "snapshot_download", snapshot)
-    assert teacher.teacher_folder("owner/name") == model
+    monkeypatch.setattr(sources, "snapshot_download", snapshot)
+    assert sources.teacher_folder("owner/name") == model
     assert not any("bin" in pattern or pattern.startswith("*.s") for pattern in asked["owner/name"])
 
 
 def test_the_fingerprint_is_of_the_content(model, tmp_path):
-    first = teacher.fingerprint(model)
+    first = sources.fingerprint(model)
     copy = tmp_path / "copy"
     copy.mkdir()
     for path in model.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"transformers_version": "another"}, indent=7))
-    assert teacher.fingerprint(copy) == first
+    assert sources.fingerprint(copy) == first
 
     weights = load_file(copy / "model.safetensors")
     last = sorted(weights)[-1]
     weights[last].view(-1)[-1] += torch.finfo(torch.float32).eps  # one number in one tensor
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
-    assert teacher.fingerprint(copy) != first
+    assert sources.fingerprint(copy) != first
     (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
-    assert teacher.fingerprint(model) != first
+    assert sources.fingerprint(model) != first
 
 
 def test_a_hash_is_remembered_for_old_files_and_never_for_ones_just_written(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"one")
-    now = teacher.file_hash(path)
+    now = sources.file_hash(path)
     assert not (tmp_path / "cache").exists()
     os.utime(path, (1, 1))
-    assert teacher.file_hash(path) == now
+    assert sources.file_hash(path) == now
     assert len(list((tmp_path / "cache" / "hashes").iterdir())) == 1
     path.write_bytes(b"two")
-    assert teacher.file_hash(path) != now
+    assert sources.file_hash(path) != now

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minitron_search import teacher_cache
-from minitron_search.families import final_hidden
-from minitron_search.teacher_cache import (
+from minitron_search.distillation import teacher_cache
+from minitron_search.distillation.teacher import output_head
+from minitron_search.distillation.teacher_cache import (
     MAX_BYTES,
     Built,
     CacheReader,
@@ -27,7 +27,7 @@ from minitron_search.teacher_cache import (
     in_this_process,
     resolve_mode,
 )
-from minitron_search.teacher_source import output_head
+from minitron_search.models.families import final_hidden
 from tests.sparse import top_k
 from tests.tiny import over
 

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import teacher_correction
 from benchmarks.teacher_correction import ARMS, Curve, curves, figure, main, minus
-from minitron_search.trimming import reader
+from minitron_search.pruning.trimming import reader
 from tests import tiny
 
 BEGIN, END = "<!-- teacher_correction: begin -->", "<!-- teacher_correction: end -->"

@@ -15,12 +15,12 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 from tensorboardX.record_writer import masked_crc32c
 
-from minitron_search import tracking
-from minitron_search.event_file import EventFile, Point
-from minitron_search.mirror import Mirror
-from minitron_search.run_directory import RunDirectory
-from minitron_search.trackers import check_installed, log_in, tracker_of
-from minitron_search.tracking import Tracking, tracked
+from minitron_search.records.bucket import Mirror
+from minitron_search.records.directory import RunDirectory
+from minitron_search.tracking import curves
+from minitron_search.tracking.curves import Tracking, tracked
+from minitron_search.tracking.tensorboard import EventFile, Point
+from minitron_search.tracking.trackers import check_installed, log_in, tracker_of
 
 ABOUT = {"trial": "a", "arm": "search", "seed": 0, "hidden_size": 48, "layers": [0, 2], "drop_block_start": None}
 SCORES = ("lm_loss", "kl", "winogrande_acc", "winogrande_margin")
@@ -115,12 +115,12 @@ def test_the_file_begins_with_its_version_and_says_what_the_trial_is(run: RunDir
 
 def test_steps_that_a_restarted_trial_repeats_are_told_once(run: RunDirectory) -> None:
     steps(run, "a", 1, 2, 3, 4)
-    tracking = Tracking(run, [], print)
-    tracking.look()
+    curves = Tracking(run, [], print)
+    curves.look()
     steps(run, "a", 3, 4, 5)  # from the checkpoint of step 2
     rung(run, "a", 0, 320)
     rung(run, "a", 0, 320)
-    tracking.look()
+    curves.look()
     assert [tokens for tokens, _ in shown(run)["train/loss"]] == [64, 128, 192, 256, 320]
     assert len(shown(run)["validation/lm_loss"]) == 1
 
@@ -149,10 +149,10 @@ def test_a_log_that_lost_its_end_with_the_machine_is_told_once_when_it_is_writte
     Tracking(run, [], print).look()
     log = run.trial("a") / "metrics.jsonl"
     log.write_text(log.read_text().splitlines()[0] + "\n")  # steps are not fsynced
-    tracking = Tracking(run, [], print)
-    tracking.look()
+    curves = Tracking(run, [], print)
+    curves.look()
     steps(run, "a", 2, 3, 4)
-    tracking.look()
+    curves.look()
     assert [tokens for tokens, _ in shown(run)["train/loss"]] == [64, 128, 192, 256]
 
 
@@ -173,17 +173,17 @@ def test_every_trial_has_its_file_and_those_of_another_session_are_not_begun_aga
 def test_a_trial_ends_as_its_event_says_after_its_last_point(run: RunDirectory) -> None:
     begin(run, "b")
     told = Told()
-    tracking = Tracking(run, [told], print)
+    curves = Tracking(run, [told], print)
     for trial, kind in (("a", "trial_finished"), ("b", "trial_failed")):
         steps(run, trial, 1)
-        tracking.look()
+        curves.look()
         steps(run, trial, 2)
         run.event(kind, trial=trial, status="complete")
-        tracking.look()
+        curves.look()
         assert told.points[-1][1].tokens == 128
     assert told.ends == [("a", "FINISHED"), ("b", "FAILED")]
     steps(run, "a", 3)  # a stopped trial that is continued
-    tracking.end("FINISHED")
+    curves.end("FINISHED")
     assert told.points[-1][1].tokens == 192 and told.ends[-1] == ("a", "FINISHED")
 
 
@@ -196,11 +196,11 @@ def test_a_tracker_that_fails_ends_no_run_and_is_told_no_more(run: RunDirectory)
 
     said: list[str] = []
     well = Told()
-    tracking = Tracking(run, [Failing(), well], said.append)
+    curves = Tracking(run, [Failing(), well], said.append)
     for step in (1, 2):
         steps(run, "a", step)
-        tracking.look()
-    tracking.end("FINISHED")
+        curves.look()
+    curves.end("FINISHED")
     assert said == ["trackers: failing is told no more: no server"]
     (event,) = [event for event in run.events() if event["event"] == "tracker_failed"]
     assert event["tracker"] == "failing" and event["message"] == "no server"
@@ -210,7 +210,7 @@ def test_a_tracker_that_fails_ends_no_run_and_is_told_no_more(run: RunDirectory)
 def test_what_is_logged_while_a_run_runs_is_told_meanwhile_and_at_its_end(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "LOOK_S", 0.01)
+    monkeypatch.setattr(curves, "LOOK_S", 0.01)
     with pytest.raises(KeyboardInterrupt), tracked(run, "name", [], print):
         steps(run, "a", 1)
         deadline = time.monotonic() + 20
@@ -261,7 +261,7 @@ def test_tensorboard_itself_reads_it(run: RunDirectory) -> None:
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch, left: ModuleSpec | None) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     found = {"wandb": left, "mlflow": ModuleSpec("mlflow", None, origin="mlflow/__init__.py")}
-    monkeypatch.setattr("minitron_search.trackers.find_spec", found.get)
+    monkeypatch.setattr("minitron_search.tracking.trackers.find_spec", found.get)
     check_installed(["mlflow"])
     with pytest.raises(ValueError, match=r"^trackers: wandb is not installed; valid: mlflow, or pip install 'minitron"):
         check_installed(["wandb", "mlflow"])
@@ -363,9 +363,9 @@ def test_mlflow_has_a_run_for_each_trial_in_which_another_session_goes_on(
     rung(run, "a", 0, 64 * 599)
     steps(run, "b", 1)
     run.event("trial_failed", trial="b", message="diverged")
-    tracking = Tracking(run, [tracker_of("mlflow", "small", run)], print)
-    tracking._events = type(tracking._events)(run.events_log)  # the event is of this session
-    tracking.end("KILLED")
+    curves = Tracking(run, [tracker_of("mlflow", "small", run)], print)
+    curves._events = type(curves._events)(run.events_log)  # the event is of this session
+    curves.end("KILLED")
     client = tracking_of.MlflowClient()
 
     def runs() -> dict[str, Any]:

@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from minitron_search.architecture import Architecture
-from minitron_search.families import decoder_layers, family_of, sizes, student_config, whole
-from minitron_search.rankings import Rankings
-from minitron_search.teacher_source import output_head
-from minitron_search.trimming import (
+from minitron_search.distillation.teacher import output_head
+from minitron_search.models.architecture import Architecture
+from minitron_search.models.families import decoder_layers, family_of, sizes, student_config, whole
+from minitron_search.pruning.rankings import Rankings
+from minitron_search.pruning.trimming import (
     load_head,
     load_teacher,
     permute_teacher,

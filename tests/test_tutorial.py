@@ -15,9 +15,9 @@ import yaml
 from rich.console import Console
 
 from analysis import report
-from minitron_search import forecast
-from minitron_search.config import load, parse
-from minitron_search.preparation import check
+from minitron_search.config.schema import load, parse
+from minitron_search.planning import forecast
+from minitron_search.planning.prepare import check
 from minitron_search.run import main
 from tests import tiny
 from tests.runs import Command, tiny_inputs

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from minitron_search.architecture import Architecture
-from minitron_search.families import family_of, split_name, whole
-from minitron_search.loop_settings import LoopSettings
-from minitron_search.run_directory import RunDirectory
-from minitron_search.trial_run import initial_student, run_trial
-from minitron_search.trial_settings import untrained
-from minitron_search.trimming import trim
-from minitron_search.views import as_views
+from minitron_search.distillation.settings import LoopSettings
+from minitron_search.models.architecture import Architecture
+from minitron_search.models.families import family_of, split_name, whole
+from minitron_search.pruning.trimming import trim
+from minitron_search.pruning.views import as_views
+from minitron_search.records.directory import RunDirectory
+from minitron_search.trials.runner import initial_student, run_trial
+from minitron_search.trials.settings import untrained
 from tests import tiny
 from tests.materials import materials, trial
 
@@ -145,7 +145,7 @@ def test_a_trial_scored_on_views_has_the_scores_of_the_trimmed_student(
     before = file.read_bytes()
     run_trial(made, asked, decided=False)
     (on_views,) = rungs(made.run, asked.id)
-    monkeypatch.setattr("minitron_search.trial_run.is_float32", lambda folder: False)
+    monkeypatch.setattr("minitron_search.trials.runner.is_float32", lambda folder: False)
     trimmed = replace(asked, arm="untrained")
     run_trial(made, trimmed, decided=False)
     (of_trim,) = rungs(made.run, trimmed.id)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from minitron_search.families import final_hidden, head_logits
-from minitron_search.precision import autocast
-from minitron_search.walk import Walk
+from minitron_search.models.device import autocast
+from minitron_search.models.families import final_hidden, head_logits
+from minitron_search.models.layerwise import Walk
 from tests import tiny
 
 

@@ -15,8 +15,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from minitron_search import winogrande
-from minitron_search.winogrande import Example
+from minitron_search.data import winogrande
+from minitron_search.data.winogrande import Example
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]

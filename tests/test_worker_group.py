@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from minitron_search import worker_group
-from minitron_search.logs import LOCAL
-from minitron_search.worker_group import next_job
+from minitron_search.cluster import worker_groups
+from minitron_search.cluster.worker_groups import next_job
+from minitron_search.records.logs import LOCAL
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(worker_group, "IDLE_S", 0.1)
+    monkeypatch.setattr(worker_groups, "IDLE_S", 0.1)
     made = tmp_path / "search" / "group"
     made.mkdir(parents=True)
     return made

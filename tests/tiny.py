@@ -19,9 +19,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from minitron_search.architecture import Architecture
-from minitron_search.families import is_expressible, sizes, whole
-from minitron_search.family_tables import FAMILIES as DECLARED
+from minitron_search.models.architecture import Architecture
+from minitron_search.models.families import is_expressible, sizes, whole
+from minitron_search.models.family_tables import FAMILIES as DECLARED
 
 logging.disable_progress_bar()  # of weights that take milliseconds: they bury what a test that fails says
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from analysis.static_figures import browser
+from analysis.page.static_figures import browser
 
 CHROMIUM = browser()
 BASH = shutil.which("bash")

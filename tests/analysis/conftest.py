@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from analysis.report import write_report
-from minitron_search.run_directory import RunDirectory
+from minitron_search.records.directory import RunDirectory
 
 LAYERS, HIDDEN, MLP, HEADS = 30, 576, 1536, 9
 TEACHER_PARAMS, EMBEDDING = 134_515_008, 28_311_552

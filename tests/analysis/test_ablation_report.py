@@ -9,7 +9,7 @@ import pytest
 
 from analysis import ablation_report, report
 from analysis.ablation_report import load_ablation, main, write_ablation_report
-from minitron_search.run_directory import RunDirectory
+from minitron_search.records.directory import RunDirectory
 from tests.analysis.conftest import ARMS, HOSTILE, MILESTONES, SHIFTS, write_ablation
 from tests.analysis.test_report import Page
 
@@ -171,7 +171,7 @@ def test_the_report_of_a_run_says_whose_an_ablation_is(tmp_path: Path, capsys: p
 def test_the_command_says_when_it_cannot_draw_static_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("analysis.static_figures.BROWSERS", ())
+    monkeypatch.setattr("analysis.page.static_figures.BROWSERS", ())
     monkeypatch.delenv("BROWSER_PATH", raising=False)
     folder = write_ablation(tmp_path / "a")
     assert main([str(folder), "--figures"]) == 0

@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 
 from analysis import benchmark_tables
-from analysis.cards import tables_card
+from analysis.run_cards import tables_card
 from analysis.run_data import load_run
-from minitron_search.evaluation_tasks import TABLES
-from minitron_search.run_directory import RunDirectory
+from minitron_search.evaluation.lm_eval_tasks import TABLES
+from minitron_search.records.directory import RunDirectory
 from tests.analysis.conftest import HOSTILE, WIDTH, evaluated, evaluation
 from tests.analysis.test_report import Page, read
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from analysis.ablation_report import write_ablation_report
+from analysis.page.static_figures import write_figures
 from analysis.report import main, write_report
-from analysis.static_figures import write_figures
-from minitron_search.run_directory import RunDirectory
+from minitron_search.records.directory import RunDirectory
 from tests.analysis.browser import BASH, CHROMIUM, Browser
 from tests.analysis.conftest import HOSTILE, write_ablation
 
@@ -131,7 +131,7 @@ def test_every_figure_is_written_as_svg_and_png(hostile: RunDirectory, capsys: p
 def test_a_browser_that_draws_nothing_is_said_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: RunDirectory
 ):
-    from analysis.cards import make_cards
+    from analysis.run_cards import make_cards
     from analysis.run_data import load_run
 
     monkeypatch.setenv("BROWSER_PATH", "/bin/false")

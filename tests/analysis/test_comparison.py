@@ -9,11 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import comparison, configuration, differences
+from analysis import compared_cards, differences
+from analysis.cards import configuration
 from analysis.report import main
 from analysis.run_data import RunData, load_run
-from minitron_search.pairing import against
-from minitron_search.run_directory import RunDirectory
+from minitron_search.evaluation.paired_scores import against
+from minitron_search.records.directory import RunDirectory
 from tests.analysis.conftest import write_run
 from tests.analysis.test_report import TITLES, Page
 
@@ -130,21 +131,21 @@ def test_without_an_output_the_comparison_is_beside_nobodys_run(
 def test_runs_of_other_text_are_warned_of_and_not_paired(two: list[RunDirectory]):
     runs = [load_run(run) for run in two]
     runs[1].config["corpus"]["sequence_length"] = 512
-    assert "not to be compared" in comparison.summary_card(runs).body
-    card = comparison.differences_card(runs)
+    assert "not to be compared" in compared_cards.summary_card(runs).body
+    card = compared_cards.differences_card(runs)
     assert card.panels == () and "Not paired" in card.body
 
 
 def test_the_paired_difference_is_of_the_retrained_students(two: list[RunDirectory]):
     runs = [load_run(run) for run in two]
-    card = comparison.differences_card(runs)
-    one, other = (comparison.student(run) for run in runs)
+    card = compared_cards.differences_card(runs)
+    one, other = (compared_cards.student(run) for run in runs)
     assert one["arm"].tolist() == other["arm"].tolist() == ["retrained"]
     table = card.panels[0].data
     assert table["difference"].iloc[0] == pytest.approx(other["lm_loss"].iloc[0] - one["lm_loss"].iloc[0])
     assert "Not at equal tokens" not in card.body
     runs[1].trials.loc[runs[1].trials["arm"] == "retrained", "tokens"] = 1024
-    assert "Not at equal tokens" in comparison.differences_card(runs).body
+    assert "Not at equal tokens" in compared_cards.differences_card(runs).body
 
 
 def test_a_run_that_is_going_and_an_empty_one_are_compared_too(
@@ -153,10 +154,10 @@ def test_a_run_that_is_going_and_an_empty_one_are_compared_too(
     empty = RunDirectory(tmp_path / "empty")
     empty.write_config({"name": "empty"})
     runs = [load_run(run) for run in (going, empty, finished)]
-    cards = comparison.compare(runs)
+    cards = compared_cards.compare(runs)
     assert [card.title for card in cards] == TITLES
     assert not any("could not be made" in card.reason for card in cards)
-    lonely = comparison.compare([load_run(empty), load_run(empty)._replace(name="second")])
+    lonely = compared_cards.compare([load_run(empty), load_run(empty)._replace(name="second")])
     assert not any("could not be made" in card.reason for card in lonely)
     assert sum(bool(card.reason) for card in lonely) == 11  # all but the summary and health
 
@@ -174,6 +175,6 @@ def test_no_word_of_several_runs_becomes_a_tag(finished: RunDirectory, hostile: 
 
 def test_health_of_several_names_only_what_is_amiss(two: list[RunDirectory]):
     runs: list[RunData] = [load_run(run) for run in two]
-    body = comparison.health_card(runs).body
+    body = compared_cards.health_card(runs).body
     assert body.count("Hosts lost: 1 lost") == 2 and "Storage:" not in body and "other checks" in body
     assert "t004: OutOfMemoryError" in body

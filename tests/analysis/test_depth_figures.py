@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import depth, depth_figures
-from analysis.cards import depth_card, make_cards
+from analysis import depth_figures
+from analysis.cards import depth
+from analysis.run_cards import depth_card, make_cards
 from analysis.run_data import load_run
-from minitron_search.run_directory import RunDirectory
+from minitron_search.records.directory import RunDirectory
 from tests.analysis.conftest import LENGTHS, METRICS, write_depth
 
 HOSTILE = "<script>alert(1)</script>"
@@ -86,7 +87,7 @@ def test_a_sweep_of_bi_alone_and_no_sweep_still_make_a_report(tmp_path: Path) ->
 def test_the_command_writes_the_page_and_says_when_it_cannot_draw_static_figures(
     swept: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("analysis.static_figures.BROWSERS", ())
+    monkeypatch.setattr("analysis.page.static_figures.BROWSERS", ())
     monkeypatch.delenv("BROWSER_PATH", raising=False)
     assert depth_figures.main([str(swept.root)]) == 0
     out, err = capsys.readouterr()

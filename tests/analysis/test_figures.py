@@ -4,15 +4,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import formatting as f
-from analysis.health import health_info
-from analysis.importance import COLUMNS, descending, importance_info, places, shrink
-from analysis.loss_curves import POINTS_PER_TRIAL, loss_curves_info, thin
-from analysis.pareto import pareto_front, pareto_info
+from analysis.cards.health import health_info
+from analysis.cards.importance import COLUMNS, descending, importance_info, places, shrink
+from analysis.cards.loss_curves import POINTS_PER_TRIAL, loss_curves_info, thin
+from analysis.cards.pareto import pareto_front, pareto_info
+from analysis.cards.summary import chance_warning, summary_info
+from analysis.cards.trials_table import trials_table_info
+from analysis.page import formatting as f
 from analysis.run_data import best_candidate, common_rung, last_rungs, load_run
-from analysis.summary import chance_warning, summary_info
-from analysis.trials_table import trials_table_info
-from minitron_search.run_directory import RunDirectory
+from minitron_search.records.directory import RunDirectory
 
 
 def rows(*losses: tuple[str, int, float, int]) -> pd.DataFrame:

@@ -13,12 +13,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis import cards, report
-from analysis.page import csv_link, embedded, fill, no_formula
-from analysis.pareto import AXES
+from analysis import report, run_cards
+from analysis.cards.pareto import AXES
+from analysis.page.page import csv_link, embedded, fill, no_formula
 from analysis.report import main, write_report
-from minitron_search.mirror import Mirror
-from minitron_search.run_directory import RunDirectory
+from minitron_search.records.bucket import Mirror
+from minitron_search.records.directory import RunDirectory
 from tests.analysis.conftest import METRICS
 
 TITLES = ["Summary", "Pareto fronts", "Convergence", "Depth", "Importance", "Axes of the search",
@@ -149,10 +149,10 @@ def test_a_damaged_artifact_is_named_and_the_rest_is_shown(make_run: Callable[..
 
 
 def test_a_card_that_fails_says_so_in_its_place(finished: RunDirectory, monkeypatch: pytest.MonkeyPatch):
-    def broken_card(run: object) -> cards.Card:
+    def broken_card(run: object) -> run_cards.Card:
         raise KeyError("depth")
 
-    monkeypatch.setattr(cards, "CARDS", [cards.summary_card, broken_card])
+    monkeypatch.setattr(run_cards, "CARDS", [run_cards.summary_card, broken_card])
     page = read(finished)
     assert page.titles == ["Summary", "Broken"] and "KeyError" in page.reasons[0]
 

@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import cards, convergence, health, loss_curves, pareto, rank_agreement, search_axes
+from analysis import run_cards
+from analysis.cards import convergence, health, loss_curves, pareto, rank_agreement, search_axes
 from analysis.run_data import candidates, load_run
-from minitron_search.run_directory import AXES, RunDirectory, append_line
+from minitron_search.records.directory import AXES, RunDirectory, append_line
 from tests.analysis.conftest import CONTROLS, RUNGS
 
 
@@ -144,9 +145,9 @@ def test_every_architecture_is_one_line_over_every_varied_axis(tmp_path: Path):
 
 
 def test_few_architectures_are_drawn_and_not_measured_and_one_shape_says_so(tmp_path: Path):
-    few = cards.axes_card(load_run(searched(tmp_path / "few", 4, lambda axes: axes["hidden_size"])))
+    few = run_cards.axes_card(load_run(searched(tmp_path / "few", 4, lambda axes: axes["hidden_size"])))
     assert [panel.name for panel in few.panels] == ["parallel_coordinates"] and "there are 4" in few.body
-    one = cards.axes_card(load_run(searched(tmp_path / "one", 1, lambda axes: 1.0)))
+    one = run_cards.axes_card(load_run(searched(tmp_path / "one", 1, lambda axes: 1.0)))
     assert "no axis varies" in one.reason
 
 
@@ -161,7 +162,7 @@ def test_rank_agreement_pairs_what_reached_both_rungs(finished: RunDirectory):
     info = rank_agreement.agreement_info(run)
     ((before, after, rows),) = info.pairs
     assert (before, after) == ("rung 0", "rung 1") and len(rows) == 3 and rows["promoted"].sum() == 1
-    card = cards.agreement_card(run)
+    card = run_cards.agreement_card(run)
     assert card.data[0][0] == "rungs" and "2 of 9" in card.body  # as the run's own evidence has it
 
 

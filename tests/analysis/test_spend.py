@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from analysis import spend
-from analysis.cards import spend_card
+from analysis.cards import spend
+from analysis.run_cards import spend_card
 from analysis.run_data import load_run
-from minitron_search.run_directory import RunDirectory, append_line
+from minitron_search.records.directory import RunDirectory, append_line
 from tests.analysis.conftest import FORECAST, HOSTILE
 
 

@@ -41,7 +41,7 @@ from urllib.parse import quote
 import psutil
 import yaml
 
-from minitron_search.folders import is_uri, working_folder
+from minitron_search.records.paths import is_uri, working_folder
 from tests.cluster.hosts import LAPTOP, ROOT, SSH, Machine, Network, address, missing
 from tests.runs import rows, tiny_inputs
 

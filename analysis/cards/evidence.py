@@ -1,0 +1,136 @@
+"""How sure the search may be of its winner: paired tests of the finalists, its controls, what early rungs foretold."""
+
+import html
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from analysis.page import formatting as f
+from analysis.page import palette
+
+METRICS = {
+    "lm_loss": "LM loss, nats per token",
+    "kl": "KL to the teacher, nats per token",
+    "winogrande_margin": "Winogrande margin, nats",
+    "winogrande_acc": "Winogrande accuracy",
+}
+ARMS = {
+    "random_pruned": ("random pruning", palette.RANDOM_PRUNED),
+    "random_init": ("random weights", palette.RANDOM_INIT),
+    "untrained": ("untrained trim", palette.UNTRAINED),
+    "teacher": ("teacher", palette.TEACHER),
+}
+
+
+def finalists(found: Mapping[str, Any]) -> pd.DataFrame:
+    """A row per architecture of the last rung, best first; differences from the best are on the same windows (or
+    twin questions), with their 95% interval."""
+    rows = []
+    for about in found["finalists"]:
+        tests = {metric: about.get(f"{metric}_against_best") or {} for metric in METRICS}
+        rows.append({
+            "architecture": about["architecture"],
+            found["objective"]: about[found["objective"]],
+            "stderr": about.get("stderr"),
+            "seeds": about["seeds"],
+            "error_over_seeds": about["error_over_seeds"],
+            **{f"{metric}_{name}": test.get(key) for metric, test in tests.items() for name, key in (
+                ("minus_best", "difference"), ("low", "low"), ("high", "high"), ("p", "p"), ("p_holm", "p_holm"),
+                ("n", "n"))},
+            **{f"{metric}_p_over_seeds": (test.get("over_seeds") or {}).get("p") for metric, test in tests.items()},
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def controls(found: Mapping[str, Any]) -> pd.DataFrame:
+    """A row per promoted architecture and control: the control's LM loss and margin, and what they are above the
+    candidate's on the same windows and questions, with their 95% interval."""
+    rows = []
+    for of in found.get("controls", []):
+        for control in of["controls"]:
+            row = {"architecture": of["architecture"], "arm": control["arm"], "tokens": control["tokens"],
+                   "precision": control["precision"], "candidate_precision": of["candidate"]["precision"]}  # fmt: skip
+            for metric in ("lm_loss", "winogrande_margin"):
+                test = control["against_candidate"].get(metric) or {}
+                row |= {metric: control[metric], f"{metric}_minus_candidate": test.get("difference")}
+                row |= {f"{metric}_{key}": test.get(key) for key in ("low", "high", "p", "n")}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def rungs(found: Mapping[str, Any]) -> pd.DataFrame:
+    """A row per pair of rungs: how the order of the first foretold the second."""
+    rows = []
+    for of in found["rungs"]:
+        low, high = of.get("kendall_interval") or (None, None)
+        rows.append({
+            **{key: value for key, value in of.items() if key not in ("flips", "top", "kendall_interval")},
+            "kendall_low": low, "kendall_high": high,
+            **{f"top_{top['k']}_{key}": top[key] for top in of.get("top", []) for key in ("shared", "by_chance")},
+            "flips": "; ".join(" and ".join(pair) for pair in of["flips"]),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def split_words(found: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Its sentences: those on how rungs foretold each other, and the others."""
+    starts = tuple(f"{of['before']} to {of['after']}, " for of in found["rungs"]) + ("Only what a rung let go on",)
+    of_rungs = [line for line in found["words"] if line.startswith(starts)]
+    return of_rungs, [line for line in found["words"] if line not in of_rungs]
+
+
+def body(words: Iterable[str]) -> str:
+    return "".join(f"<p>{html.escape(line)}</p>" for line in words)
+
+
+def differences_plot(table: pd.DataFrame, objective: str) -> go.Figure:
+    """What the finalists are above the best in the objective, with the 95% interval of the paired difference."""
+    others = table.dropna(subset=[f"{objective}_minus_best"])
+    figure = palette.new_figure(120 + 28 * len(others))
+    figure.add_scatter(
+        **_intervals(others, objective, "minus_best"), y=others["architecture"].map(f.in_figure), mode="markers",
+        marker={"color": palette.BLUE, "size": 9}, name="",
+        customdata=others[[f"{objective}_p_holm", f"{objective}_n"]],
+        hovertemplate="%{y}<br>%{x:.4f} above<br>p %{customdata[0]:.2g} (Holm), n %{customdata[1]}<extra></extra>",
+    )  # fmt: skip
+    figure.add_vline(0, line_color=palette.INK, line_width=1)
+    figure.update_yaxes(type="category", autorange="reversed")  # the best of them on top
+    figure.update_xaxes(title_text=f"minus the best’s: {METRICS[objective]} (95% interval)")
+    return figure
+
+
+def controls_plot(table: pd.DataFrame) -> go.Figure:
+    """LM loss of the controls above their candidate's, with the 95% interval of the paired difference."""
+    rows = table.dropna(subset=["lm_loss_minus_candidate"])
+    several = rows["architecture"].nunique() > 1
+    figure = palette.new_figure(140 + 28 * len(rows))
+    for arm, (name, (colour, symbol)) in ARMS.items():
+        of = rows[rows["arm"] == arm]
+        if len(of):
+            figure.add_scatter(
+                **_intervals(of, "lm_loss", "minus_candidate"),
+                y=[name + (f", {f.in_figure(which)}" if several else "") for which in of["architecture"]],
+                mode="markers", marker={"color": colour, "symbol": symbol, "size": 11}, name=name, showlegend=False,
+                customdata=of[["lm_loss", "lm_loss_p", "lm_loss_n"]],
+                hovertemplate="%{y}: %{customdata[0]:.3f}<br>%{x:.4f} nats above the candidate<br>"
+                "p %{customdata[1]:.2g}, n %{customdata[2]}<extra></extra>",
+            )  # fmt: skip
+    figure.add_vline(0, line_color=palette.INK, line_width=1)
+    figure.update_yaxes(type="category", autorange="reversed")
+    figure.update_xaxes(title_text="LM loss − the candidate’s (nats per token, 95%)")
+    return figure
+
+
+def _intervals(rows: pd.DataFrame, metric: str, name: str) -> dict[str, Any]:
+    """Values and the bars around them, which an interval need not have equal on both sides."""
+    at = rows[f"{metric}_{name}"]
+    bars = {"array": rows[f"{metric}_high"] - at, "arrayminus": at - rows[f"{metric}_low"]}
+    return {"x": at, "error_x": {"type": "data", "symmetric": False, "thickness": 1.5, **bars}}
+
+
+def sample(table: pd.DataFrame) -> str:
+    n = table["lm_loss_n"].dropna() if len(table) else table
+    windows = f", {int(n.max())} windows" if len(n) else ""
+    return f"{f.plural(len(table), 'architecture')} at the last rung{windows}; p of several others is Holm’s."

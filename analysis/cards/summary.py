@@ -1,0 +1,189 @@
+"""Teacher, untrained trim, best candidate and retrained student side by side, and the outcome in words."""
+
+import html
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pandas as pd
+
+from analysis.page import formatting as f
+from analysis.page import palette
+from analysis.run_data import RunData, best_candidate, of_arm
+
+NAMES = {"winogrande_acc": "Winogrande accuracy", "winogrande_margin": "Winogrande margin"}
+ONE_SIDED_95 = 1.645  # standard errors of a coin, above one half, before an accuracy is called above chance
+
+
+class SummaryInfo(NamedTuple):
+    """`rows` maps a column title to a row of the trials table; only the arms that exist yet are in it."""
+
+    rows: dict[str, pd.Series]
+    colours: dict[str, str]
+    outcome: str
+    warning: str  # "" where the teacher's accuracy is clearly above chance, or was not measured
+
+
+def summary_info(run: RunData) -> SummaryInfo:
+    rows: dict[str, pd.Series] = {}
+    best = best_candidate(run.trials)
+    architecture = None if best is None else str(best[0]["architecture"])
+    promoted = best is not None and best[1]
+    best_title = "Best candidate" if promoted else "Leading candidate"
+    found = {
+        "Teacher": of_arm(run.trials, "teacher"),
+        "Untrained trim": of_arm(run.trials, "untrained", architecture),
+        best_title: None if best is None else best[0],
+        "Retrained student": of_arm(run.trials, "retrained", architecture),
+    }
+    rows = {title: row for title, row in found.items() if row is not None}
+    colours = dict(zip(found, (palette.INK, palette.PURPLE, palette.ORANGE, palette.GREEN), strict=True))
+    return SummaryInfo(
+        rows=rows,
+        colours=colours,
+        outcome=outcome(
+            found["Teacher"], found["Untrained trim"], found[best_title], found["Retrained student"], promoted
+        ),
+        warning=chance_warning(run),
+    )
+
+
+def outcome(
+    teacher: pd.Series | None,
+    untrained: pd.Series | None,
+    best: pd.Series | None,
+    retrained: pd.Series | None,
+    promoted: bool,
+) -> str:
+    """One or two sentences that a reader could repeat."""
+    last = retrained if retrained is not None else best
+    if last is None or f.missing(last["lm_loss"]):
+        return "No candidate has been scored yet."
+    if retrained is not None:
+        subject = "The retrained student"
+    else:
+        subject = "The best candidate" if promoted else "The leading candidate so far"
+    text = f"{subject} has {f.millions(last['params'])} parameters"
+    if teacher is None:
+        loss = f.plus_minus(last["lm_loss"], last["lm_loss_stderr"], 3)
+        return f"{text} and an LM loss of {loss} nats per token."
+    gap = last["lm_loss"] - teacher["lm_loss"]
+    text += (
+        f", {last['params'] / teacher['params']:.0%} of the teacher’s, and an LM loss of "
+        f"{f.fixed(last['lm_loss'], 3)} nats per token, {f.fixed(abs(gap), 3)} "
+        f"{'above' if gap >= 0 else 'below'} the teacher’s, after {f.tokens(last['tokens'])} tokens."
+    )
+    if untrained is not None and untrained["lm_loss"] > max(teacher["lm_loss"], last["lm_loss"]):
+        lost = untrained["lm_loss"] - teacher["lm_loss"]
+        back = (untrained["lm_loss"] - last["lm_loss"]) / lost
+        text += f" Trimming alone cost {f.fixed(lost, 3)} nats; training won {back:.0%} of that back."
+    return text
+
+
+def at_chance(run: RunData) -> list[str] | None:
+    """The metrics on which the teacher is no better than chance, as the run's own tests found; before they were made,
+    as a coin's standard error says of its accuracy. None where it has no accuracy."""
+    if tested := run.evidence.get("at_chance"):
+        return [NAMES.get(metric, metric) for metric, about in tested.items() if about["at_chance"]]
+    teacher = of_arm(run.trials, "teacher")
+    if teacher is None or f.missing(teacher["winogrande_acc"]):
+        return None
+    bar = 0.5 + ONE_SIDED_95 * 0.5 / teacher["winogrande_n"] ** 0.5
+    return [] if teacher["winogrande_acc"] > bar else [NAMES["winogrande_acc"]]
+
+
+def chance_warning(run: RunData) -> str:
+    teacher = of_arm(run.trials, "teacher")
+    if teacher is None or NAMES["winogrande_acc"] not in (at_chance(run) or ()):
+        return ""
+    accuracy = f.plus_minus(teacher["winogrande_acc"], teacher["winogrande_acc_stderr"], 3)
+    return (
+        f"The teacher’s Winogrande accuracy, {accuracy} on {f.integer(teacher['winogrande_n'])} examples, is not "
+        "clearly above chance (0.5). Accuracy ranks nothing in this run; LM loss does, and the margin is the denser "
+        "reading of Winogrande."
+    )
+
+
+def share(row: pd.Series, teacher: pd.Series | None, column: str) -> str:
+    return "" if teacher is None or row is teacher else f"{row[column] / teacher[column]:.1%} of the teacher"
+
+
+def gap(row: pd.Series, teacher: pd.Series | None, column: str) -> str:
+    if teacher is None or row is teacher or f.missing(row[column] - teacher[column]):
+        return ""
+    return f"{row[column] - teacher[column]:+.3f} against the teacher".replace("-", "−")
+
+
+def speed_up(row: pd.Series, teacher: pd.Series | None, column: str) -> str:
+    if teacher is None or row is teacher or f.missing(row[column]) or not teacher[column] > 0:
+        return ""
+    return f"{row[column] / teacher[column]:.2f}× the teacher"
+
+
+Cell = tuple[str, str, Callable[[pd.Series], str], Callable[[pd.Series, pd.Series | None], str] | None]
+# Label, unit, the value, and the small line under it.
+LINES: tuple[Cell, ...] = (
+    ("Parameters", "", lambda r: f.millions(r["params"]), lambda r, t: share(r, t, "params")),
+    (
+        "Non-embedding",
+        "parameters",
+        lambda r: f.millions(r["non_embedding_params"]),
+        lambda r, t: share(r, t, "non_embedding_params"),
+    ),
+    (
+        "LM loss",
+        "nats per token",
+        lambda r: f.plus_minus(r["lm_loss"], r["lm_loss_stderr"], 3),
+        lambda r, t: gap(r, t, "lm_loss"),
+    ),
+    ("KL to the teacher", "nats per token", lambda r: f.plus_minus(r["kl"], r["kl_stderr"], 3), None),
+    (
+        "Winogrande accuracy",
+        "share right",
+        lambda r: f.plus_minus(r["winogrande_acc"], r["winogrande_acc_stderr"], 3),
+        None,
+    ),
+    (
+        "Winogrande margin",
+        "nats per example",
+        lambda r: f.plus_minus(r["winogrande_margin"], r["winogrande_margin_stderr"], 3),
+        None,
+    ),
+    (
+        "Speed",
+        "tokens per second",
+        lambda r: f.integer(r["tokens_per_second"]),
+        lambda r, t: speed_up(r, t, "tokens_per_second"),
+    ),
+    ("Trained on", "tokens", lambda r: f.tokens(r["tokens"]), None),
+)
+
+
+def summary_html(info: SummaryInfo) -> str:
+    teacher = info.rows.get("Teacher")
+    heads = "".join(
+        f'<th scope="col"><span class="dot" style="background:{"currentColor" if c == palette.INK else c}">'
+        f"</span>{title}<small>{html.escape(info.rows[title]['trial'])}</small></th>"
+        for title, c in info.colours.items()
+        if title in info.rows
+    )
+    body = ""
+    for label, unit, value, under in LINES:
+        body += f'<tr><th scope="row">{label}<small>{unit}</small></th>'
+        for row in info.rows.values():
+            small = under(row, teacher) if under else ""
+            body += f"<td>{value(row)}<small>{small}</small></td>"
+        body += "</tr>"
+    warning = f'<p class="warning" role="note">{html.escape(info.warning)}</p>' if info.warning else ""
+    return (
+        f'<p class="outcome">{html.escape(info.outcome)}</p>{warning}'
+        f'<div class="scroll"><table class="compare"><thead><tr><td></td>{heads}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def summary_count(info: SummaryInfo) -> str:
+    row = next(iter(info.rows.values()))
+    return (
+        f"n = {f.integer(row['lm_loss_n'])} validation windows and {f.integer(row['winogrande_n'])} "
+        "Winogrande examples; ± is one standard error."
+    )

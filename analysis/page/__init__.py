@@ -1,0 +1,1 @@
+"""How a report is put on a page: cards, palette, formats, tables, static figures."""

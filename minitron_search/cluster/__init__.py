@@ -1,0 +1,1 @@
+"""Ray: the session, the placement of work, worker groups, Tune. Nothing else places work."""

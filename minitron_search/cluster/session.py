@@ -1,0 +1,231 @@
+"""Joining or starting Ray, and leaving it: the one place that decides where a run's processes live."""
+
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private.state import state  # the public API lists no draining nodes
+from ray.exceptions import RayTaskError
+from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from minitron_search.config.schema import Resources
+from minitron_search.records.directory import RunDirectory
+from minitron_search.records.paths import cache_folder
+
+# Set before Ray starts: read by the driver, and inherited by the processes of an embedded start.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    # a Train controller sees a report, a finished worker or a dead one this much later; the default of 2 s costs
+    # more than 6 s a trial
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1200",  # a group waits as long as a cluster takes to add a node
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    # where a searcher proposes them Tune has one trial at a time wait for its process: slots would start one after
+    # another (16 of them 29 rungs a minute for 49), and a cluster be asked for one node at a time; `search.Proposals`
+    # hands out no more than there is room for
+    "TUNE_MAX_PENDING_TRIALS_PG": "1000",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # the run directory is the truth; Tune's own state is never restored
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the objective is computed from the row, by `Ruling`
+    "RAY_worker_niceness": "0",  # at Ray's 15 any other process of the machine starves a trial tenfold
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+LOOK_S = 1.0
+PLACE_S, PROGRESS_S = 1200.0, 30.0  # a spot node is there in some ten minutes, where there is one
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Join the cluster that `RAY_ADDRESS` names, else start Ray inside this process on all of this machine.
+
+    An embedded Ray listens on loopback only and is gone when the block ends; a cluster is left as it was. Inside
+    another such block it is the same.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    # Ray says at every start that its own authentication is on, as it should be
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if os.environ.get("RAY_ADDRESS"):
+        # caches are in the same place on every node, which is the driver's
+        everywhere = {**ENVIRONMENT, "MINITRON_SEARCH_CACHE": str(cache_folder())}
+        ray.init(logging_level=logging.WARNING, log_to_driver=False, runtime_env={"env_vars": everywhere})
+    else:
+        ray.init(
+            address="local",
+            include_dashboard=False,  # nothing here asks the state API: trials end themselves, none is killed
+            _node_ip_address="127.0.0.1",
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+class UnfitError(ValueError):
+    """The cluster cannot run what was asked; nothing was written."""
+
+
+def blind_node(folder: Path) -> str | None:
+    """The name of a node that does not see what is written to `folder` here; None where all do, or there is but one."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) < 2:
+        return None
+    look = ray.remote(num_cpus=0)(os.path.exists)
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(prefix=".shared-", dir=folder) as marker:
+        seen = {
+            node["NodeManagerHostname"]: look.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ).remote(marker.name)
+            for node in nodes
+        }
+        blind = [name for name, found in seen.items() if not ray.get(found)]
+    if made:
+        folder.rmdir()
+    return blind[0] if blind else None
+
+
+def words_of(error: BaseException) -> str:
+    """What `error` has to tell. Where the system refused a task or a worker something, a full disk say, its words:
+    Ray's are a traceback, which is for faults of the program."""
+    inner = error
+    while isinstance(inner, (RayTaskError, WorkerGroupError)):
+        inner = inner.cause if isinstance(inner, RayTaskError) else next(iter(inner.worker_failures.values()))
+    return str(inner if isinstance(inner, OSError) else error)
+
+
+@contextmanager
+def watched(run: RunDirectory, progress: Callable[[str], None]) -> Iterator[None]:
+    """While the block runs, nodes that come and go are events of `run` and are told: `node_joined`, `node_leaving`
+    after a notice (clusters/spot_notice.py), `node_lost`."""
+    leaving: set[str] = set()
+    over, known = threading.Event(), {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+    def look() -> None:
+        nonlocal known
+        while not over.wait(LOOK_S):
+            nodes = {node["NodeID"]: node for node in ray.nodes()}
+            alive = {name for name, node in nodes.items() if node["Alive"]}
+            told = {name for name in draining() if name in nodes} - leaving
+            leaving.update(told)
+            changes = ("node_lost", known - alive), ("node_joined", alive - known), ("node_leaving", told)
+            for kind, changed in changes:
+                for name in sorted(changed):
+                    about = _about(nodes[name])
+                    run.event(kind, **about)
+                    progress(f"cluster: {kind.replace('_', ' ')}: {about['node']}")
+            known = alive
+
+    watch = threading.Thread(target=look, daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watch.join()
+
+
+def draining() -> dict[str, int]:
+    """Nodes that take no more work, by id: until when, in Unix milliseconds, 0 where nobody said."""
+    return state.get_draining_nodes()
+
+
+def _about(node: dict[str, Any]) -> dict[str, Any]:
+    about = {"node": node["NodeManagerAddress"], "node_id": node["NodeID"]}
+    if not node["Alive"]:
+        return {**about, "message": node["DeathReasonMessage"]}
+    return {**about, **{name: node["Resources"].get(name, 0) for name in ("CPU", "GPU")}}
+
+
+def wait_for_place(resources: Resources, progress: Callable[[str], None]) -> None:
+    """Until one trial fits: a cluster that scales from zero adds a node for what it is asked.
+
+    Raises UnfitError where none has come within `PLACE_S`, or could: an embedded Ray has this machine and no other.
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        slots(resources)
+        return
+    wanted = placement_group([resources.of_worker()] * resources.workers_per_trial)
+    began = time.monotonic()
+    while not wanted.wait(PROGRESS_S):
+        if time.monotonic() - began > PLACE_S:
+            remove_placement_group(wanted)
+            raise _unfit(resources, f"has found no place within {PLACE_S / 60:.0f} minutes, in")
+        progress(f"cluster: waiting for a place for {_described(resources)}")
+    remove_placement_group(wanted)
+
+
+def slots(resources: Resources) -> int:
+    """How many trials the cluster can run at once, as it is now. A worker has what it needs on one node; the workers of
+    a trial may be on several.
+
+    Raises UnfitError when not even one fits.
+    """
+    going = draining()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node.get("NodeID") not in going]
+    fitting = sum(_workers(node, resources.of_worker()) for node in nodes) // resources.workers_per_trial
+    if fitting < 1:
+        raise _unfit(resources, "does not fit")
+    return fitting
+
+
+def _workers(node: dict[str, float], asked: dict[str, float]) -> int:
+    """How many workers fit a node: those that share a GPU are on one, a worker of several has whole ones."""
+    fitting = min(int(node.get(name, 0) / share) for name, share in asked.items() if name != "GPU")
+    if gpus := asked.get("GPU"):
+        has = int(node.get("GPU", 0))
+        fitting = min(fitting, has * int(1 / gpus + 1e-6) if gpus < 1 else int(has // gpus))  # 1 // 0.1 is 9
+    return fitting
+
+
+def _described(resources: Resources) -> str:
+    kind = f" of kind {resources.accelerator_type}" if resources.accelerator_type else ""
+    return (f"{resources.workers_per_trial} workers with {resources.cpus_per_worker} CPUs and "
+            f"{resources.gpus_per_worker:g} GPUs{kind} each")  # fmt: skip
+
+
+def _unfit(resources: Resources, how: str) -> UnfitError:
+    have = ray.cluster_resources()
+    kinds = [name.partition(":")[2] for name in have if name.startswith("accelerator_type:")]
+    gpus = f"{have.get('GPU', 0):g} GPUs{' of kind ' + ', '.join(kinds) if kinds else ''}"
+    cluster = f"the cluster's {have.get('CPU', 0):g} CPUs and {gpus}"
+    return UnfitError(f"resources: a trial of {_described(resources)} {how} {cluster}; valid: fewer workers_per_trial, "
+                      "cpus_per_worker or gpus_per_worker, or nodes that have them")  # fmt: skip
+
+
+class Room:
+    """How many trials may run at once: as many as the cluster holds, as nodes come and go; on a cluster that was asked
+    for a number, that many, since what waits for a place is what such a cluster adds nodes for."""
+
+    def __init__(self, asked: int | str, resources: Resources):
+        self.asked, self.resources = asked, resources
+        self.looked, self.now = -LOOK_S, 1
+
+    def __call__(self) -> int:
+        if isinstance(self.asked, int) and os.environ.get("RAY_ADDRESS"):
+            return self.asked
+        if time.monotonic() - self.looked >= LOOK_S:
+            self.looked = time.monotonic()
+            with suppress(UnfitError):  # the nodes that held one have gone: it waits for others
+                self.now = slots(self.resources)
+        return self.now if self.asked == "auto" else min(int(self.asked), self.now)

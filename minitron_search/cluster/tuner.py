@@ -1,0 +1,212 @@
+"""Ray Tune runs what the search asks for, slot by slot; then the best are promoted."""
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.error import TuneError
+from ray.tune.search import Searcher
+
+from minitron_search.cluster.kept_actors import kept_actors
+from minitron_search.cluster.launchers import tune_function
+from minitron_search.cluster.schedulers import ruling
+from minitron_search.cluster.worker_groups import close_groups, free_groups, make_room
+from minitron_search.evaluation.evidence import evidence
+from minitron_search.models.architecture import Architecture
+from minitron_search.planning.workload import search_phases
+from minitron_search.records.directory import FINISHED
+from minitron_search.search.state import Search
+from minitron_search.search.study import LiveStudy
+from minitron_search.trials.trial import Trial
+
+TRIAL_RESTARTS = 1  # of a trial whose process died
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or a user's share of it
+TRIAL_MEMORY = 300 * 2**20  # a Tune trial that only waits for its workers asks for memory, not for a CPU
+
+
+def run_search(
+    search: Search, materials: ray.ObjectRef, room: Callable[[], int], progress: Callable[[str], None]
+) -> list[Architecture]:
+    """Run what is left of the search, `room()` trials at once; returns the promoted architectures, best first.
+
+    Raises KeyboardInterrupt after Ctrl-C, with every finished row kept, and OSError where nothing can be written.
+    """
+    config, run = search.config, search.run
+    study = LiveStudy(run.study, config.name, search.space, config.search.objectives)
+    first = search.next_trial()
+    if first is not None:
+        resources: dict[str, float] = {"memory": TRIAL_MEMORY}
+        if config.resources.launcher == "inline":
+            resources = config.resources.of_worker()
+        proposals = Proposals(search, first, room)
+        # Tune looks for result files that nobody here writes, and says so for every trial; of a trial that fails its
+        # controller prints thirty lines, and `Bookkeeping` the one that says why
+        logging.getLogger("ray.tune").setLevel(logging.ERROR)
+        logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)
+        tuner = tune.Tuner(
+            tune.with_resources(tune_function(materials, run, config.resources), resources),
+            tune_config=tune.TuneConfig(
+                search_alg=proposals,
+                scheduler=ruling(search),
+                num_samples=-1,
+                reuse_actors=True,
+                trial_name_creator=_id_of,
+                trial_dirname_creator=_id_of,
+            ),
+            run_config=tune.RunConfig(
+                name="search",
+                storage_path=run.ray_storage,
+                failure_config=tune.FailureConfig(max_failures=TRIAL_RESTARTS),
+                callbacks=[Bookkeeping(search, study, progress)],
+                verbose=0,
+            ),
+        )
+        try:
+            with kept_actors():
+                tuner.fit()
+        except TuneError as error:
+            raise _cause_of(error) from None
+        free_groups()
+        if not proposals.ended:
+            raise KeyboardInterrupt  # Tune returns quietly when it is interrupted
+    best = search.best()
+    chosen = {architecture.id for architecture in best}
+    promoted = frozenset(t.id for t in search.trials.values() if t.architecture.id in chosen)
+    for architecture in best:
+        run.event("promoted", architecture=architecture.id)
+    search.write_tables(promoted)
+    run.write_evidence(evidence(run, config.search.ranks_by))
+    study.refresh(search.observed(), at_once=True)
+    return best
+
+
+class Proposals(Searcher):
+    """Hands Tune the search's next trial; where that depends on trials that are running, Tune asks again."""
+
+    def __init__(self, search: Search, first: Trial, room: Callable[[], int]):
+        super().__init__(metric="objective", mode="min")
+        self.search, self.ahead, self.room, self.ended = search, [first], room, False
+
+    def suggest(self, trial_id: str) -> Any:
+        if not self.ahead and len(self.search.alive) >= self.room():
+            return None
+        trial = self.ahead.pop() if self.ahead else self.search.next_trial()
+        if trial is None and not self.search.alive:
+            self.ended = True
+            close_groups(self.search.run, "search")
+            return Searcher.FINISHED
+        if trial is None:
+            return None
+        return {"trial": trial}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        pass  # the tables know
+
+    def save(self, checkpoint_path: str) -> None:
+        pass
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise AssertionError("a search is rebuilt from its tables")
+
+
+class Bookkeeping(tune.Callback):
+    """Tables, events and a line of progress for everything that happens to a trial."""
+
+    def __init__(self, search: Search, study: LiveStudy, progress: Callable[[str], None]):
+        self.search, self.study, self.progress = search, study, progress
+        self.began = 0.0  # to train: rungs at 0 tokens come before
+        self.tokens = 0
+
+    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        ours: Trial = trial.config["trial"]
+        self.search.run.event("trial_started", trial=ours.id)
+        self.progress(f"{self._place(ours)} starts: {ours.architecture}")
+
+    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        if "trial" not in result:
+            return
+        ours: Trial = trial.config["trial"]
+        row = self.search.record(result)
+        self.search.write_tables()
+        self.study.refresh(self.search.observed())
+        self.search.run.event("rung_finished", trial=ours.id, rung=row["rung"], tokens=row["tokens"])
+        ruling = self.search.decisions[ours.id].get(row["rung"], "complete")
+        self.progress(
+            f"{self._place(ours)} rung {row['rung']} at {row['tokens']:,} tokens: LM loss {row['lm_loss']:.3f} "
+            f"+- {row['lm_loss_stderr']:.3f}, KL {row['kl']:.3f}, {self._pace(row)} -> {ruling}"
+        )
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        ours: Trial = trial.config["trial"]
+        self.search.alive.remove(ours.id)
+        self.search.read_failures()
+        self.search.run.event("trial_finished", trial=ours.id, status=self.search.status(ours.id))
+        self.search.write_tables()
+        if ours.id in self.search.failures:
+            self.progress(f"{self._place(ours)} failed: {self.search.failures[ours.id]}")
+
+    def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
+        # at every step, some ten a second: Ray ends a group a while after it was killed
+        make_room(self.search.run, "search")
+
+    def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        ours: Trial = trial.config["trial"]
+        message = _cause(trial)
+        if any(os.strerror(full) in message for full in FULL):  # no fault of the trial's: it would fail, and others too
+            raise OSError(f"{message}; {ours.id} could not go on")
+        self.search.run.event("trial_restarted", trial=ours.id, message=message)
+        self.progress(f"{self._place(ours)} is started again: {message}")
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        ours: Trial = trial.config["trial"]
+        message = _cause(trial)
+        self.search.alive.remove(ours.id)
+        self.search.failures[ours.id] = message
+        self.search.run.event("trial_failed", trial=ours.id, message=message)
+        self.search.write_tables()
+        self.progress(f"{self._place(ours)} failed: {message}")
+
+    def _pace(self, row: dict[str, Any]) -> str:
+        """Training speed of all trials together, and the time left at it in the plain case."""
+        if not row["tokens"]:
+            return "as it is"
+        if not self.tokens:
+            self.began = time.monotonic() - row["seconds"]
+        before = self.search.rows[row["trial"]].get(row["rung"] - 1, {"tokens": 0})
+        self.tokens += row["tokens"] - before["tokens"]
+        speed = self.tokens / (time.monotonic() - self.began)
+        phases = search_phases(self.search.config, self.search.config.search.trials)
+        left = max(0, sum(phase.trials * phase.tokens for phase in phases) - sum(
+            max((row["tokens"] for row in rows.values()), default=0) for rows in self.search.rows.values()
+        ))  # fmt: skip
+        return f"{speed:.0f} tokens/s in all, about {left / speed / 60:.0f} min left"
+
+    def _place(self, trial: Trial) -> str:
+        done = sum(self.search.status(other) in FINISHED for other in self.search.trials)
+        planned = self.search.config.search.trials * self.search.config.search.seeds
+        total = max(planned, len(self.search.trials))
+        return f"[{done}/{total} trials done] {trial.id}"
+
+
+def _id_of(trial: Any) -> str:
+    return trial.config["trial"].id
+
+
+def _cause_of(error: BaseException) -> BaseException:
+    """What `Bookkeeping` died of: Tune raises it in errors of its own, whose messages are tracebacks."""
+    while isinstance(error, TuneError) and (inner := error.__cause__ or error.__context__):
+        error = inner
+    return error
+
+
+def _cause(trial: Any) -> str:
+    """The last line of what a trial died of; Tune has written it to a file by now, and not yet to storage."""
+    error = Path(trial.error_file)
+    lines = error.read_text().strip().splitlines() if error.is_file() else []
+    return lines[-1].strip() if lines else "its process died"

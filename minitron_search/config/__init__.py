@@ -1,0 +1,1 @@
+"""The one configuration: its types, its sections and their checks, and how it is loaded."""

@@ -1,0 +1,1 @@
+"""What models read: packed token windows and Winogrande questions."""

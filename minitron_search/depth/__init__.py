@@ -1,0 +1,1 @@
+"""The sweep over contiguous blocks of layers, and which layers to drop first."""

@@ -1,0 +1,1 @@
+"""Scores of a model, benchmarks by lm-eval, and the statistics that compare models."""

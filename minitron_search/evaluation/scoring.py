@@ -1,0 +1,116 @@
+"""A model -> Score: LM loss, KL to the teacher, Winogrande; each with its standard error and n."""
+
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from minitron_search.data import winogrande
+from minitron_search.data.winogrande import PackedOptions
+from minitron_search.distillation.teacher import output_head
+from minitron_search.evaluation.statistics import standard_error
+from minitron_search.losses.output_loss import OutputHead, next_tokens, token_losses
+from minitron_search.models.device import autocast
+from minitron_search.models.families import final_hidden
+
+ROWS_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Score:
+    """Losses in nats per token, their standard errors over windows (tokens of one window are not independent);
+    Winogrande's over examples. Field names are columns of `trials.parquet`."""
+
+    lm_loss: float
+    lm_loss_stderr: float
+    lm_loss_n: int
+    kl: float
+    kl_stderr: float
+    winogrande_acc: float
+    winogrande_acc_stderr: float
+    winogrande_margin: float
+    winogrande_margin_stderr: float
+    winogrande_n: int
+
+
+class Scored(NamedTuple):
+    """`by_window` and `kl_by_window` (n,): LM loss and KL of every validation window; `correct` (m,), 0 or 1, and
+    `margin` (m,), nats, of every Winogrande example. What two models are compared by, pair by pair."""
+
+    score: Score
+    by_window: np.ndarray
+    kl_by_window: np.ndarray
+    correct: np.ndarray
+    margin: np.ndarray
+
+
+def score(
+    model: PreTrainedModel,
+    windows: np.ndarray,
+    teacher_hidden: torch.Tensor,
+    teacher_head: OutputHead,
+    packed: PackedOptions,
+    precision: str,
+) -> Scored:
+    """Score `model` on validation `windows` (n, length) and on the packed Winogrande options.
+
+    `teacher_hidden` (n, length, teacher's hidden_size): the teacher's final hidden states of the same windows.
+    LM loss is over the length - 1 next tokens of every window, KL over all positions.
+    """
+    ce, kl = window_losses(model, windows, teacher_hidden, teacher_head, precision)
+    choices = winogrande.evaluate(model, packed, precision)
+    scores = Score(
+        lm_loss=float(ce.mean()),
+        lm_loss_stderr=standard_error(ce),
+        lm_loss_n=len(windows),
+        kl=float(kl.mean()),
+        kl_stderr=standard_error(kl),
+        winogrande_acc=choices.accuracy,
+        winogrande_acc_stderr=choices.accuracy_stderr,
+        winogrande_margin=choices.margin,
+        winogrande_margin_stderr=choices.margin_stderr,
+        winogrande_n=choices.n,
+    )
+    return Scored(scores, ce, kl, *winogrande.by_example(choices.log_likelihoods, packed.answers))
+
+
+def window_losses(
+    model: PreTrainedModel,
+    windows: np.ndarray,
+    teacher_hidden: torch.Tensor,
+    teacher_head: OutputHead,
+    precision: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean LM loss and mean KL of every window: (n,) float64 each, arguments as `score`."""
+    losses: list[np.ndarray] = []
+    divergences: list[np.ndarray] = []
+    head = output_head(model)
+    with torch.inference_mode(), autocast(precision, model.device):
+        for first in range(0, len(windows), ROWS_AT_ONCE):
+            rows = slice(first, first + ROWS_AT_ONCE)
+            ids = torch.from_numpy(windows[rows].astype(np.int64)).to(model.device)
+            student = final_hidden(model, ids).flatten(0, 1)
+            teacher = teacher_hidden[rows].to(model.device, student.dtype).flatten(0, 1)
+            per_token = token_losses(student, head, next_tokens(ids).flatten(), teacher, teacher_head)
+            assert per_token.kl is not None
+            losses.append(per_token.ce.view_as(ids)[:, :-1].double().mean(1).cpu().numpy())
+            divergences.append(per_token.kl.view_as(ids).double().mean(1).cpu().numpy())
+    return np.concatenate(losses), np.concatenate(divergences)
+
+
+def throughput(model: PreTrainedModel, windows: np.ndarray, precision: str, rows: int = 4) -> float:
+    """Tokens per second of a forward pass, all logits of every position, over `rows` windows; one window warms up."""
+    rows = min(rows, len(windows))
+    ids = torch.from_numpy(windows[:rows].astype(np.int64)).to(model.device)
+    with torch.inference_mode(), autocast(precision, model.device):
+        model(ids[:1], use_cache=False)
+        wait = torch.cuda.synchronize if ids.is_cuda else lambda: None
+        wait()
+        began = time.perf_counter()
+        for row in ids:
+            model(row[None], use_cache=False)
+        wait()
+    return ids.numel() / (time.perf_counter() - began)

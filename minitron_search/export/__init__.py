@@ -1,0 +1,1 @@
+"""The student folder that a user takes away: weights, model card, engine compatibility."""

@@ -1,0 +1,1 @@
+"""How important each channel, neuron and head is: one file a method."""

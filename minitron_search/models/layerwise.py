@@ -1,0 +1,144 @@
+"""A decoder LM taken apart: embedding, layers one by one, final norm, output head.
+
+The layers are the model's own modules, called with the arguments its own forward pass gives them (masks, rotary
+embeddings); that pass is run once per input with the layers replaced by recorders. A streamed model keeps nothing
+of its layers, embedding or head in memory but what is in use: each is mapped from the safetensors files when the
+walk reaches it and let go after.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from minitron_search.distillation.teacher import frozen_head, output_head
+from minitron_search.losses.output_loss import OutputHead
+from minitron_search.models.device import autocast
+from minitron_search.models.families import decoder_layers, family_of, vocabulary_tables, weights
+from minitron_search.pruning.trimming import load_teacher, reader
+
+
+class Inputs(NamedTuple):
+    """stream: (batch, length, hidden_size) float32, the residual stream before layer 0. arguments: what each layer is
+    called with beside it, by position and by name."""
+
+    stream: Tensor
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+class Walk:
+    """One model on one device. Calls are made inside `computing()`.
+
+    streamed: whether layers, embedding and head are read again from `folder` each time they are needed, instead
+    of being held. The numbers are the same.
+    """
+
+    def __init__(self, folder: Path, precision: str, device: torch.device | str = "cpu", streamed: bool = False):
+        self.folder, self.precision, self.device, self.streamed = folder, precision, torch.device(device), streamed
+        self.model = load_teacher(folder)  # memory-mapped: nothing is read yet
+        self.config = self.model.config
+        self.layers = decoder_layers(self.model)
+        family = family_of(self.config)
+        self.prefix = family.layers
+        tables = vocabulary_tables(weights(self.config))
+        self.embedding_name, self.head_name = tables[0], tables[-1]  # one table where they are tied
+        self.head_about = output_head(self.model)
+        self.embedding: nn.Embedding = self.model.get_input_embeddings()  # type: ignore[assignment]
+        if streamed:
+            self._let_go()
+        else:
+            self.embedding.to(self.device)
+            self.head_about = self._on_device(self.head_about)
+            for layer in self.layers:
+                self._fill(layer, dict(layer.named_parameters()))
+        self.body = self.model.base_model
+        self.final_norm: nn.Module = self.model.get_submodule(family.final_norm)
+        self.recorders = [_Recorder() for _ in self.layers]
+        self.model.set_submodule(self.prefix, nn.ModuleList(self.recorders))
+        for part in self.body.modules():
+            if part is not self.embedding and not list(part.children()):  # final norm, positions, rotary embedding
+                part.to(self.device, torch.float32)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        with torch.inference_mode(), autocast(self.precision, self.device):
+            yield
+
+    def begin(
+        self, input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Inputs:
+        """Arguments as `families.final_hidden`."""
+        with self._present(self.embedding, self.embedding_name.removesuffix(".weight"), cast=False):
+            stream = nn.functional.embedding(input_ids.to(self.device), self.embedding.weight).float()
+            stream = stream * getattr(self.embedding, "scalar_embed_scale", 1.0)  # Gemma's, in float32
+        self.body(inputs_embeds=stream, position_ids=position_ids, attention_mask=attention_mask, use_cache=False)
+        return Inputs(self.recorders[0].stream, [recorder.arguments for recorder in self.recorders])
+
+    @contextmanager
+    def layer(self, index: int, inputs: Inputs) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Layer `index` as a function of the residual stream before it, returning the stream after it."""
+        module = self.layers[index]
+        with self._present(module, f"{self.prefix}.{index}"):
+            positional, named = inputs.arguments[index]
+            yield lambda stream: module(stream, *positional, **named)
+
+    @contextmanager
+    def head(self) -> Iterator[OutputHead]:
+        """The output head, in the dtype of the products, for hidden states that went through `final_norm`."""
+        if self.streamed:
+            yield self._on_device(self.head_about._replace(weight=reader(self.folder)(self.head_name)))
+        else:
+            yield self.head_about
+
+    @staticmethod
+    def logits(head: OutputHead, hidden: Tensor) -> Tensor:
+        """Of normed hidden states (..., hidden_size): (..., vocab)."""
+        logits = nn.functional.linear(hidden, head.weight, head.bias) * head.scale
+        return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+    def _let_go(self) -> None:
+        for module in (*self.layers, self.embedding, self.model.get_output_embeddings()):
+            _empty(module)
+        self.head_about = self.head_about._replace(weight=self.model.get_output_embeddings().weight)
+
+    @contextmanager
+    def _present(self, module: nn.Module, prefix: str, cast: bool = True) -> Iterator[None]:
+        if not self.streamed:
+            yield
+            return
+        read = reader(self.folder)  # opened anew: what it has mapped is unmapped with its last tensor
+        self._fill(module, {name: read(f"{prefix}.{name}") for name, _ in module.named_parameters()}, cast)
+        try:
+            yield
+        finally:
+            _empty(module)
+
+    def _fill(self, module: nn.Module, state: dict[str, Tensor], cast: bool = True) -> None:
+        """Give `module` these tensors, its matrices in the dtype of the products: autocast then has no cast to do."""
+        dtypes = {2: torch.bfloat16 if self.precision == "bfloat16" else torch.float32}
+        placed = {
+            name: tensor.detach().to(self.device, dtypes.get(tensor.ndim, torch.float32) if cast else tensor.dtype)
+            for name, tensor in state.items()
+        }
+        module.load_state_dict(placed, assign=True)
+
+    def _on_device(self, head: OutputHead) -> OutputHead:
+        return frozen_head(head._replace(weight=head.weight.to(self.device)), self.precision)  # type: ignore[arg-type]
+
+
+def _empty(module: nn.Module) -> None:
+    """Let go of the weights, and not of what no file holds (the scale of Gemma's embedding)."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+
+class _Recorder(nn.Module):
+    """Stands where a layer was, and keeps what the layer would have been called with."""
+
+    def forward(self, hidden_states: Tensor, *positional: Any, **named: Any) -> Tensor:
+        self.stream, self.arguments = hidden_states, (positional, named)
+        return hidden_states

@@ -1,0 +1,1 @@
+"""The stages top to bottom, one file a stage."""

@@ -1,0 +1,212 @@
+"""What a run will cost, stage by stage: tokens, FLOPs, hours, GPU-hours, money. And --dry-run, which says it."""
+
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from transformers import PretrainedConfig
+
+from minitron_search.config.schema import Config
+from minitron_search.models.architecture import parameter_count
+from minitron_search.models.device import resolve
+from minitron_search.models.families import sizes_of
+from minitron_search.models.sources import teacher_config
+from minitron_search.planning.calibration import Speed, measure, stated
+from minitron_search.planning.workload import Costs, Work, gang_workers, option_tokens, search_phases, workload
+from minitron_search.records.directory import RunDirectory, stage_seconds
+from minitron_search.search.space import COORDINATES, SearchSpace
+
+# Of a worker group, from Ray's asking for it to its first step: processes, imports, the student. Of a trial inside a
+# process of Tune: imports and the student.
+START_UP_S = {"train": 16.0, "inline": 8.0}
+# Of gradients between the processes of one machine without GPUs, by gloo: a step of 91.6M parameters on two of them
+# takes 1.1 s longer than half a batch on one. GPUs send theirs while they compute.
+EXCHANGE_BYTES_PER_SECOND = 0.33e9
+# Of the teacher's depth: a student with less of it has lost much of its depth. The papers give no number; what they
+# call depth pruning keeps half (2408.11796: 16 of 32 layers), and their width pruning keeps every layer.
+SHALLOW = 2 / 3
+
+
+class Machine(NamedTuple):
+    """Where a run is placed: this machine, or all of a cluster."""
+
+    cpus: float
+    gpus: float
+    nodes: int = 1
+
+
+def this_machine() -> Machine:
+    return Machine(os.cpu_count() or 1, torch.cuda.device_count())
+
+
+class Forecast(NamedTuple):
+    """Of one stage. seconds: of wall time. gpus: how many it holds meanwhile. gpu_seconds: None where time is of a
+    machine that has not those GPUs. price_per_hour, cost: money at the price given; None where none is, or
+    where it is of GPU-hours that are not known."""
+
+    tokens: int
+    flops: float
+    seconds: float
+    gpus: float
+    gpu_seconds: float | None
+    price_per_hour: float | None
+    cost: float | None
+    basis: str
+
+
+def dry_run(config: Config, space: SearchSpace, console: Console) -> None:
+    console.print(yaml.safe_dump(config.dump(), sort_keys=False).rstrip(), markup=False)
+    smallest, largest = space.smallest_and_largest()
+    console.print(f"\nspace: {space.described(config.search.trials)}")
+    anchors = [("anchor", anchor) for anchor in space.anchors]
+    for name, architecture in (("teacher", space.teacher), ("smallest", smallest), ("largest", largest), *anchors):
+        counted = space.measures(architecture)
+        console.print(f"{name}: {architecture}: {counted.params:,} parameters, "
+                      f"{counted.non_embedding_params:,} without embeddings")  # fmt: skip
+    precision, machine = resolve(config.precision), this_machine()
+    teaching = teaching_config(config, space)
+    costs = Costs(config, space, teaching, precision, option_tokens(config.winogrande))
+    at_once = fitting(config, machine) * config.resources.workers_per_trial
+    speed = stated(config) or measure(config, costs, teaching.hidden_size, precision, at_once)
+    found = forecast(costs, speed, machine)
+    console.print(table(found))
+    for line in (*explanation(costs, machine), f"time: {speed.basis}"):
+        console.print(line, markup=False)
+    if advice := intermediate_advice(config, space):
+        console.print(advice)
+
+
+def teaching_config(config: Config, space: SearchSpace) -> PretrainedConfig:
+    """Of the model that students are distilled from."""
+    return teacher_config(config.distillation.teacher) if config.distillation.teacher else space.config
+
+
+def intermediate_advice(config: Config, space: SearchSpace) -> str | None:
+    """What to say where candidates lose much of their depth and only logits are distilled (best practices 6 and 7)."""
+    teacher = space.teacher.num_hidden_layers
+    least = teacher - int(space.points[:, COORDINATES.index("drop_block_length")].max())
+    if config.distillation.intermediate or least >= SHALLOW * teacher:
+        return None
+    return (f"advice: candidates keep as few as {least} of the teacher's {teacher} layers, under two thirds; where "
+            "depth shrinks that much, intermediate states and the embedding help beside the logits: "
+            "--distillation.intermediate auto --distillation.embedding true")  # fmt: skip
+
+
+def forecast(costs: Costs, speed: Speed, machine: Machine) -> dict[str, Forecast]:
+    """Of every stage that costs anything, in order."""
+    return {name: _stage(name, work, costs, speed, machine) for name, work in workload(costs).items()}
+
+
+def fitting(config: Config, machine: Machine) -> int:
+    """How many trials fit `machine` at once."""
+    asked = config.resources
+    fit = machine.cpus // (asked.workers_per_trial * asked.cpus_per_worker)
+    if asked.gpus_per_worker:
+        fit = min(fit, machine.gpus // (asked.workers_per_trial * asked.gpus_per_worker))
+    return int(fit)
+
+
+def trials_at_once(config: Config, machine: Machine) -> int:
+    """Of the search. Where not even one fits `machine`, another is meant: as many as `search.concurrency` says, or
+    one."""
+    asked, fit = config.search.concurrency, fitting(config, machine)
+    most = max(1, fit) if asked == "auto" else min(asked, fit or asked)
+    return min(most, config.search.trials * config.search.seeds)
+
+
+def _stage(name: str, work: Work, costs: Costs, speed: Speed, machine: Machine) -> Forecast:
+    config, asked = costs.config, costs.config.resources
+    at_once = trials_at_once(config, machine) if name == "search" else 1
+    fit = fitting(config, machine)
+    if not fit and not speed.stated:  # all of this machine is one worker
+        workers = at_once = 1
+    elif name == "search":
+        workers = at_once * asked.workers_per_trial
+    elif name in ("retrain", "correction"):
+        workers = 1 if asked.launcher == "inline" else gang_workers(config, max(1, fit))
+    else:
+        workers = max(1, fit) * asked.workers_per_trial
+    gpus = workers * asked.gpus_per_worker
+    if speed.stated:
+        seconds = work.flops / (workers * speed.training)
+    else:
+        seconds = (work.training / (workers * speed.training) + work.forward / (workers * speed.scoring)
+                   + work.scoring / (at_once * speed.scoring) + work.alone / speed.float32)  # fmt: skip
+        if work.steps:
+            seconds += START_UP_S[asked.launcher] + work.steps / at_once * _exchange(costs, workers // at_once)
+    gpu_seconds: float | None = seconds * gpus
+    if gpus and not fit and not speed.stated:
+        gpu_seconds = None
+    price = asked.price_per_hour
+    priced = gpus if asked.gpus_per_worker else machine.nodes
+    hourly = None if price is None or gpu_seconds is None else price * priced
+    cost = None if hourly is None else hourly * seconds / 3600
+    return Forecast(work.tokens, float(work.flops), seconds, gpus, gpu_seconds, hourly, cost, speed.basis)
+
+
+def _exchange(costs: Costs, workers: int) -> float:
+    """Seconds a step that the workers of one training wait for each other's gradients."""
+    if workers == 1 or costs.config.resources.gpus_per_worker:
+        return 0.0
+    dims = sizes_of(costs.space.config, costs.space.typical())
+    return 4 * parameter_count(costs.space.weights, dims) / EXCHANGE_BYTES_PER_SECOND
+
+
+def table(found: Mapping[str, Forecast]) -> Table:
+    shown = Table(title="forecast", box=SIMPLE_HEAD)
+    priced = any(about.cost is not None for about in found.values())
+    for name in ("", "tokens", "FLOPs", "hours", "GPU-hours", *(["money at the price given"] if priced else [])):
+        shown.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for name, about in {**found, "in all": total(found)}.items():
+        money = [_shown(about.cost)] if priced else []
+        gpu_hours = None if about.gpu_seconds is None else about.gpu_seconds / 3600
+        shown.add_row(name, f"{about.tokens:,}" if name != "in all" else "", f"{about.flops:.3g}",
+                      _shown(about.seconds / 3600), _shown(gpu_hours), *money)  # fmt: skip
+    return shown
+
+
+def total(found: Mapping[str, Forecast]) -> Forecast:
+    """Sums; None where a part is not known."""
+
+    def added(name: str) -> Any:
+        values = [getattr(about, name) for about in found.values()]
+        return None if None in values else sum(values)
+
+    bases = {about.basis: None for about in found.values()}
+    return Forecast(added("tokens"), added("flops"), added("seconds"), 0, added("gpu_seconds"), None, added("cost"),
+                    "; ".join(bases))  # fmt: skip
+
+
+def explanation(costs: Costs, machine: Machine) -> list[str]:
+    """What the numbers take for granted."""
+    config, lines = costs.config, []
+    if "search" in config.stages:
+        phases = search_phases(config, min(config.search.trials, len(costs.space)))
+        parts = ", ".join(f"{phase.trials} x {phase.tokens:,} tokens" for phase in phases)
+        lines.append(f"search: {parts}; {trials_at_once(config, machine)} trials at once")
+    asked = "asked live, for every batch" if costs.live else "asked once for every window"
+    if set(config.stages) & {"search", "retrain"}:
+        lines.append(f"teacher: {asked}; students are of {costs.space.typical()}, the typical size")
+    if config.evaluation.tasks:
+        lines.append("evaluation.tasks are apart")
+    return lines
+
+
+def _shown(number: float | None) -> str:
+    return "-" if number is None else f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def comparison(run: RunDirectory) -> str | None:
+    """`forecast 9 min, spent 12 min`, of the stages that have run; None where none of them was forecast."""
+    found, seconds = run.read_forecast(), stage_seconds(run.events())
+    both = found.keys() & seconds.keys()
+    if not both:
+        return None
+    foretold, taken = (sum(each) / 60 for each in ([found[name]["seconds"] for name in both],
+                                                   [seconds[name] for name in both]))  # fmt: skip
+    return f"forecast {foretold:.1f} min, spent {taken:.1f} min ({', '.join(name for name in found if name in both)})"

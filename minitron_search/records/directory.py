@@ -1,0 +1,312 @@
+"""The artifacts of a run and their schemas; the only writer of tables.
+
+    config.yaml  environment.json  importance.safetensors  trials.parquet  events.jsonl  study.db
+    depth.parquet  depth.json  depth_pieces/  layer_merge.json  latency.json  forecast.json  evidence.json
+    evaluation.json
+    trials/<id>/ architecture.json, metrics.jsonl, decisions.jsonl, checkpoint/, events.out.tfevents
+    best/     report.html
+
+What is true is in `trials/<id>/metrics.jsonl`: a line per logged step and a line per finished rung, written
+by the trial itself when the rung ends, so a driver that is killed loses no finished row. `trials.parquet` is
+those rung lines with the status the search gave each trial. Every table is replaced in one rename: a reader
+never sees half of one.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from minitron_search.records.logs import LOCAL, Files, Log, append_line, read_lines, replace_text
+from minitron_search.records.paths import working_folder
+from minitron_search.records.transfer import Depot
+
+ABLATION_FILE, ABLATION_TABLE = "ablation.json", "ablation.parquet"  # of an ablation, beside its runs
+AXES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_hidden_layers",
+    "drop_block_start",
+    "drop_block_length",
+)
+
+# One row per trial and rung. Losses in nats per token, margins in nats per example, seconds of wall time.
+# `status` is the trial's, repeated on each of its rows: a stopped trial is never mistaken for a complete one.
+TRIALS_SCHEMA = pa.schema(
+    [
+        ("trial", pa.string()),
+        ("architecture", pa.string()),
+        ("arm", pa.string()),  # search | random_pruned | random_init | teacher | untrained | retrained
+        ("seed", pa.int64()),
+        ("rung", pa.int64()),
+        ("tokens", pa.int64()),
+        ("lm_loss", pa.float64()),
+        ("lm_loss_stderr", pa.float64()),
+        ("lm_loss_n", pa.int64()),  # validation windows
+        ("kl", pa.float64()),
+        ("kl_stderr", pa.float64()),
+        ("winogrande_acc", pa.float64()),
+        ("winogrande_acc_stderr", pa.float64()),
+        ("winogrande_margin", pa.float64()),
+        ("winogrande_margin_stderr", pa.float64()),
+        ("winogrande_n", pa.int64()),  # examples
+        ("bi", pa.float64()),  # block importance, in the teacher, of the block this architecture drops
+        ("params", pa.int64()),
+        ("non_embedding_params", pa.int64()),
+        ("memory_bytes", pa.int64()),
+        ("tokens_per_second", pa.float64()),  # of a forward pass, in the run's precision, on the trial's threads
+        ("status", pa.string()),  # running | stopped | complete | failed | promoted
+        ("seconds", pa.float64()),  # training and scoring from the rung before to this one
+        ("message", pa.string()),  # why a failed trial failed
+        ("proposal", pa.int64()),  # order in which the search proposed it
+        *((axis, pa.int64()) for axis in AXES),
+    ]
+)
+# One row per metric, and cut of the depth sweep: layers `start`..`start + length - 1` of a contiguous block, the
+# comma-separated `layers` of any cut. Losses in nats per token, margins in nats per example.
+DEPTH_SCHEMA = pa.schema(
+    [
+        ("start", pa.int64()),  # the first removed layer; 0 for the teacher
+        ("length", pa.int64()),  # how many are removed; 0 for the teacher
+        ("metric", pa.string()),  # lm_loss | winogrande_acc | winogrande_margin | bi | angular | taylor
+        ("value", pa.float64()),
+        ("stderr", pa.float64()),
+        ("n", pa.int64()),  # validation windows, or Winogrande examples
+        ("kind", pa.string()),  # contiguous | one_by_one | teacher
+        ("layers", pa.string()),
+    ]
+)
+FINISHED = ("stopped", "complete", "promoted", "failed")
+
+
+class RunDirectory:
+    """One run's folder. Creating the object touches nothing on disk.
+
+    `files`: how its logs are reached, and `depot`: what carries its folders, from the nodes of a cluster whose disks
+    are their own. Tables are the driver's, which is where they are.
+    """
+
+    def __init__(self, root: str | Path, files: Files = LOCAL, depot: Depot | None = None):
+        self.root = working_folder(str(root))
+        self.files, self.depot = files, depot
+        self.config = self.root / "config.yaml"
+        self.environment = self.root / "environment.json"
+        self.importance = self.root / "importance.safetensors"
+        self.depth = self.root / "depth.parquet"
+        self.depth_recommendation = self.root / "depth.json"
+        self.depth_pieces = self.root / "depth_pieces"  # what a killed sweep goes on from
+        self.trials_table = self.root / "trials.parquet"
+        self.events_log = self.root / "events.jsonl"
+        self.evaluation = self.root / "evaluation.json"
+        self.study = self.root / "study.db"
+        self.evidence = self.root / "evidence.json"
+        self.latency = self.root / "latency.json"
+        self.forecast = self.root / "forecast.json"
+        self.report = self.root / "report.html"
+        self.scratch = self.root / ".ray"  # what Ray writes of its own; gone when the run ends
+        self._followed: dict[Path, Log] = {}
+        self._rungs: dict[tuple[str, int], dict[str, Any]] = {}
+
+    def __reduce__(self) -> tuple:
+        return RunDirectory, (self.root, self.files, self.depot)  # what it has read stays where it was read
+
+    def trial(self, trial: str) -> Path:
+        return self.root / "trials" / trial
+
+    def _metrics(self, trial: str) -> Path:
+        return self.trial(trial) / "metrics.jsonl"
+
+    def tensorboard(self, trial: str) -> Path:
+        """Told from metrics.jsonl (`tracking.py`)."""
+        return self.trial(trial) / "events.out.tfevents"
+
+    def checkpoint(self, trial: str) -> Path:
+        return self.trial(trial) / "checkpoint"
+
+    @property
+    def ray_storage(self) -> str:
+        """Where Ray keeps what it writes of its own: all nodes have to see it, though nobody here reads it."""
+        travels = self.depot is not None and self.depot.travels(self.scratch)
+        return self.depot.address(self.scratch.name) if self.depot is not None and travels else str(self.scratch)
+
+    def best(self, rank: int = 1) -> Path:
+        """Folder of the student promoted `rank`-th: best/, best-2/, ..."""
+        return self.root / ("best" if rank == 1 else f"best-{rank}")
+
+    def write_config(self, resolved: Mapping[str, Any]) -> None:
+        replace_text(self.config, yaml.safe_dump(dict(resolved), sort_keys=False))
+
+    def read_config(self) -> dict[str, Any]:
+        return yaml.safe_load(self.config.read_text())
+
+    def write_environment(self, environment: Mapping[str, Any]) -> None:
+        replace_text(self.environment, json.dumps(environment, indent=1))
+
+    def read_environment(self) -> dict[str, Any]:
+        return json.loads(self.environment.read_text()) if self.environment.exists() else {}
+
+    def write_evaluation(self, scores: Mapping[str, Any]) -> None:
+        """What `evaluation_stage.evaluate_all` found: models by what the run calls them, and lists of results, failures
+        and differences, of which each entry is a line."""
+        lines = ",\n".join(
+            f"{json.dumps(name)}: "
+            + (json.dumps(value) if isinstance(value, Mapping) else f"[{','.join(_lines(value))}\n]")
+            for name, value in scores.items()
+        )
+        replace_text(self.evaluation, f"{{\n{lines}\n}}\n")
+
+    def read_evaluation(self) -> dict[str, Any]:
+        return json.loads(self.evaluation.read_text()) if self.evaluation.exists() else {}
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append one event with its Unix time in seconds, durable when this returns."""
+        append_line(self.events_log, {"time": time.time(), "event": kind, **fields}, files=self.files)
+
+    def events(self) -> list[dict[str, Any]]:
+        return read_lines(self.events_log, self.files)
+
+    def start_trial(self, trial: str, architecture: Mapping[str, Any]) -> None:
+        """`architecture` holds what makes the trial: axes, kept layers, arm, seed, proposal."""
+        replace_text(self.trial(trial) / "architecture.json", json.dumps(architecture, indent=1))
+
+    def log_step(self, trial: str, **metrics: Any) -> None:
+        append_line(self._metrics(trial), {"kind": "step", **metrics}, durable=False, files=self.files)
+
+    def log_rung(self, trial: str, row: Mapping[str, Any]) -> None:
+        """Append one finished rung: a row of `TRIALS_SCHEMA`, whose status is still the search's to set."""
+        append_line(self._metrics(trial), {"kind": "rung", **row}, files=self.files)
+
+    def log_scores(self, trial: str, rung: int, **scores: list[float]) -> None:
+        """Append what a rung's means were taken over: a value for every window, or example;
+        `winogrande_twin` numbers the examples, twins alike. Written before the rung."""
+        line = {"kind": "scores", "rung": rung, **scores}
+        append_line(self._metrics(trial), line, durable=False, files=self.files)
+
+    def scores(self) -> dict[tuple[str, int], dict[str, list[float]]]:
+        """By trial and rung, what `log_scores` was given."""
+        return {
+            (log.parent.name, line["rung"]): line
+            for log in sorted((self.root / "trials").glob("*/metrics.jsonl"))
+            for line in read_lines(log) if line["kind"] == "scores"
+        }  # fmt: skip
+
+    def write_evidence(self, found: Mapping[str, Any]) -> None:
+        replace_text(self.evidence, json.dumps(found, indent=1))
+
+    def read_evidence(self) -> dict[str, Any]:
+        return json.loads(self.evidence.read_text()) if self.evidence.exists() else {}
+
+    def write_latency(self, found: Mapping[str, Any]) -> None:
+        """What `latency_stage.measure_tables` found: the space of a run is what these tables leave of it."""
+        replace_text(self.latency, json.dumps(found, indent=1))
+
+    def read_latency(self) -> dict[str, Any]:
+        return json.loads(self.latency.read_text()) if self.latency.exists() else {}
+
+    def write_forecast(self, stages: Mapping[str, Mapping[str, Any]]) -> None:
+        """What each stage was to cost: tokens, flops, seconds, gpus, gpu_seconds, price_per_hour, cost and basis."""
+        replace_text(self.forecast, json.dumps(stages, indent=1))
+
+    def read_forecast(self) -> dict[str, dict[str, Any]]:
+        return json.loads(self.forecast.read_text()) if self.forecast.exists() else {}
+
+    def decide(self, trial: str, rung: int, decision: str) -> None:
+        """Record whether a trial may train past a rung: `continue` or `stop`."""
+        append_line(self.trial(trial) / "decisions.jsonl", {"rung": rung, "decision": decision, "time": time.time()})
+
+    def decisions(self, trial: str) -> dict[int, dict[str, Any]]:
+        """The decision lines of a trial, by rung."""
+        return {line["rung"]: line for line in read_lines(self.trial(trial) / "decisions.jsonl", self.files)}
+
+    def metrics(self, trial: str) -> list[dict[str, Any]]:
+        return read_lines(self._metrics(trial), self.files)
+
+    def follow(self, trial: str) -> "Log":
+        """The same lines as they come."""
+        return Log(self._metrics(trial), self.files)
+
+    def rungs(self) -> list[dict[str, Any]]:
+        """Every finished rung of every trial; a rung that a restarted trial wrote twice counts once."""
+        for log in (self.root / "trials").glob("*/metrics.jsonl"):
+            for line in self._followed.setdefault(log, Log(log)).new():  # each is read once, however often it is asked
+                if line.pop("kind") == "rung":
+                    self._rungs[line["trial"], line["rung"]] = line
+        return [dict(self._rungs[key]) for key in sorted(self._rungs)]
+
+    def write_trials(self, statuses: Mapping[str, str], messages: Mapping[str, str] | None = None) -> None:
+        """Rebuild `trials.parquet` from the trials' own logs and the search's status of each of its trials.
+
+        A row of a trial outside the search (teacher, untrained, retrained) is written when it is complete.
+        """
+        messages = messages or {}
+        rows = [
+            {
+                **row,
+                "status": statuses.get(row["trial"], "complete"),
+                "message": messages.get(row["trial"], ""),
+            }
+            for row in self.rungs()
+        ]
+        seen = {row["trial"] for row in rows}
+        for trial in messages.keys() - seen:  # failed before its first rung: still a row that says so
+            made = json.loads((self.trial(trial) / "architecture.json").read_text())
+            known = {name: made[name] for name in TRIALS_SCHEMA.names if name in made}
+            rows.append({**known, "trial": trial, "rung": 0, "tokens": 0, "status": "failed",
+                         "message": messages[trial]})  # fmt: skip
+        rows.sort(key=lambda row: (row["proposal"], row["arm"], row["trial"], row["rung"]))
+        complete = [{name: row.get(name) for name in TRIALS_SCHEMA.names} for row in rows]
+        write_table(self.trials_table, pa.Table.from_pylist(complete, schema=TRIALS_SCHEMA))
+
+    def write_depth(self, rows: list[dict[str, Any]]) -> None:
+        write_table(self.depth, pa.Table.from_pylist(rows, schema=DEPTH_SCHEMA))
+
+    def read_depth(self) -> list[dict[str, Any]]:
+        return pq.read_table(self.depth).to_pylist() if self.depth.exists() else []
+
+    def write_depth_recommendation(self, found: Mapping[str, Any]) -> None:
+        replace_text(self.depth_recommendation, json.dumps(found, indent=1))
+
+    def read_depth_recommendation(self) -> dict[str, Any]:
+        return json.loads(self.depth_recommendation.read_text()) if self.depth_recommendation.exists() else {}
+
+    def read_trials(self) -> list[dict[str, Any]]:
+        return pq.read_table(self.trials_table).to_pylist() if self.trials_table.exists() else []
+
+
+def stage_seconds(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds that each stage took, over all sessions of a run: from its start to its end, to the last event of a
+    session that was cut off, or to the last event so far."""
+    found: dict[str, float] = {}
+    begun: dict[str, float] = {}
+    last = 0.0
+    for event in [*events, {"event": "run_started", "time": None}]:
+        if event["event"] == "run_started":
+            for stage, time_begun in begun.items():
+                found[stage] = found.get(stage, 0.0) + last - time_begun
+            begun = {}
+        elif event["event"] == "stage_started":
+            begun[event["stage"]] = event["time"]
+        elif event["event"] == "stage_finished" and event["stage"] in begun:
+            found[event["stage"]] = found.get(event["stage"], 0.0) + event["time"] - begun.pop(event["stage"])
+        last = event["time"] or last
+    return found
+
+
+def _lines(values: Iterable[Any]) -> Iterable[str]:
+    return (f"\n{json.dumps(value)}" for value in values)
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a parquet file that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(table, temporary)
+    os.replace(temporary, path)

@@ -1,0 +1,1 @@
+"""The search: legal architectures, samplers, the schedule of rungs, and its state."""

@@ -1,0 +1,301 @@
+"""The state of one search, rebuilt from its run directory: what was proposed, how far it got, and what is next.
+
+What is next comes in phases, each of which looks at all results of those before it: the sampler's proposals; stopped
+trials that are continued while there are tokens left; more seeds of the finalists; controls beside the winner.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from minitron_search.config.schema import Config
+from minitron_search.distillation.settings import LoopSettings
+from minitron_search.evaluation.evidence import SIGN, not_worse
+from minitron_search.models.architecture import Architecture
+from minitron_search.planning.workload import halving, search_tokens, whole_batches
+from minitron_search.records.directory import TRIALS_SCHEMA, Log, RunDirectory
+from minitron_search.search.samplers import Observation, promotable, propose
+from minitron_search.search.space import SearchSpace
+from minitron_search.trials.settings import CONTROLS, counts
+from minitron_search.trials.trial import Trial
+
+
+class Search:
+    """All trials by id, in the order they were made; a trial is running, stopped, complete or failed."""
+
+    def __init__(self, run: RunDirectory, config: Config, space: SearchSpace, settings: LoopSettings):
+        self.run, self.config, self.space, self.settings = run, config, space, settings
+        self.trials: dict[str, Trial] = {}  # of the search itself
+        self.controls: dict[str, Trial] = {}
+        self.rows: dict[str, dict[int, dict[str, Any]]] = {}  # rung -> row, by trial id
+        self.failures: dict[str, str] = {}
+        self.decisions: dict[str, dict[int, str]] = {}  # rung -> continue or stop, by trial id
+        self.alive: set[str] = set()  # handed out, and not heard the end of
+        self._events = Log(run.events_log)
+        self.rung_tokens = [whole_batches(config, tokens) for tokens in settings.milestones]
+        self._read()
+        self.waiting = [trial for trial in self.everything().values() if self.status(trial.id) == "running"]
+
+    def _read(self) -> None:
+        made = [json.loads(path.read_text()) for path in self.run.root.glob("trials/*/architecture.json")]
+        for trial in sorted(made, key=lambda trial: trial["proposal"]):
+            if trial["arm"] == "search" or trial["arm"] in CONTROLS:
+                self.add(self.make(Architecture.of_trial(trial), trial["proposal"], trial["seed"], trial["arm"]))
+        for row in self.run.rungs():
+            if row["trial"] in self.rows:
+                self.rows[row["trial"]][row["rung"]] = row
+        for trial in self.everything():
+            ruled = self.run.decisions(trial)
+            self.decisions[trial] = {rung: line["decision"] for rung, line in ruled.items()}
+        self.read_failures()
+
+    def read_failures(self) -> None:
+        """A trial that diverged has said so itself; a retraining, which is no trial of the search, too."""
+        for event in self._events.new():
+            if event["event"] == "trial_failed":
+                self.failures[event["trial"]] = event["message"]
+            elif event["event"] == "trial_finished" and event["status"] == "complete":
+                self.failures.pop(event["trial"], None)
+
+    def make(self, architecture: Architecture, proposal: int, seed: int, arm: str = "search") -> Trial:
+        return Trial(
+            architecture=architecture,
+            arm=arm,
+            seed=seed,
+            proposal=proposal,
+            initialization=CONTROLS.get(arm, self.config.distillation.initialization),
+            settings=replace(self.settings, seed=seed),
+            score_precision=self.settings.precision,
+            counts=counts(self.space, architecture),
+        )
+
+    def add(self, trial: Trial) -> None:
+        (self.controls if trial.arm in CONTROLS else self.trials)[trial.id] = trial
+        self.rows.setdefault(trial.id, {})
+        self.decisions.setdefault(trial.id, {})
+
+    def everything(self) -> dict[str, Trial]:
+        return {**self.trials, **self.controls}
+
+    @property
+    def last_rung(self) -> int:
+        return len(self.settings.milestones) - 1
+
+    def status(self, trial: str) -> str:
+        if trial in self.failures:
+            return "failed"
+        if self.last_rung in self.rows[trial]:
+            return "complete"
+        return "stopped" if "stop" in self.decisions[trial].values() else "running"
+
+    def decide(self, trial: str, rung: int, decision: str) -> None:
+        self.run.decide(trial, rung, decision)
+        self.decisions[trial][rung] = decision
+
+    # What was measured
+
+    def record(self, result: dict[str, Any]) -> dict[str, Any]:
+        """The row of a rung that Tune reports."""
+        row = {name: result[name] for name in TRIALS_SCHEMA.names if name in result}
+        return self.rows[row["trial"]].setdefault(row["rung"], row)
+
+    def objective(self, row: dict[str, Any]) -> float:
+        return minimised(row, self.config.search.ranks_by)
+
+    def by_proposal(self) -> dict[int, list[Trial]]:
+        """The trials of every proposed architecture, a trial a seed."""
+        found: dict[int, list[Trial]] = {}
+        for trial in self.trials.values():
+            found.setdefault(trial.proposal, []).append(trial)
+        return found
+
+    def observed(self) -> list[Observation]:
+        """One observation per architecture, in the order proposed; of several seeds, the mean by rung."""
+        found = []
+        for trials in self.by_proposal().values():
+            states = [self.status(trial.id) for trial in trials]
+            state = next((s for s in ("running", "stopped", "complete") if s in states), "failed")
+            shared = min((len(self.rows[t.id]) for t in trials if self.status(t.id) != "failed"), default=0)
+            values = tuple(self.mean_objective(trials, rung) for rung in range(shared))
+            others = tuple(self._further(trials, rung) for rung in range(shared))
+            seeds = tuple(trial.seed for trial in trials)
+            found.append(Observation(trials[0].architecture, values, state, others, seeds))
+        return found
+
+    def _further(self, trials: list[Trial], rung: int) -> tuple[float, ...]:
+        """Objectives besides the one that rungs rank by."""
+        rows = [self.rows[t.id][rung] for t in trials if rung in self.rows[t.id]]
+        names = self.config.search.objectives[1:]
+        return tuple(sum(minimised(row, name) for row in rows) / len(rows) for name in names)
+
+    def mean_objective(self, trials: list[Trial], rung: int) -> float:
+        values = [self.objective(self.rows[t.id][rung]) for t in trials if rung in self.rows[t.id]]
+        return sum(values) / len(values)
+
+    def committed_tokens(self) -> int:
+        """What the search's trials have trained on, or will have at the next rung of those that are running."""
+        return sum(self._tokens_of(trial) for trial in self.trials)
+
+    def _tokens_of(self, trial: str) -> int:
+        reached = len(self.rows[trial]) + (self.status(trial) == "running")
+        return self.rung_tokens[min(reached, self.last_rung + 1) - 1] if reached else 0
+
+    def affords(self, more: int = 0) -> bool:
+        """Whether `search.tokens` allows what is committed and `more` tokens."""
+        asked = self.config.search.tokens
+        return asked == "auto" or self.committed_tokens() + more <= asked
+
+    # What is next
+
+    def next_trial(self) -> Trial | None:
+        """The next trial to start; None while that depends on trials that are running, and when there is none left."""
+        if not self.waiting:
+            proposed = self._proposed()
+            self.waiting = [proposed] if proposed else []
+        if not self.waiting and not self.alive:
+            self.waiting = self._continued() or self._more_seeds() or self._controls()
+        if not self.waiting:
+            return None
+        trial = self.waiting.pop(0)
+        self.add(trial)
+        self.alive.add(trial.id)
+        self.run.start_trial(trial.id, trial.describe())
+        return trial
+
+    def _proposed(self) -> Trial | None:
+        last, seeds = next(reversed(self.trials.values()), None), self.config.search.seeds
+        if last is not None and not self._more_seeds_began():
+            done = sum(trial.proposal == last.proposal for trial in self.trials.values())
+            if done < seeds:  # the same architecture with its next seed
+                return self.make(last.architecture, last.proposal, self.config.seed + done)
+        proposed = len({trial.proposal for trial in self.trials.values()})
+        most = halving(self.config, self.config.search.trials)[0]
+        if proposed >= most or not self.affords(self.rung_tokens[0]):
+            return None
+        architecture = propose(
+            self.space, self.observed(), sampler=self.config.search.sampler, seed=self.config.seed
+        )  # fmt: skip
+        return self.make(architecture, proposed, self.config.seed) if architecture else None
+
+    def _at(self, rung: int) -> list[list[Trial]]:
+        """The trials of every architecture that reached a rung and has not failed, best first, by the seeds that every
+        architecture runs with."""
+        first = [[t for t in trials if not self.is_extra(t)] for trials in self.by_proposal().values()]
+        sound = [[t for t in trials if self.status(t.id) != "failed"] for trials in first]
+        here = [trials for trials in sound if any(rung in self.rows[t.id] for t in trials)]
+        return sorted(here, key=lambda trials: self.mean_objective(trials, rung))
+
+    def _continued(self) -> list[Trial]:
+        """Stopped trials that go on from their checkpoints once all is proposed: those that successive halving passes
+        by the order of their rung, where a failed trial's place is the next one's; then, as far as tokens last, the
+        best of the highest rung, one after another."""
+        asked = self.config.search
+        left = (search_tokens(self.config) if asked.tokens == "auto" else asked.tokens) - self.committed_tokens()
+        at_any_cost = asked.scheduler == "halving" and asked.tokens == "auto"  # more than planned only where one failed
+        passing: list[Trial] = []
+        others: list[tuple[int, list[Trial]]] = []
+        numbers = halving(self.config, len(self.by_proposal()))
+        for rung in reversed(range(self.last_rung)):
+            for rank, trials in enumerate(self._at(rung)):
+                waiting = self._waiting(trials, rung)
+                cost = self._cost(rung, waiting)
+                if waiting and rank < numbers[rung + 1] and (cost <= left or at_any_cost):
+                    left -= cost
+                    passing += self._go_on(rung, waiting)
+                elif waiting and cost <= left:
+                    others.append((rung, waiting))
+        if passing or not others:  # one after another: what it reaches may make it pass there
+            return passing
+        return self._go_on(*others[0])
+
+    def _waiting(self, trials: list[Trial], rung: int) -> list[Trial]:
+        """Those that were stopped at a rung, and have ended."""
+        return [
+            t for t in trials
+            if self.rows[t.id] and max(self.rows[t.id]) == rung and self.status(t.id) == "stopped"
+            and t.id not in self.alive
+        ]  # fmt: skip
+
+    def _cost(self, rung: int, trials: list[Trial]) -> int:
+        return (self.rung_tokens[rung + 1] - self.rung_tokens[rung]) * len(trials)
+
+    def _go_on(self, rung: int, trials: list[Trial]) -> list[Trial]:
+        for trial in trials:
+            self.decide(trial.id, rung, "continue")
+            self.run.event("trial_continued", trial=trial.id, rung=rung)
+        return trials
+
+    def _more_seeds(self) -> list[Trial]:
+        """Seeds that finalists have not run with: of the best at the last rung, `reduction_factor` for each that is
+        promoted. Who they are was decided by the seeds that every architecture ran with."""
+        asked = self.config.search
+        missing = []
+        for trials in self._finalists() if asked.finalist_seeds > asked.seeds else []:
+            seeds = {trial.seed for trial in trials}
+            missing += [
+                self.make(trials[0].architecture, trials[0].proposal, self.config.seed + number)
+                for number in range(asked.seeds, asked.finalist_seeds) if self.config.seed + number not in seeds
+            ]  # fmt: skip
+        return missing
+
+    def _more_seeds_began(self) -> bool:
+        return any(self.is_extra(trial) for trial in self.trials.values())
+
+    def is_extra(self, trial: Trial) -> bool:
+        """Whether it runs to the last rung whatever its rank: a control, or a finalist's further seed."""
+        return trial.arm in CONTROLS or trial.seed >= self.config.seed + self.config.search.seeds
+
+    def _finalists(self) -> list[list[Trial]]:
+        first = [[t for t in trials if not self.is_extra(t)] for trials in self.by_proposal().values()]
+        complete = [trials for trials in first if any(self.status(t.id) == "complete" for t in trials)]
+        complete.sort(key=lambda trials: self.mean_objective(trials, self.last_rung))
+        asked = self.config.search
+        number = asked.reduction_factor * (1 if asked.promote == "not_worse" else asked.promote)
+        chosen = {id(trials) for trials in complete[:number]}
+        return [self.by_proposal()[trials[0].proposal] for trials in complete if id(trials) in chosen]
+
+    def _controls(self) -> list[Trial]:
+        if not self.config.search.controls or not any(self.status(trial) == "complete" for trial in self.trials):
+            return []
+        made = [
+            self.make(architecture, -1, self.config.seed, arm) for architecture in self.best() for arm in CONTROLS
+        ]  # fmt: skip
+        return [trial for trial in made if trial.id not in self.controls]
+
+    # What it ends with
+
+    def best(self) -> list[Architecture]:
+        """The architectures to promote, best first, by the mean over seeds at the last rung: those on the Pareto front
+        of several objectives before the others, by the objective that rungs rank by.
+
+        Raises ValueError when no trial reached the last rung.
+        """
+        asked = self.config.search
+        further = asked.finalist_seeds > asked.seeds  # then a lucky single seed is no match for a mean of several
+        found = self._finalists() if further else list(self.by_proposal().values())
+        sound = [[t for t in trials if self.status(t.id) != "failed"] for trials in found]
+        complete = [trials for trials in sound if trials and all(self.last_rung in self.rows[t.id] for t in trials)]
+        if not complete:
+            raise ValueError("search: no trial reached the last rung, so there is nothing to promote; "
+                             "trials.parquet says why each one failed")  # fmt: skip
+        reached = [
+            Observation(trials[0].architecture, (self.mean_objective(trials, self.last_rung),), "complete",
+                        (self._further(trials, self.last_rung),)) for trials in complete
+        ]  # fmt: skip
+        architectures = [observation.architecture for observation in promotable(reached, 0)]
+        if asked.promote != "not_worse":
+            return architectures[: asked.promote]
+        rows = [self.rows[t.id][self.last_rung] for trials in complete for t in trials]
+        tied = not_worse(rows, self.run.scores(), asked.ranks_by)
+        return [architecture for architecture in architectures if architecture.id in tied]
+
+    def write_tables(self, promoted: frozenset[str] = frozenset()) -> None:
+        self.read_failures()
+        statuses = {trial: self.status(trial) for trial in self.everything()}
+        done = {trial: "promoted" for trial in promoted if statuses[trial] == "complete"}
+        self.run.write_trials({**statuses, **done}, self.failures)
+
+
+def minimised(row: Mapping[str, Any], objective: str) -> float:
+    return SIGN.get(objective, 1.0) * row[objective]
