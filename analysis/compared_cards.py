@@ -9,7 +9,7 @@ import pandas as pd
 from analysis import differences
 from analysis.benchmark_tables import tables_card
 from analysis.cards import configuration, convergence, depth, evidence, health, pareto, search_axes, spend
-from analysis.cards.rank_agreement import agreement_info
+from analysis.cards.evidence import agreement_info
 from analysis.cards.trials_table import trials_table_html, trials_table_of
 from analysis.page import formatting as f
 from analysis.page import palette

@@ -13,14 +13,14 @@ from analysis.cards import (
     evidence,
     health,
     importance,
-    loss_curves,
     pareto,
-    rank_agreement,
     search_axes,
     spend,
     summary,
     trials_table,
 )
+from analysis.cards import convergence as cards_convergence
+from analysis.cards import evidence as cards_evidence
 from analysis.page.card import Card, Panel
 from analysis.run_data import RunData
 
@@ -65,17 +65,17 @@ def convergence_card(run: RunData) -> Card:
         "each trial: above, what it trains on; below, what it is ranked by at each rung. Faint lines were stopped, "
         "strong ones promoted; controls have the shape and tokens of the promoted candidate."
     )
-    found, info = convergence.convergence_info(run), loss_curves.loss_curves_info(run)
+    found, info = convergence.convergence_info(run), cards_convergence.loss_curves_info(run)
     panels = []
     if len(found.rows):
         figure, data = convergence.convergence_plot(found), convergence.convergence_data(found)
         panels.append(Panel("convergence", figure, data, "The best so far", columns=6))
     if len(info.steps) or len(info.rungs):
-        figure, data = loss_curves.loss_curves_plot(info), loss_curves.loss_curves_data(info)
+        figure, data = cards_convergence.loss_curves_plot(info), cards_convergence.loss_curves_data(info)
         panels.append(Panel("loss_curves", figure, data, "Loss against tokens", columns=6))
     if not panels:
         return Card(title, read, reason="No trial has logged a training step or finished a rung yet.")
-    return Card(title, read, loss_curves.loss_curves_count(info), panels=tuple(panels))
+    return Card(title, read, cards_convergence.loss_curves_count(info), panels=tuple(panels))
 
 
 def depth_card(run: RunData) -> Card:
@@ -209,7 +209,7 @@ def agreement_card(run: RunData) -> Card:
         "foretold the later. Only what a rung let go on is ranked again, so points are alike and tau is lower than it "
         "would be over all."
     )
-    info = rank_agreement.agreement_info(run)
+    info = cards_evidence.agreement_info(run)
     if not info.pairs:
         return Card(
             title, read, reason="No two architectures have reached the same two rungs, so no order was foretold."
@@ -217,7 +217,7 @@ def agreement_card(run: RunData) -> Card:
     panels = tuple(
         Panel(
             f"agreement_{place}",
-            rank_agreement.agreement_plot(info, before, after, rows),
+            cards_evidence.agreement_plot(info, before, after, rows),
             rows.drop(columns="hover"),
             f"{before} to {after}",
         )
@@ -225,8 +225,8 @@ def agreement_card(run: RunData) -> Card:
     )
     data = (("rungs", info.tests),) if len(info.tests) else ()
     words = evidence.split_words(run.evidence)[0] if run.evidence else []
-    body = evidence.body(words) + rank_agreement.agreement_html(info)
-    return Card(title, read, rank_agreement.agreement_count(info), body, panels, data)
+    body = evidence.body(words) + cards_evidence.agreement_html(info)
+    return Card(title, read, cards_evidence.agreement_count(info), body, panels, data)
 
 
 def spend_card(run: RunData) -> Card:

@@ -13,7 +13,7 @@ import ray
 
 from minitron_search.cluster import session
 from minitron_search.cluster.placement import resolved_precision
-from minitron_search.config import schema
+from minitron_search.config import loading
 from minitron_search.models.architecture import Architecture
 from minitron_search.pipeline import retraining
 from minitron_search.pipeline.correction import correct_teacher
@@ -21,13 +21,13 @@ from minitron_search.pipeline.teacher import make_materials
 from minitron_search.planning.prepare import prepare
 from minitron_search.records.console import say
 from minitron_search.records.directory import RunDirectory
-from minitron_search.search.state import Search
-from minitron_search.trials.settings import distillation_settings, make_trial, retraining_settings
+from minitron_search.search.state import Search, make_trial
+from minitron_search.trials.settings import distillation_settings, retraining_settings
 
 
 def main(folder: str) -> None:
     run = RunDirectory(folder)
-    settings = schema.parse({**run.read_config(), "output": folder})
+    settings = loading.parse_config({**run.read_config(), "output": folder})
     prepared = prepare(settings, resume=True)
     with session.joined():
         precision = resolved_precision(settings.precision)

@@ -22,6 +22,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from minitron_search.data import winogrande_packing
+from minitron_search.evaluation import winogrande as evaluation_winogrande
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
@@ -127,7 +130,7 @@ def against_lm_eval(folder: Path, file: Path, count: int, tokenizer: Any) -> boo
         batch_size = min(tried, key=lambda size: tried[size])
 
         def sweep() -> dict[Cut, np.ndarray]:
-            packed = winogrande.pack(winogrande.load_examples(str(part)), tokenizer)
+            packed = winogrande_packing.pack(winogrande.load_examples(str(part)), tokenizer)
             found = {cut: np.zeros(2 * len(packed.answers)) for cut in cuts}
             for rows in depth.winogrande_chunks(packed, walk.device):
                 for cut, values in depth.winogrande_values(walk, packed, rows, cuts).items():
@@ -142,7 +145,7 @@ def against_lm_eval(folder: Path, file: Path, count: int, tokenizer: Any) -> boo
                 "lm-eval", lambda model=model: run_lm_eval(model, tokenizer, part, 0, batch_size)
             )
             packed_answers = np.array([int(line["answer"]) for line in lines])
-            accuracy = winogrande.by_example(ours[cut].reshape(-1, 2), packed_answers)[0].mean()
+            accuracy = evaluation_winogrande.by_example(ours[cut].reshape(-1, 2), packed_answers)[0].mean()
             worst = max(worst, float(np.abs(ours[cut].reshape(-1, 2) - theirs).max()))
             wrong += abs(accuracy - results["acc,none"]) > 1e-9
     print(f"Winogrande, {len(cuts)} blocks of {layers // 2} layers, {len(lines)} examples, float32, "

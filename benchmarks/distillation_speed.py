@@ -35,13 +35,15 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
+from minitron_search.config.types import Precision
 from minitron_search.distillation.loop import Milestone, train
-from minitron_search.distillation.settings import LoopSettings, Precision
+from minitron_search.distillation.settings import LoopSettings
 from minitron_search.distillation.teacher import Teacher, cached_teacher, live_teacher
 from minitron_search.distillation.teacher_cache import DTYPES, Request, ensure, in_this_process
-from minitron_search.losses.output_loss import OutputHead, output_loss
+from minitron_search.losses.output_loss import output_loss
 from minitron_search.models.device import autocast
 from minitron_search.models.families import sizes
+from minitron_search.models.output_head import OutputHead
 from minitron_search.models.sources import teacher_folder
 
 ARMS = {"ce": "plain CE, full logits", "live": "KD, live teacher", "hidden": "KD, cached hidden states",

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from minitron_search.config.schema import ImportanceConfig
+from minitron_search.config.inputs import ImportanceConfig
 from minitron_search.importance.importance import partial_sums
 from minitron_search.models.device import autocast, on_device
 from minitron_search.models.families import final_hidden

@@ -28,9 +28,8 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from benchmarks.document import replaced
-from minitron_search.config.schema import ImportanceConfig
+from minitron_search.config.inputs import ImportanceConfig
 from minitron_search.data.corpus import load_corpus
-from minitron_search.distillation.teacher import output_head
 from minitron_search.evaluation.statistics import mean_and_error, paired
 from minitron_search.importance.importance import Importance, measure
 from minitron_search.importance.pca import rotated, rotated_config
@@ -47,8 +46,10 @@ from minitron_search.models.families import (
     weights,
     whole,
 )
+from minitron_search.models.loading import student_of
+from minitron_search.models.output_head import output_head
 from minitron_search.models.sources import load_tokenizer, teacher_folder
-from minitron_search.pruning.trimming import student_of, trimmed_weights
+from minitron_search.pruning.trimming import trimmed_weights
 
 METHODS = ("activation", "random", "magnitude", "taylor", "wanda", "pca")
 NAMES = {

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
-from minitron_search.config.schema import Budget, load
+from minitron_search.config.loading import load_config
+from minitron_search.config.space import Budget
 from minitron_search.models.architecture import Architecture
 from minitron_search.models.families import student_config
 from minitron_search.planning.prepare import check
@@ -39,7 +40,7 @@ def main() -> None:
     failed = False
     for recipe in options.recipes:
         with tempfile.TemporaryDirectory() as folder:
-            config = load(str(recipe), ["--output", f"{folder}/run", "--evaluation.tasks", "[]"])
+            config = load_config(str(recipe), ["--output", f"{folder}/run", "--evaluation.tasks", "[]"])
             teacher, space = check(config, resume=False)
         outside = sum(anchor.id not in {a.id for a in space.architectures()} for anchor in space.anchors)
         print(f"{recipe.stem}: {space.grid_size:,} on the grid, {len(space):,} legal and in budget")

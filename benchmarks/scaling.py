@@ -37,6 +37,7 @@ from ray.cluster_utils import Cluster
 from minitron_search.cluster import launchers, tuner
 from minitron_search.cluster.remote_logs import keep_files
 from minitron_search.cluster.session import ENVIRONMENT
+from minitron_search.config import loading
 from minitron_search.config import schema as configuration
 from minitron_search.records.directory import RunDirectory
 from minitron_search.search.space import SearchSpace
@@ -65,7 +66,7 @@ class Measured(NamedTuple):
 
 
 def asked(trials: int, slots: int) -> configuration.Config:
-    return configuration.parse({
+    return loading.parse_config({
         "corpus": {"sequence_length": 32},
         "distillation": {"batch_tokens": 64},
         "space": {

@@ -31,6 +31,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from minitron_search.config import loading
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
@@ -40,7 +42,6 @@ import ray
 from benchmarks.document import replaced
 from minitron_search.cluster import session
 from minitron_search.cluster.placement import resolved_precision
-from minitron_search.config import schema as configuration
 from minitron_search.config.schema import Config
 from minitron_search.evaluation.statistics import agreement, mean_and_error, paired
 from minitron_search.models.architecture import Architecture
@@ -50,7 +51,8 @@ from minitron_search.planning.prepare import Prepared, prepare
 from minitron_search.records.console import say
 from minitron_search.records.directory import RunDirectory, replace_text, write_table
 from minitron_search.search.space import SearchSpace
-from minitron_search.trials.settings import make_trial, retraining_settings, untrained
+from minitron_search.search.state import make_trial
+from minitron_search.trials.settings import retraining_settings, untrained
 from minitron_search.trials.trial import Trial
 
 CLOSEST = 10  # architectures that NVIDIA's rule scores
@@ -141,7 +143,7 @@ def seed_config(config: Config, seed: int, folder: Path, search: str = "tpe") ->
     how = {**asked["search"], "sampler": "tpe" if search == "tpe" else "random", "concurrency": 1}
     if search == "draws":
         how |= {"trials": DRAWS, "tokens": "auto", "rungs": [rung for rung in how["rungs"] if rung]}
-    return configuration.parse({
+    return loading.parse_config({
         **asked, "seed": seed, "output": str(folder), "stages": ["importance", "search"], "search": how,
     })  # fmt: skip
 
@@ -347,7 +349,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/search_proof"))
     parser.add_argument("--output", type=Path, default=Path("docs/results.md"))
     chosen = parser.parse_args(arguments)
-    config = configuration.load(chosen.config, [])
+    config = loading.load_config(chosen.config, [])
     work = chosen.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
     bench = Bench(config, work, chosen.share)

@@ -35,24 +35,27 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from analysis.page import palette
 from benchmarks.document import replaced
 from benchmarks.importance_table import lm_loss, shape_within
-from minitron_search.config.schema import Config, ImportanceConfig, parse
+from minitron_search.config.inputs import ImportanceConfig
+from minitron_search.config.loading import parse_config
+from minitron_search.config.schema import Config
+from minitron_search.config.types import Precision
 from minitron_search.data.corpus import load_corpus
 from minitron_search.distillation import checkpoints
 from minitron_search.distillation.correction import correcting_teacher, float32_of, merged, trainable
 from minitron_search.distillation.loop import Milestone, train
-from minitron_search.distillation.settings import Precision
 from minitron_search.distillation.teacher import cached_teacher, live_teacher
 from minitron_search.distillation.teacher_cache import Request, ensure, in_this_process
 from minitron_search.evaluation.statistics import mean_and_error, paired
+from minitron_search.export.student_folder import write_folder
 from minitron_search.importance.importance import measure
 from minitron_search.models import device
 from minitron_search.models.architecture import digest, parameter_count
-from minitron_search.models.device import autocast, on_device
+from minitron_search.models.device import autocast, on_device, release_memory
 from minitron_search.models.families import sizes, sizes_of, weights, whole
-from minitron_search.models.memory import release_memory
+from minitron_search.models.loading import load_teacher
+from minitron_search.models.output_head import load_head
 from minitron_search.models.sources import fingerprint, load_tokenizer, teacher_folder
-from minitron_search.pipeline.retraining import write_folder
-from minitron_search.pruning.trimming import load_head, load_teacher, permute_teacher, trim
+from minitron_search.pruning.trimming import permute_teacher, trim
 from minitron_search.records.directory import replace_text, write_table
 from minitron_search.trials.settings import correction, correction_settings, retraining_settings
 
@@ -92,7 +95,7 @@ class Plan:
     device: Precision
 
     def read(self) -> Config:
-        return parse(self.config)
+        return parse_config(self.config)
 
 
 def milestones(tokens: int) -> tuple[int, ...]:
@@ -367,7 +370,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/teacher_correction"))
     parser.add_argument("--output", type=Path, default=Path("docs/results.md"))
     chosen = parser.parse_args(arguments)
-    config = parse({
+    config = parse_config({
         "teacher": {"model": chosen.model, "correction": {
             "method": chosen.method, "tokens": chosen.correction_tokens,
             "learning_rate": chosen.correction_learning_rate}},

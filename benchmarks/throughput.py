@@ -34,7 +34,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from minitron_search.ablation.shapes import shaped
-from minitron_search.config.schema import Config, parse
+from minitron_search.config.loading import parse_config
+from minitron_search.config.schema import Config
 from minitron_search.models import device as precision
 from minitron_search.models.architecture import Architecture, parameter_count
 from minitron_search.models.families import sizes_of, student_config, weights, whole
@@ -70,7 +71,7 @@ def architectures(config: Config) -> dict[str, tuple[Architecture, int]]:
     found = {"teacher": whole(teacher)}
     for rule in ("width", "depth_bi"):
         asked = {**config.dump()["space"], **shaped(rule, config)}
-        space = SearchSpace(parse({"space": asked}).space, teacher)
+        space = SearchSpace(parse_config({"space": asked}).space, teacher)
         # of the depth's points, the block that ends the model
         found[rule.partition("_")[0]] = space.architecture(space.points[-1].tolist())
     listed = weights(teacher)
@@ -189,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, TypeError):
         parser.error(f"--lengths: {' '.join(chosen.lengths)}; valid: input/output tokens, as in 128/64")
     budget = {"params": {"target": chosen.params, "tolerance": chosen.tolerance}}
-    config = parse({"teacher": {"model": chosen.model}, "space": {"budget": budget, "axes": {}}})
+    config = parse_config({"teacher": {"model": chosen.model}, "space": {"budget": budget, "axes": {}}})
     resolved, device = precision.resolve(chosen.precision), precision.device()
     dtype, teacher = getattr(torch, resolved), teacher_config(chosen.model)
     about = {"engine": chosen.engine, "precision": resolved, "on": _place(device)}

@@ -16,6 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from minitron_search.data import winogrande_packing
+from minitron_search.evaluation import winogrande as evaluation_winogrande
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local
 
 import numpy as np
@@ -63,12 +66,12 @@ def run_lm_eval(
 
 def run_ours(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, shots: int
-) -> tuple[winogrande.WinograndeScore, winogrande.PackedOptions, float]:
+) -> tuple[evaluation_winogrande.WinograndeScore, winogrande_packing.PackedOptions, float]:
     examples = winogrande.load_examples(str(path))
     start = time.perf_counter()
     row_length = 256 if shots == 0 else 512
-    packed = winogrande.pack(examples, tokenizer, shots, row_length, model.config.max_position_embeddings)
-    score = winogrande.evaluate(model, packed)
+    packed = winogrande_packing.pack(examples, tokenizer, shots, row_length, model.config.max_position_embeddings)
+    score = evaluation_winogrande.evaluate(model, packed)
     return score, packed, time.perf_counter() - start
 
 

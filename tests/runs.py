@@ -16,7 +16,7 @@ import psutil
 import pyarrow.parquet as pq
 import yaml
 
-from minitron_search.run import main
+from minitron_search.cli import main
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from minitron_search.losses.output_loss import OutputHead, TopK
+from minitron_search.losses.output_loss import TopK
+from minitron_search.models.output_head import OutputHead
 
 
 @torch.no_grad()

@@ -24,14 +24,14 @@ from typing import Any
 import numpy as np
 
 from minitron_search.ablation.shapes import shaped
-from minitron_search.config import schema as configuration
+from minitron_search.config import loading
 from minitron_search.config.schema import Config
-from minitron_search.models.stored import is_stored
+from minitron_search.models.sources import is_stored
 from minitron_search.planning.prepare import Prepared, check
-from minitron_search.planning.workload import whole_batches
 from minitron_search.records.bucket import mirror_of
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.paths import inside, is_uri, working_folder
+from minitron_search.search.schedule import whole_batches
 from minitron_search.search.space import SearchSpace
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
@@ -48,7 +48,7 @@ SHARED = (
     "corpus.validation_samples", "corpus.sequence_length", *SET,
 )  # fmt: skip
 SEEDS = 3
-_SECTIONS = {key.partition(".")[0] for key, _ in configuration.keys() if "." in key}
+_SECTIONS = {key.partition(".")[0] for key, _ in loading.keys() if "." in key}
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,13 @@ class Ablation:
             given = config.dump()
             if "depth" in stages and block:
                 given["depth"]["lengths"] = list(block.lengths)
-            return configuration.parse({**given, "stages": stages})
+            return loading.parse_config({**given, "stages": stages})
 
     def config_before(self, name: str) -> Config:
         """Of a run that is made first: an ordinary one, which leaves its student in best/."""
         with _of(f"{BEFORE}.{name}"):
             config = self._parsed(_merged(self.values, self.before[name]), f"{BEFORE}/{name}")
-            return configuration.parse({**config.dump(), "stages": ["importance", "search", "retrain"]})
+            return loading.parse_config({**config.dump(), "stages": ["importance", "search", "retrain"]})
 
     def _parsed(self, values: dict[str, Any], place: str) -> Config:
         values = _substituted(values, self.output)
@@ -107,10 +107,10 @@ class Ablation:
                 "importance": _only(values, "importance", "method"),
                 "space": {**_only(values, "space", "budget"), "axes": {}},
             }
-            values = _merged(values, {"space": shaped(architecture, configuration.parse(decides))})
-        config = configuration.parse(values)
+            values = _merged(values, {"space": shaped(architecture, loading.parse_config(decides))})
+        config = loading.parse_config(values)
         tokens = {"retraining": {"tokens": config.search.rungs[-1], **values.get("retraining", {})}}
-        return configuration.parse(_merged(values, tokens))
+        return loading.parse_config(_merged(values, tokens))
 
     def waits(self, name: str, of: Mapping[str, Any]) -> bool:
         """Whether a model that it names is still to be made."""
@@ -124,7 +124,7 @@ class Ablation:
 
     def about(self) -> dict[str, Any]:
         """What ablation.json holds."""
-        shared = configuration.parse({
+        shared = loading.parse_config({
             "seed": self.values.get("seed", 0),
             "search": {"seeds": SEEDS, **_only(self.values, "search", "seeds", "rungs")},
             "corpus": _only(self.values, "corpus", "sequence_length"),
@@ -144,20 +144,20 @@ class Ablation:
 
 def is_ablation(file: str | None) -> bool:
     """Whether a YAML has arms. Raises ValueError as `config.load` does."""
-    return file is not None and "arms" in configuration.read_yaml(file)
+    return file is not None and "arms" in loading.read_yaml(file)
 
 
 def load(file: str, overrides: list[str]) -> Ablation:
     """The ablation of a YAML with dotted overrides on top, which hold for all arms but for what an arm says itself
     (`--arms.NAME.KEY` changes that). Raises ValueError with the key, its value and a valid alternative."""
-    values = configuration.read_yaml(file)
+    values = loading.read_yaml(file)
     base = values.pop("base", None)
-    configuration.override(values, overrides)
+    loading.override(values, overrides)
     own: dict[str, Any] = {key: values.pop(key, None) for key in OWN if key not in ("base", "architecture")}
     _check_shared(values)
     _check_sections(values)
     if base is not None:
-        under = configuration.read_yaml(str(Path(file).parent / base))
+        under = loading.read_yaml(str(Path(file).parent / base))
         for key in SET:  # those of a search
             _without(under, key)
         values = _merged({key: value for key, value in under.items() if key not in ("name", "output")}, values)
@@ -210,7 +210,7 @@ def checked(ablation: Ablation, resume: bool) -> dict[str, tuple[Config, SearchS
         else:
             with _of(f"arms.{arm}"):
                 values = _merged(ablation.values, changes)
-                configuration.parse({key: values[key] for key in values if key != "architecture"})
+                loading.parse_config({key: values[key] for key in values if key != "architecture"})
     return found
 
 
@@ -265,7 +265,7 @@ def _check_sections(values: Mapping[str, Any]) -> None:
     """What is merged key by key has keys."""
     for key, value in values.items():
         if key != "architecture" and (value is None or (not isinstance(value, Mapping) and key in _SECTIONS)):
-            configuration.parse({key: value})  # which says so
+            loading.parse_config({key: value})  # which says so
 
 
 def _check_arm(arm: str, changes: Mapping[str, Any]) -> None:

@@ -15,10 +15,9 @@ from minitron_search.ablation import storage
 from minitron_search.ablation.definition import BEFORE, Ablation, begun, check_arm, check_text, checked
 from minitron_search.ablation.differences import differences, read_arms, shown, write_differences
 from minitron_search.cluster import session
-from minitron_search.config import schema as configuration
+from minitron_search.config import loading
 from minitron_search.config.schema import Config
-from minitron_search.models.device import resolve
-from minitron_search.models.memory import release_memory
+from minitron_search.models.device import release_memory, resolve
 from minitron_search.planning.calibration import measure, stated
 from minitron_search.planning.forecast import fitting, forecast, teaching_config, this_machine, total
 from minitron_search.planning.prepare import Prepared, prepare
@@ -155,7 +154,7 @@ def _ended(run: RunDirectory) -> bool:
 def _take_teacher_scores(prepared: Prepared, ended: Sequence[RunDirectory]) -> None:
     """The teacher's scores of an arm that had the same one, in the same order, at the same questions."""
     run, config = prepared.run, prepared.config
-    same = [other for other in ended if _heard(configuration.parse(other.read_config())) == _heard(config)]
+    same = [other for other in ended if _heard(loading.parse_config(other.read_config())) == _heard(config)]
     if not same or run.config.exists():
         return
     run.write_config(config.dump())

@@ -6,7 +6,8 @@ from typing import Any, get_args
 
 from transformers import PretrainedConfig
 
-from minitron_search.config.schema import Anchor, Axes, Axis, Config, DropBlock, Space
+from minitron_search.config.schema import Config
+from minitron_search.config.space import Anchor, Axes, Axis, DropBlock, SpaceConfig
 from minitron_search.importance.pca import rotated_config
 from minitron_search.models.families import whole
 from minitron_search.models.sources import teacher_config
@@ -71,7 +72,7 @@ def _shrunk_alike(config: Config, teacher: PretrainedConfig) -> dict[str, int]:
         hidden_size=Axis(low=1, high=hidden, divisor=math.gcd(HIDDEN_DIVISOR, hidden)),
         intermediate_size=Axis(low=1, high=mlp, divisor=math.gcd(MLP_DIVISOR, mlp)),
     )
-    space = SearchSpace(Space(budget=config.space.budget, axes=axes), teacher)
+    space = SearchSpace(SpaceConfig(budget=config.space.budget, axes=axes), teacher)
 
     def order(point: Sequence[int]) -> tuple[float, ...]:
         shape = space.architecture(point)
@@ -90,7 +91,7 @@ def _layers_to_drop(config: Config, teacher: PretrainedConfig) -> int:
     target = config.space.budget.params
     assert target is not None
     axes = Axes(drop_block=DropBlock(lengths=tuple(range(teacher.num_hidden_layers))))
-    space = SearchSpace(Space(budget=config.space.budget, axes=axes), teacher)
+    space = SearchSpace(SpaceConfig(budget=config.space.budget, axes=axes), teacher)
     shapes = [space.architecture(shape) for shape in space.shapes.tolist()]
     nearest = min(shapes, key=lambda shape: abs(space.measures(shape).params - target.target))
     return teacher.num_hidden_layers - nearest.num_hidden_layers

@@ -13,7 +13,7 @@ import ray
 import ray.tune
 
 from minitron_search.cluster.worker_groups import WorkerGroup, in_background
-from minitron_search.config.schema import Resources
+from minitron_search.config.training import ResourcesConfig
 from minitron_search.records.directory import RunDirectory
 from minitron_search.trials.trial import Trial
 
@@ -21,17 +21,17 @@ standing: WorkerGroup | None = None  # of this process, which Tune reuses for on
 
 
 def tune_function(
-    materials: ray.ObjectRef, run: RunDirectory, resources: Resources
+    materials: ray.ObjectRef, run: RunDirectory, resources: ResourcesConfig
 ) -> Callable[[dict[str, Any]], None]:
     """What Ray Tune runs for one trial; its configuration is {"trial": Trial}."""
     return followed(inline if resources.launcher == "inline" else through_train, materials, run, resources)
 
 
 def followed(
-    work: Callable[[ray.ObjectRef, RunDirectory, Resources, Trial], None],
+    work: Callable[[ray.ObjectRef, RunDirectory, ResourcesConfig, Trial], None],
     materials: ray.ObjectRef,
     run: RunDirectory,
-    resources: Resources,
+    resources: ResourcesConfig,
 ) -> Callable[[dict[str, Any]], None]:
     """`work`, and its rungs reported as they are logged."""
 
@@ -52,14 +52,14 @@ def followed(
     return placed
 
 
-def inline(materials: ray.ObjectRef, run: RunDirectory, resources: Resources, trial: Trial) -> None:
+def inline(materials: ray.ObjectRef, run: RunDirectory, resources: ResourcesConfig, trial: Trial) -> None:
     from minitron_search.trials.runner import run_to_end
 
     run.event("trial_placed", trial=trial.id, node=ray.util.get_node_ip_address())
     run_to_end(ray.get(materials).here(), trial)
 
 
-def through_train(materials: ray.ObjectRef, run: RunDirectory, resources: Resources, trial: Trial) -> None:
+def through_train(materials: ray.ObjectRef, run: RunDirectory, resources: ResourcesConfig, trial: Trial) -> None:
     global standing
     while standing is None or standing.ended.done() or not standing.run(trial, decided=True):
         standing = WorkerGroup(materials, run, resources, "search")

@@ -11,10 +11,10 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from minitron_search.distillation.settings import Precision
+from minitron_search.config.types import Precision
 from minitron_search.models import device
 from minitron_search.records.transfer import Depot
-from minitron_search.trials.runner import Materials
+from minitron_search.trials.inputs import TrialInputs
 
 RETRIES = 1  # of what ran on a node that was lost: on another one, which fetches what it needs
 
@@ -121,7 +121,7 @@ def _folders(values: Iterable[Any]) -> list[Path]:
     for value in values:
         if isinstance(value, Path):
             found.append(value)
-        elif isinstance(value, Materials):
+        elif isinstance(value, TrialInputs):
             found += value.folders()
         elif isinstance(value, tuple):
             found += _folders(value)

@@ -17,7 +17,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from minitron_search.config.schema import Resources
+from minitron_search.config.training import ResourcesConfig
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.paths import cache_folder
 
@@ -157,7 +157,7 @@ def _about(node: dict[str, Any]) -> dict[str, Any]:
     return {**about, **{name: node["Resources"].get(name, 0) for name in ("CPU", "GPU")}}
 
 
-def wait_for_place(resources: Resources, progress: Callable[[str], None]) -> None:
+def wait_for_place(resources: ResourcesConfig, progress: Callable[[str], None]) -> None:
     """Until one trial fits: a cluster that scales from zero adds a node for what it is asked.
 
     Raises UnfitError where none has come within `PLACE_S`, or could: an embedded Ray has this machine and no other.
@@ -175,7 +175,7 @@ def wait_for_place(resources: Resources, progress: Callable[[str], None]) -> Non
     remove_placement_group(wanted)
 
 
-def slots(resources: Resources) -> int:
+def slots(resources: ResourcesConfig) -> int:
     """How many trials the cluster can run at once, as it is now. A worker has what it needs on one node; the workers of
     a trial may be on several.
 
@@ -198,13 +198,13 @@ def _workers(node: dict[str, float], asked: dict[str, float]) -> int:
     return fitting
 
 
-def _described(resources: Resources) -> str:
+def _described(resources: ResourcesConfig) -> str:
     kind = f" of kind {resources.accelerator_type}" if resources.accelerator_type else ""
     return (f"{resources.workers_per_trial} workers with {resources.cpus_per_worker} CPUs and "
             f"{resources.gpus_per_worker:g} GPUs{kind} each")  # fmt: skip
 
 
-def _unfit(resources: Resources, how: str) -> UnfitError:
+def _unfit(resources: ResourcesConfig, how: str) -> UnfitError:
     have = ray.cluster_resources()
     kinds = [name.partition(":")[2] for name in have if name.startswith("accelerator_type:")]
     gpus = f"{have.get('GPU', 0):g} GPUs{' of kind ' + ', '.join(kinds) if kinds else ''}"
@@ -217,7 +217,7 @@ class Room:
     """How many trials may run at once: as many as the cluster holds, as nodes come and go; on a cluster that was asked
     for a number, that many, since what waits for a place is what such a cluster adds nodes for."""
 
-    def __init__(self, asked: int | str, resources: Resources):
+    def __init__(self, asked: int | str, resources: ResourcesConfig):
         self.asked, self.resources = asked, resources
         self.looked, self.now = -LOOK_S, 1
 

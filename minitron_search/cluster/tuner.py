@@ -13,14 +13,14 @@ from ray import tune
 from ray.tune.error import TuneError
 from ray.tune.search import Searcher
 
-from minitron_search.cluster.kept_actors import kept_actors
 from minitron_search.cluster.launchers import tune_function
+from minitron_search.cluster.ray_internals import kept_actors
 from minitron_search.cluster.schedulers import ruling
 from minitron_search.cluster.worker_groups import close_groups, free_groups, make_room
 from minitron_search.evaluation.evidence import evidence
 from minitron_search.models.architecture import Architecture
-from minitron_search.planning.workload import search_phases
 from minitron_search.records.directory import FINISHED
+from minitron_search.search.schedule import search_phases
 from minitron_search.search.state import Search
 from minitron_search.search.study import LiveStudy
 from minitron_search.trials.trial import Trial

@@ -27,14 +27,10 @@ from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[a
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import FailureConfig
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
-from minitron_search.config.schema import Resources
-from minitron_search.models.memory import release_memory
+from minitron_search.config.training import ResourcesConfig
+from minitron_search.models.device import release_memory
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.logs import Files
 from minitron_search.trials.trial import Trial
@@ -58,7 +54,7 @@ class Trainer(TorchTrainer):
 class WorkerGroup:
     """A trainer's `fit` in the background, fed through a folder. Its processes live as long as the one it is in."""
 
-    def __init__(self, materials: ray.ObjectRef, run: RunDirectory, resources: Resources, stage: str):
+    def __init__(self, materials: ray.ObjectRef, run: RunDirectory, resources: ResourcesConfig, stage: str):
         name = uuid.uuid4().hex  # a name used before resumes that group, even one that has ended
         self.folder, self.files, self.jobs = run.scratch / "groups" / stage / name, run.files, 0
         trainer = Trainer(

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from minitron_search.data.winogrande import PackedOptions, model_inputs, option_log_likelihoods
+from minitron_search.data.winogrande_packing import PackedOptions
 from minitron_search.evaluation.statistics import mean_and_error
+from minitron_search.evaluation.winogrande import model_inputs, option_log_likelihoods
 from minitron_search.importance import taylor
 from minitron_search.losses.output_loss import token_losses
 from minitron_search.models.layerwise import Inputs, Walk

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from minitron_search.distillation.correction_settings import Method
 from minitron_search.distillation.loop import learning_rate_of, make_optimizer
 from minitron_search.distillation.objective import Objective
-from minitron_search.distillation.settings import LoopSettings
-from minitron_search.distillation.teacher import Teacher, TeacherBatch, output_head
+from minitron_search.distillation.settings import LoopSettings, Method
+from minitron_search.distillation.teacher import Teacher, TeacherBatch
+from minitron_search.models.output_head import output_head
 
 # The papers correct all weights; these are usual for peft, on all linear layers but the output head.
 LORA_RANK, LORA_ALPHA = 16, 32

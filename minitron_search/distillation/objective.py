@@ -6,11 +6,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from minitron_search.distillation.settings import LoopSettings
-from minitron_search.distillation.teacher import TeacherBatch, output_head
+from minitron_search.distillation.teacher import TeacherBatch
 from minitron_search.losses.intermediate import LEAST, intermediate_loss, recorded
-from minitron_search.losses.output_loss import OutputHead, TopK, next_tokens, output_loss
+from minitron_search.losses.output_loss import TopK, next_tokens, output_loss
 from minitron_search.models.device import autocast
 from minitron_search.models.families import final_hidden
+from minitron_search.models.output_head import OutputHead, output_head
 
 
 class Objective(nn.Module):

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from minitron_search.models.device import device, on_device
 from minitron_search.models.families import decoder_layers
-from minitron_search.pruning.trimming import student_of
+from minitron_search.models.loading import student_of
 
 Answer = TypeVar("Answer")
 

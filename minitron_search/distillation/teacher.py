@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 from transformers import PreTrainedModel
 
-from minitron_search.distillation.settings import Precision
+from minitron_search.config.types import Precision
 from minitron_search.distillation.teacher_cache import CacheReader, teacher_hidden
 from minitron_search.losses.intermediate import recorded
-from minitron_search.losses.output_loss import OutputHead, TopK
-from minitron_search.models.families import head_scale, head_softcap
+from minitron_search.losses.output_loss import TopK
+from minitron_search.models.output_head import OutputHead, frozen_head, output_head
 
 
 class TeacherBatch(NamedTuple):
@@ -44,12 +44,6 @@ class Teacher(NamedTuple):
     correction: Stateful | None = None
 
 
-def output_head(model: PreTrainedModel) -> OutputHead:
-    """The model's head with its family's scale (Granite) and soft-cap (Gemma)."""
-    head = model.get_output_embeddings()
-    return OutputHead(head.weight, head.bias, head_scale(model.config), head_softcap(model.config))
-
-
 def live_teacher(model: PreTrainedModel, precision: Precision, states: Mapping[int, int] | None = None) -> Teacher:
     """Runs `model` for every batch. `states`: which it gives besides (`intermediate_loss.state_map`), in the dtype of
     the products."""
@@ -76,10 +70,3 @@ def cached_teacher(path: Path, head: OutputHead, precision: Precision) -> Teache
         lambda indices, tokens: TeacherBatch(reader.hidden(indices, tokens)), frozen_head(head, precision), lambda: 0,
         reads=True,
     )  # fmt: skip
-
-
-def frozen_head(head: OutputHead, precision: Precision) -> OutputHead:
-    """Without gradients, its weight once and for all in the dtype of the products."""
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    bias = None if head.bias is None else head.bias.detach().float()
-    return head._replace(weight=head.weight.detach().to(dtype), bias=bias)

@@ -33,10 +33,11 @@ from filelock import FileLock
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from minitron_search.distillation.settings import Precision
+from minitron_search.config.types import Precision
 from minitron_search.losses.output_loss import TopK
 from minitron_search.models.device import autocast
-from minitron_search.models.families import final_hidden, head_logits
+from minitron_search.models.families import final_hidden
+from minitron_search.models.output_head import head_logits
 from minitron_search.records.paths import cache_folder
 
 Mode = Literal["auto", "hidden", "topk", "off"]

@@ -1,18 +1,21 @@
 """Tables 1 and 2 of a run: teacher, students and references on every task, and the students paired with the teacher."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import safe_open
 
-from minitron_search.distillation.settings import Precision
-from minitron_search.evaluation import results_cache
+from minitron_search.config.types import Precision
 from minitron_search.evaluation.lm_eval_tasks import Task, reason
 from minitron_search.evaluation.statistics import clustered, compared, mcnemar
-from minitron_search.models.sources import teacher_folder, weight_files
-from minitron_search.records.directory import RunDirectory
+from minitron_search.models.sources import TOKENIZER_FILES, file_hash, fingerprint, teacher_folder, weight_files
+from minitron_search.records.directory import RunDirectory, replace_text
+from minitron_search.records.paths import cache_folder
 
 Compute = Callable[[Path, Task, Precision, int | None], dict[str, Any]]
 TEACHER = "teacher"
@@ -46,7 +49,7 @@ def evaluate_all(
     for name, place in [*models.items(), *((name, (name, None)) for name in references)]:
         try:
             folder = place[1] or teacher_folder(name)
-            model = {"name": place[0], "content": results_cache.content(folder), "params": parameters(folder)}
+            model = {"name": place[0], "content": model_content(folder), "params": parameters(folder)}
         except Exception as error:  # a damaged file's is of no common kind
             found["failures"] = [*_others(found["failures"], name), {"model": name, "task": "", "message": str(error)}]
             say(f"evaluation: {name}: {error}")
@@ -112,14 +115,14 @@ def _one(
     compute: Compute,
     say: Callable[[str], None],
 ) -> bool:
-    key = results_cache.key(found["models"][name]["content"], task, precision, limit)
+    key = cache_key(found["models"][name]["content"], task, precision, limit)
     about = {"model": name, "task": task.name, "label": task.label}
     same = [each for each in found["results"] if each["model"] == name and each["label"] == task.label
             and each["limit"] == limit]  # fmt: skip
     found["failures"] = [each for each in found["failures"] if (each["model"], each["task"]) != (name, task.label)]
     if any(each["key"] == key for each in same):
         return True
-    result = results_cache.read(key)
+    result = read_cached(key)
     if result is None:
         say(f"evaluation: {task.label} on {name}")
         try:
@@ -130,7 +133,7 @@ def _one(
             run.event("evaluation_failed", model=name, task=task.label, message=reason(error))
             run.write_evaluation(found)
             return False
-        results_cache.write(key, result)
+        write_cached(key, result)
     found["results"] = [each for each in found["results"] if each not in same] + [{**about, "key": key, **result}]
     run.write_evaluation(found)
     return True
@@ -142,3 +145,54 @@ def _others(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
 
 def _asked(result: Mapping[str, Any]) -> tuple:
     return tuple(result[key] for key in ("label", "questions", "metric", "shots", "limit", "precision"))
+
+
+FORMULA = 1  # raised where `evaluation` makes other numbers of the same answers
+
+
+BESIDE_WEIGHTS = (*TOKENIZER_FILES, "generation_config.json")
+
+
+def model_content(folder: Path) -> str:
+    """Content id of all that a model answers by: `fingerprint` of its weights, its tokenizer, its defaults of
+    generation."""
+    files = sorted({file for pattern in BESIDE_WEIGHTS for file in folder.glob(pattern)})
+    beside = "".join(f"{file.name} {file_hash(file)} " for file in files)
+    return hashlib.sha256(f"{fingerprint(folder)} {beside}".encode()).hexdigest()[:16]
+
+
+def cache_key(model: str, task: Task, precision: Precision, limit: int | None) -> str:
+    """Of the model whose `content` is given. A data set on the Hub is in it by its task's name alone: what was asked is
+    in the result, as `questions`."""
+    made = {
+        "model": model,
+        "task": {**task._asdict(), "yaml": None if task.content else task.yaml, "changes": _without_paths(task)},
+        "precision": precision,
+        "limit": limit,
+        "formula": FORMULA,
+        "versions": {name: version(name) for name in ("lm_eval", "transformers")},
+    }
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def read_cached(key: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(_cache_path(key).read_text())
+    except FileNotFoundError:
+        return None
+
+
+def write_cached(key: str, result: dict[str, Any]) -> None:
+    replace_text(_cache_path(key), json.dumps(result))
+
+
+def _cache_path(key: str) -> Path:
+    return cache_folder() / "evaluation" / f"{key}.json"
+
+
+def _without_paths(task: Task) -> dict[str, Any]:
+    """Data files are in a task's `content`, wherever they lie."""
+    changes = dict(task.changes)
+    if "dataset_kwargs" in changes:
+        changes["dataset_kwargs"] = {k: v for k, v in changes["dataset_kwargs"].items() if k != "data_files"}
+    return changes

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from minitron_search.distillation.settings import Precision
+from minitron_search.config.types import Precision
 from minitron_search.evaluation import lm_eval_tasks
 from minitron_search.evaluation.lm_eval_tasks import Task
 from minitron_search.evaluation.statistics import chance_bar, standard_error

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from minitron_search.data import winogrande
-from minitron_search.data.winogrande import PackedOptions
-from minitron_search.distillation.teacher import output_head
+from minitron_search.data.winogrande_packing import PackedOptions
+from minitron_search.evaluation import winogrande as evaluation_winogrande
 from minitron_search.evaluation.statistics import standard_error
-from minitron_search.losses.output_loss import OutputHead, next_tokens, token_losses
+from minitron_search.losses.output_loss import next_tokens, token_losses
 from minitron_search.models.device import autocast
 from minitron_search.models.families import final_hidden
+from minitron_search.models.output_head import OutputHead, output_head
 
 ROWS_AT_ONCE = 8
 
@@ -61,7 +61,7 @@ def score(
     LM loss is over the length - 1 next tokens of every window, KL over all positions.
     """
     ce, kl = window_losses(model, windows, teacher_hidden, teacher_head, precision)
-    choices = winogrande.evaluate(model, packed, precision)
+    choices = evaluation_winogrande.evaluate(model, packed, precision)
     scores = Score(
         lm_loss=float(ce.mean()),
         lm_loss_stderr=standard_error(ce),
@@ -74,7 +74,7 @@ def score(
         winogrande_margin_stderr=choices.margin_stderr,
         winogrande_n=choices.n,
     )
-    return Scored(scores, ce, kl, *winogrande.by_example(choices.log_likelihoods, packed.answers))
+    return Scored(scores, ce, kl, *evaluation_winogrande.by_example(choices.log_likelihoods, packed.answers))
 
 
 def window_losses(

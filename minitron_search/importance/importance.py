@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from minitron_search.config.schema import ImportanceConfig
+from minitron_search.config.inputs import ImportanceConfig
 from minitron_search.importance import activations as activation_importance
 from minitron_search.importance import weights
 from minitron_search.importance.activations import ActivationSums

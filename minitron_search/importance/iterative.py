@@ -15,12 +15,13 @@ from pathlib import Path
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from minitron_search.config.schema import Axes
+from minitron_search.config.space import Axes
 from minitron_search.importance.importance import Importance
 from minitron_search.models.architecture import Architecture
 from minitron_search.models.families import is_expressible, student_config, whole
+from minitron_search.models.loading import student_of
 from minitron_search.pruning.rankings import Rankings
-from minitron_search.pruning.trimming import student_of, trimmed_weights
+from minitron_search.pruning.trimming import trimmed_weights
 
 WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 

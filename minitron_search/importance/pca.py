@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from minitron_search.models.architecture import Weight
 from minitron_search.models.families import decoder_layers, family_of, final_hidden, vocabulary_tables, weights
-from minitron_search.pruning.trimming import save_once, student_of
+from minitron_search.models.loading import save_once, student_of
 
 TOLERANCE = 1e-3  # of the hidden states' size; float32 rounding stays below 1e-4, a wrong fold is of order 1
 LARGE = 1e6  # a constant of this size shows a norm's gains: eps adds nothing to its mean square

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from minitron_search.distillation.teacher import output_head
 from minitron_search.importance.weights import Scores, SliceSums, of_elements, slice_sums
 from minitron_search.losses.output_loss import next_tokens, output_loss
 from minitron_search.models.architecture import Weight
 from minitron_search.models.device import autocast
 from minitron_search.models.families import final_hidden, sizes, weights
+from minitron_search.models.output_head import output_head
 
 
 def gradient_sums(teacher: PreTrainedModel, windows: np.ndarray, precision: str) -> SliceSums:

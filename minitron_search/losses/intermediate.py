@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from minitron_search.distillation.settings import IntermediateLoss
+from minitron_search.config.types import IntermediateLoss
 from minitron_search.models.families import decoder_layers, family_of
 
 LEAST = 1e-6  # an L_is below is rounding, and nothing to balance

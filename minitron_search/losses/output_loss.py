@@ -22,9 +22,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from minitron_search.distillation.settings import Loss
+from minitron_search.config.types import Loss
 from minitron_search.losses import liger
 from minitron_search.losses.divergences import Divergence, compare, softmax, top_k_kl
+from minitron_search.models.output_head import OutputHead
 
 IGNORE = -100  # the target of a position without a next token
 
@@ -44,15 +45,6 @@ def next_tokens(ids: Tensor) -> Tensor:
     targets = torch.full_like(ids, IGNORE)
     targets[:, :-1] = ids[:, 1:]
     return targets
-
-
-class OutputHead(NamedTuple):
-    """logits = cap(scale * (hidden @ weight.T + bias)), cap(x) = softcap * tanh(x / softcap)."""
-
-    weight: Tensor  # (V, H)
-    bias: Tensor | None = None  # (V,)
-    scale: float = 1.0
-    softcap: float | None = None
 
 
 class TopK(NamedTuple):

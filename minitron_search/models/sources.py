@@ -8,17 +8,22 @@ it is a Hub name (`./smollm2-135m` is always a folder).
 import difflib
 import hashlib
 import json
+import os
+import shutil
 import time
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from pyarrow import ArrowException
+from pyarrow.fs import FileSelector, FileSystem, FileType, copy_files
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from minitron_search.models import embedded
-from minitron_search.models.stored import stored_model
+from minitron_search.models.architecture import digest
 from minitron_search.records.directory import replace_text
 from minitron_search.records.paths import cache_folder, is_uri
+from minitron_search.records.transfer import WHOLE
 
 # What from_pretrained reads, without the copies in other formats that many repositories hold beside it.
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja")
@@ -158,3 +163,35 @@ def _invalid(model: str, why: str) -> ValueError:
         f"teacher.model: {model!r} {why}; valid: {embedded.NAME!r} (embedded), a folder with config.json and "
         "safetensors weights, or a Hub name such as 'HuggingFaceTB/SmolLM2-135M'"
     )
+
+
+def is_stored(address: str) -> bool:
+    """Whether a run has put it there, and whole."""
+    there, base = FileSystem.from_uri(address)
+    return there.get_file_info(base + WHOLE).type == FileType.File
+
+
+def stored_model(address: str) -> Path:
+    """A copy in the cache, made once of what is there; a path where nothing is if nothing is there.
+
+    Raises ValueError where storage does not answer.
+    """
+    try:
+        there, base = FileSystem.from_uri(address)
+        found = there.get_file_info(FileSelector(base, recursive=True, allow_not_found=True))
+        files = sorted((info.path, info.size, str(info.mtime)) for info in found if info.type == FileType.File)
+        folder = cache_folder() / "stored" / digest([address.partition("?")[0], files])
+        if files and not folder.exists():
+            partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+            for path, _, _ in files:
+                here = partial / Path(path).relative_to(base)
+                here.parent.mkdir(parents=True, exist_ok=True)
+                copy_files(path, str(here), source_filesystem=there)
+            try:
+                partial.rename(folder)
+            except OSError:  # another process was first: its folder is the same
+                shutil.rmtree(partial)
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"teacher.model: {address!r} could not be read: {str(error).strip().splitlines()[0]}; valid: "
+                         "an address that these credentials may read, as s3://BUCKET/NAME/best") from None  # fmt: skip
+    return folder

@@ -21,10 +21,11 @@ from filelock import FileLock
 
 from minitron_search.cluster.placement import on_all_cpus
 from minitron_search.cluster.session import slots
+from minitron_search.config.types import Precision
 from minitron_search.distillation.correction import LORA_ALPHA, LORA_RANK, merged
-from minitron_search.distillation.correction_settings import Correction
-from minitron_search.distillation.settings import LoopSettings, Precision
+from minitron_search.distillation.settings import Correction, LoopSettings
 from minitron_search.distillation.teacher_cache import Request
+from minitron_search.export import student_folder
 from minitron_search.models.architecture import digest
 from minitron_search.models.families import sizes, whole
 from minitron_search.models.sources import fingerprint
@@ -34,7 +35,7 @@ from minitron_search.planning.prepare import Prepared
 from minitron_search.records.console import say
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.paths import cache_folder
-from minitron_search.trials.runner import Materials
+from minitron_search.trials.inputs import TrialInputs
 from minitron_search.trials.settings import correction, correction_settings
 from minitron_search.trials.trial import Trial
 
@@ -108,7 +109,7 @@ def _make(
     asked_of = Request(key, f"{corpus.id} validation", corpus.validation, resolved, dims["hidden"], dims["vocab"])
     validation = asked_once(depot, asked_of, computing)
     layers = model.config.num_hidden_layers
-    materials = ray.put(Materials(
+    materials = ray.put(TrialInputs(
         run=work,
         teacher_folder=model.folder,
         compute_folder=computing,
@@ -143,7 +144,7 @@ def _make(
     shutil.rmtree(work.root)
 
 
-def _export(materials: Materials, trial: Trial, tokenizer: Path, folder: Path, about: dict[str, Any]) -> None:
+def _export(materials: TrialInputs, trial: Trial, tokenizer: Path, folder: Path, about: dict[str, Any]) -> None:
     """Write `folder`, which appears whole or not at all."""
-    model = merged(retraining.trained_student(materials, trial))
-    retraining.write_folder(model, tokenizer, folder, {"correction.json": json.dumps(about, indent=1)})
+    model = merged(student_folder.trained_student(materials, trial))
+    student_folder.write_folder(model, tokenizer, folder, {"correction.json": json.dumps(about, indent=1)})

@@ -6,88 +6,37 @@ and asks only for the rest. A piece's numbers depend on neither the other cuts i
 are computed one at a time, on a chunk that is always the same, with a fixed number of threads.
 """
 
-import hashlib
-import json
-import os
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
-import numpy as np
 import ray
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from minitron_search.cluster import session
-from minitron_search.config.schema import Config, DepthConfig
-from minitron_search.data.winogrande import PackedOptions, by_example
+from minitron_search.config.inputs import DepthConfig
+from minitron_search.config.schema import Config
 from minitron_search.depth import sweep as depth
+from minitron_search.depth.pieces import (
+    CHOICES,
+    TAYLOR,
+    TEXT,
+    Job,
+    _choice_metrics,
+    compute,
+    keep,
+    missing_pieces,
+    read,
+)
 from minitron_search.depth.recommendation import recommendation
 from minitron_search.depth.sweep import TEACHER, Cut, Values
-from minitron_search.models.architecture import digest, parameter_count
+from minitron_search.models.architecture import parameter_count
 from minitron_search.models.families import sizes, weights
-from minitron_search.models.layerwise import Walk
 from minitron_search.planning.prepare import Prepared
 from minitron_search.records.console import say
 from minitron_search.records.directory import RunDirectory
-from minitron_search.records.transfer import Depot
 
-FORMULA = 1  # part of every key: raise it when the same inputs give other values
 RESTARTS = 3  # of a piece whose process died
 SAY_SECONDS = 20
-TEXT, TAYLOR, CHOICES = "text", "taylor", "winogrande"
-METRIC = {TEXT: "lm_loss", TAYLOR: "taylor", CHOICES: CHOICES}  # of a kind's cuts
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every piece of a sweep shares. `threads` and `device` are part of the key: they change rounding."""
-
-    folder: Path
-    fingerprint: str  # of the teacher's weights
-    depth: int  # its layers
-    hidden_size: int
-    weight_bytes: int  # of the whole teacher, in the dtype it computes in
-    precision: str
-    windows: np.ndarray  # (n, length)
-    packed: PackedOptions
-    pieces: Path
-    threads: int = 1
-    asks: Mapping[str, float] = field(default_factory=lambda: {"CPU": 1.0})  # of Ray, for a piece
-    device: str = "cpu"
-    weights: str = "auto"
-    memory_bytes: float = float("inf")  # of one worker
-    depot: Depot | None = None
-
-    def chunks(self, kind: str) -> list[slice]:
-        device = torch.device(self.device)
-        if kind == CHOICES:
-            return depth.winogrande_chunks(self.packed, device)
-        return depth.text_chunks(self.windows, device)
-
-    def key(self, kind: str, rows: slice) -> str:
-        arrays = _row_arrays(self.packed) if kind == CHOICES else (self.windows,)
-        content = hashlib.sha256(b"".join(np.ascontiguousarray(array[rows]).tobytes() for array in arrays))
-        if kind == CHOICES:
-            for array in (self.packed.column, self.packed.target, self.packed.option, self.packed.row - rows.start):
-                content.update(np.ascontiguousarray(array[_scored(self.packed, rows)]).tobytes())
-        made_from = [FORMULA, self.fingerprint, self.precision, self.device, self.threads, torch.__version__, kind]
-        return digest([*made_from, content.hexdigest()])
-
-    def cuts_at_once(self, kind: str, rows: slice) -> int:
-        width = int(self.packed.row_lengths[rows.start]) if kind == CHOICES else self.windows.shape[1]
-        return depth.cuts_at_once((rows.stop - rows.start) * width, self.hidden_size)
-
-
-class Piece(NamedTuple):
-    kind: str
-    rows: slice
-    cuts: tuple[Cut, ...]
-    bi_blocks: tuple[Cut, ...]
 
 
 def measure_depth(prepared: Prepared, resolved: str) -> None:
@@ -207,131 +156,3 @@ class _Pool:
             if time.monotonic() - said > SAY_SECONDS:
                 said = time.monotonic()
                 say(f"depth: {total - len(waiting) - len(running)} of {total} pieces")
-
-
-def missing_pieces(
-    job: Job, wanted: dict[str, tuple[Sequence[Cut], Sequence[Cut]]], workers: int
-) -> list[Piece]:  # fmt: skip
-    """By chunk, and by cut too where there are more workers than chunks or the cuts' streams need more memory."""
-    pieces = []
-    for kind, (cuts, bi_blocks) in wanted.items():
-        chunks = job.chunks(kind) if cuts or bi_blocks else []
-        for rows in chunks:
-            known = _read_chunk(job, kind, rows)
-            left = [cut for cut in dict.fromkeys(cuts) if cut not in known.get(METRIC[kind], {})]
-            bi_left = tuple(
-                cut for cut in bi_blocks if not all(cut in known.get(metric, {}) for metric in depth.OF_STREAM)
-            )
-            parts = max(-(-len(left) // job.cuts_at_once(kind, rows)), min(workers // len(chunks), len(left)), 1)
-            if kind == TAYLOR:
-                parts = 1  # one backward pass gives every layer's
-            for part in range(parts):  # every parts-th: parts of equal work
-                asked, bi = tuple(left[part::parts]), bi_left if part == 0 else ()
-                if asked or bi:
-                    pieces.append(Piece(kind, rows, asked, bi))
-    return pieces
-
-
-def compute(job: Job, piece: Piece) -> tuple[Piece, dict[str, np.ndarray]]:
-    """One piece."""
-    if job.depot is not None:
-        job.depot.fetch(job.folder)
-    torch.set_num_threads(job.threads)
-    found: Values
-    if piece.kind == TEXT:
-        walk = _walk(job.folder, job.precision, job.device, _streamed(job))
-        found = depth.text_values(walk, job.windows[piece.rows], piece.cuts, piece.bi_blocks)
-    elif piece.kind == TAYLOR:
-        teacher = _teacher(job.folder, job.device)
-        found = {"taylor": depth.taylor_values(teacher, job.windows[piece.rows], job.precision)}
-    else:
-        walk = _walk(job.folder, job.precision, job.device, _streamed(job))
-        options = _options(job.packed, piece.rows)
-        sums = depth.winogrande_values(walk, job.packed, piece.rows, piece.cuts)
-        found = {CHOICES: {cut: values[options] for cut, values in sums.items()}}
-    return piece, {f"{metric} {json.dumps(cut)}": array for metric, of in found.items() for cut, array in of.items()}
-
-
-def keep(job: Job, piece: Piece, named: dict[str, np.ndarray]) -> None:
-    """On disk when this returns."""
-    job.pieces.mkdir(parents=True, exist_ok=True)
-    path = job.pieces / f"{job.key(piece.kind, piece.rows)}-{digest(sorted(named))}.npz"
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        np.savez(file, **named)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def read(job: Job, kind: str) -> Values:
-    """Every value that all chunks have, chunks in order: a window's or, for Winogrande, (examples, 2) of a cut."""
-    of_chunks = [(rows, _read_chunk(job, kind, rows)) for rows in job.chunks(kind)]
-    found: Values = {}
-    for metric in of_chunks[0][1]:
-        shared = set.intersection(*(set(values.get(metric, {})) for _, values in of_chunks))
-        found[metric] = {}
-        for cut in sorted(shared):
-            if kind != CHOICES:
-                found[metric][cut] = np.concatenate([values[metric][cut] for _, values in of_chunks])
-            else:
-                whole = np.zeros(2 * len(job.packed.answers))
-                for rows, values in of_chunks:
-                    whole[_options(job.packed, rows)] = values[metric][cut]
-                found[metric][cut] = whole.reshape(-1, 2)
-    return found
-
-
-def _read_chunk(job: Job, kind: str, rows: slice) -> Values:
-    found: Values = {}
-    for path in sorted(job.pieces.glob(f"{job.key(kind, rows)}-*.npz")):
-        with np.load(path) as arrays:
-            for name in arrays.files:
-                metric, _, layers = name.partition(" ")
-                found.setdefault(metric, {})[tuple(json.loads(layers))] = arrays[name]
-    return found
-
-
-def _choice_metrics(job: Job) -> Values:
-    both = {
-        cut: by_example(values, job.packed.answers)
-        for cut, values in read(job, CHOICES)[CHOICES].items()
-    }  # fmt: skip
-    return {
-        "winogrande_acc": {cut: correct for cut, (correct, _) in both.items()},
-        "winogrande_margin": {cut: margin for cut, (_, margin) in both.items()},
-    }
-
-
-@lru_cache(maxsize=1)
-def _walk(folder: Path, precision: str, device: str, streamed: bool) -> Walk:
-    """Kept between the pieces that one process computes."""
-    return Walk(folder, precision, device, streamed)
-
-
-@lru_cache(maxsize=1)
-def _teacher(folder: Path, device: str) -> PreTrainedModel:
-    """Whole, float32, for a backward pass; kept as the walk is."""
-    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return torch.nn.Module.to(teacher, device).eval()
-
-
-def _streamed(job: Job) -> bool:
-    """Automatic: where the teacher's weights would take more than half of what this worker may use."""
-    if job.weights != "auto":
-        return job.weights == "streamed"
-    have = torch.cuda.mem_get_info()[1] if job.device == "cuda" else job.memory_bytes
-    return job.weight_bytes > have / 2
-
-
-def _row_arrays(packed: PackedOptions) -> tuple[np.ndarray, ...]:
-    return packed.input_ids, packed.position_ids, packed.subtree_end, packed.row_lengths
-
-
-def _scored(packed: PackedOptions, rows: slice) -> np.ndarray:
-    return (packed.row >= rows.start) & (packed.row < rows.stop)
-
-
-def _options(packed: PackedOptions, rows: slice) -> Any:
-    """The options scored in these rows: a tree is in one row, so no other rows score them."""
-    return np.unique(packed.option[_scored(packed, rows)])

@@ -3,7 +3,7 @@
 import ray
 
 from minitron_search.cluster.placement import on_all_cpus
-from minitron_search.distillation.settings import Precision
+from minitron_search.config.types import Precision
 from minitron_search.planning.calibration import measure, stated
 from minitron_search.planning.forecast import Machine, fitting, forecast
 from minitron_search.planning.prepare import Prepared

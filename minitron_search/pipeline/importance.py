@@ -12,13 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from minitron_search.cluster.placement import in_parts, on_all_cpus
-from minitron_search.config.schema import ImportanceConfig
-from minitron_search.distillation.settings import Precision
+from minitron_search.config.inputs import ImportanceConfig
+from minitron_search.config.types import Precision
 from minitron_search.importance.importance import Importance, Partial, combined, partial_sums
 from minitron_search.importance.iterative import in_rounds, smallest_widths
 from minitron_search.models import device
 from minitron_search.models.architecture import digest
-from minitron_search.planning.prepare import Prepared, importance_seed
+from minitron_search.planning.checks import importance_seed
+from minitron_search.planning.prepare import Prepared
 from minitron_search.records.console import say
 from minitron_search.records.paths import cache_folder
 from minitron_search.records.transfer import Depot

@@ -13,8 +13,9 @@ from transformers import PretrainedConfig
 
 from minitron_search.cluster.placement import on_all_cpus
 from minitron_search.cluster.session import UnfitError
-from minitron_search.config.schema import Config, Resources
-from minitron_search.distillation.settings import Precision
+from minitron_search.config.schema import Config
+from minitron_search.config.training import ResourcesConfig
+from minitron_search.config.types import Precision
 from minitron_search.models.architecture import Architecture
 from minitron_search.models.device import resolve
 from minitron_search.planning.prepare import Prepared
@@ -78,7 +79,7 @@ def measure_tables(
     wholes: list[Architecture],
     passes: list[Pass],
     precision: Precision,
-    resources: Resources,
+    resources: ResourcesConfig,
 ) -> dict[str, Any]:
     """What latency.json holds: measured in this process, with a trial's threads, or on a GPU where trials have one."""
     on_gpu = resources.gpus_per_worker > 0 and torch.cuda.is_available()

@@ -1,31 +1,25 @@
 """Full retraining of the promoted candidates: from the trim, cosine schedule, checkpoints, one gang at a time."""
 
-import shutil
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from transformers import PreTrainedModel
 
 from minitron_search.cluster.worker_groups import WorkerGroup
-from minitron_search.config.schema import Config, Resources
-from minitron_search.distillation import checkpoints
-from minitron_search.export.compatibility import complete, refusals
-from minitron_search.export.model_card import Origin, model_card
-from minitron_search.models.device import on_device
-from minitron_search.models.sources import TOKENIZER_FILES
-from minitron_search.planning.workload import gang_workers
+from minitron_search.config.schema import Config
+from minitron_search.config.training import ResourcesConfig
 from minitron_search.records.directory import RunDirectory
-from minitron_search.trials.runner import Materials, initial_student, run_to_end, run_trial
+from minitron_search.search.schedule import gang_workers
+from minitron_search.trials.inputs import TrialInputs
+from minitron_search.trials.runner import run_to_end, run_trial
 from minitron_search.trials.trial import Trial
 
 PROGRESS_S = 20.0
 TASK_RESTARTS = 2  # of a training whose node was lost: it goes on from its last checkpoint
 
 
-def gang(config: Config, slots: int) -> Resources:
+def gang(config: Config, slots: int) -> ResourcesConfig:
     """All the workers of the cluster that can share a batch equally: the search is over, and nothing else runs."""
     return config.resources.model_copy(update={"workers_per_trial": gang_workers(config, slots)})
 
@@ -75,39 +69,7 @@ def retrain(
         raise RuntimeError(f"{what}: {failed[-1]['message']}; a smaller {key} may hold")
 
 
-def export(materials: Materials, trial: Trial, origin: Origin, teacher_folder: Path, folder: Path) -> None:
-    """Write the retrained student of `trial` as a stock folder, which appears whole or not at all, with its card and
-    the teacher's licence."""
-    student = trained_student(materials, trial)
-    row = next(row for row in materials.run.metrics(trial.id) if row["kind"] == "rung")
-    complete(student.config)
-    card = model_card(origin, trial, row, refusals(student.config))
-    write_folder(student, teacher_folder, folder, {**origin.files, "README.md": card})
-
-
-def write_folder(model: PreTrainedModel, tokenizer: Path, folder: Path, texts: Mapping[str, str]) -> None:
-    """A stock folder with the tokenizer of folder `tokenizer` and the files `texts`, by name; whole or not there."""
-    temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    for pattern in (*TOKENIZER_FILES, "generation_config.json"):
-        for file in tokenizer.glob(pattern):
-            shutil.copy(file, temporary)
-    for name, text in texts.items():
-        (temporary / name).write_text(text)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-
-
-def trained_student(materials: Materials, trial: Trial) -> PreTrainedModel:
-    student = initial_student(materials, trial)
-    checkpoint = checkpoints.latest_checkpoint(materials.run.checkpoint(trial.id), materials.run.depot)
-    assert checkpoint is not None, trial.id
-    checkpoints.load_weights(checkpoint, student)
-    return on_device(student).eval()
-
-
-def score_now(materials: Materials, trial: Trial) -> None:
+def score_now(materials: TrialInputs, trial: Trial) -> None:
     """Score a trial that does not train, here, unless it has been."""
     if not any(row["kind"] == "rung" for row in materials.run.metrics(trial.id)):
         run_trial(materials, trial, decided=False)

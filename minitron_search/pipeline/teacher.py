@@ -9,9 +9,9 @@ import torch
 from transformers import AutoConfig
 
 from minitron_search.cluster.placement import at_the_workshop, in_parts, on_all_cpus
-from minitron_search.config.schema import Distillation
+from minitron_search.config.training import DistillationConfig
+from minitron_search.config.types import Precision
 from minitron_search.distillation import teacher_cache
-from minitron_search.distillation.settings import Precision
 from minitron_search.distillation.teacher_cache import Built, Lost, Request
 from minitron_search.evaluation.statistics import standard_error
 from minitron_search.importance.importance import Importance
@@ -19,18 +19,21 @@ from minitron_search.importance.pca import rotate_teacher
 from minitron_search.losses.output_loss import next_tokens, token_losses
 from minitron_search.models import device
 from minitron_search.models.architecture import digest
-from minitron_search.planning.prepare import Prepared, lines_up, train_request
+from minitron_search.models.loading import load_teacher
+from minitron_search.models.output_head import load_head
+from minitron_search.planning.checks import train_request
+from minitron_search.planning.prepare import Prepared, lines_up
 from minitron_search.pruning.rankings import Rankings
-from minitron_search.pruning.trimming import load_head, load_teacher, permute_teacher
+from minitron_search.pruning.trimming import permute_teacher
 from minitron_search.records.console import say
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.paths import cache_folder
 from minitron_search.records.transfer import Depot
-from minitron_search.trials.runner import Materials
+from minitron_search.trials.inputs import TrialInputs
 from minitron_search.trials.settings import correction
 
 
-def make_materials(prepared: Prepared, resolved: Precision) -> Materials:
+def make_materials(prepared: Prepared, resolved: Precision) -> TrialInputs:
     """The permuted teacher and what it says of every window, asked once."""
     run = prepared.run
     say("teacher: permuted by importance, and asked once for every window")
@@ -46,7 +49,7 @@ def make_materials(prepared: Prepared, resolved: Precision) -> Materials:
     return made
 
 
-def _materials(prepared: Prepared, resolved: Precision) -> tuple[Materials, dict[str, Any]]:
+def _materials(prepared: Prepared, resolved: Precision) -> tuple[TrialInputs, dict[str, Any]]:
     """And what was asked of the teacher, for the log."""
     config, corpus, distillation = prepared.config, prepared.corpus, prepared.config.distillation
     depot = prepared.run.depot
@@ -94,7 +97,7 @@ def _materials(prepared: Prepared, resolved: Precision) -> tuple[Materials, dict
                 f"untold, {built.lost.kl:.3f} nats per token")  # fmt: skip
         return built.path
 
-    made = Materials(
+    made = TrialInputs(
         run=prepared.run,
         teacher_folder=pruned,
         compute_folder=computing,
@@ -122,7 +125,7 @@ def _asked(cache: Path, computing: Path, request: Request) -> Built:
     return teacher_cache.ensure(request, lambda into: in_parts(None, _written, parts, into, computing, request))
 
 
-def _mode(asked: Distillation, train: Request) -> tuple[str, int]:
+def _mode(asked: DistillationConfig, train: Request) -> tuple[str, int]:
     """How the teacher is asked, and the bytes that a cache may have, on the disk of this node."""
     budget = teacher_cache.budget_bytes(asked.teacher_cache_bytes, teacher_cache.cache_path(train))
     return teacher_cache.resolve_mode(asked.teacher_cache, train, budget), budget
@@ -137,7 +140,7 @@ def _written(parts: list[slice], into: Path, folder: Path, request: Request) -> 
     return [teacher_cache.write_part(into, teacher, request, part) for part in parts]
 
 
-def _teacher_loss(made: Materials) -> tuple[float, float]:
+def _teacher_loss(made: TrialInputs) -> tuple[float, float]:
     """LM loss of the model that teaches, nats per token, and its standard error over the validation windows."""
     windows = made.validation
     hidden = teacher_cache.CacheReader(made.validation_cache).hidden(np.arange(len(windows)), windows)

@@ -19,17 +19,19 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from minitron_search.config.schema import Config
+from minitron_search.config.types import Precision
 from minitron_search.distillation.loop import make_optimizer
 from minitron_search.distillation.objective import Objective
-from minitron_search.distillation.settings import LoopSettings, Precision
-from minitron_search.distillation.teacher import TeacherBatch, frozen_head, output_head
-from minitron_search.losses.output_loss import OutputHead, next_tokens, token_losses
+from minitron_search.distillation.settings import LoopSettings
+from minitron_search.distillation.teacher import TeacherBatch
+from minitron_search.losses.output_loss import next_tokens, token_losses
 from minitron_search.models.architecture import Architecture, parameter_count
-from minitron_search.models.device import autocast
+from minitron_search.models.device import autocast, release_memory
 from minitron_search.models.families import final_hidden, sizes_of
-from minitron_search.models.memory import release_memory
-from minitron_search.planning.workload import Costs, batch_tokens
-from minitron_search.pruning.trimming import random_student
+from minitron_search.models.loading import random_student
+from minitron_search.models.output_head import OutputHead, frozen_head, output_head
+from minitron_search.planning.workload import Costs
+from minitron_search.search.schedule import batch_tokens
 from minitron_search.trials.settings import distillation_settings
 
 # Of a large matrix product's speed that distilling SmolLM2 reaches here: 0.45 to 0.6 on two cores.

@@ -17,8 +17,9 @@ from minitron_search.models.device import resolve
 from minitron_search.models.families import sizes_of
 from minitron_search.models.sources import teacher_config
 from minitron_search.planning.calibration import Speed, measure, stated
-from minitron_search.planning.workload import Costs, Work, gang_workers, option_tokens, search_phases, workload
+from minitron_search.planning.workload import Costs, Work, option_tokens, workload
 from minitron_search.records.directory import RunDirectory, stage_seconds
+from minitron_search.search.schedule import gang_workers, search_phases
 from minitron_search.search.space import COORDINATES, SearchSpace
 
 # Of a worker group, from Ray's asking for it to its first step: processes, imports, the student. Of a trial inside a

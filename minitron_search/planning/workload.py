@@ -6,18 +6,19 @@ the run goes it is the plain case: every rung passes one trial in `reduction_fac
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from transformers import PretrainedConfig
 
-from minitron_search.config.schema import Config, WinograndeConfig
+from minitron_search.config.inputs import WinograndeConfig
+from minitron_search.config.schema import Config
 from minitron_search.data.winogrande import HUB, load_examples
 from minitron_search.depth import sweep
 from minitron_search.distillation import teacher_cache
 from minitron_search.models.architecture import Architecture, forward_flops
 from minitron_search.models.families import sizes, sizes_of, weights
 from minitron_search.records.paths import cache_folder
+from minitron_search.search.schedule import batch_tokens, retrained, search_phases, whole_batches
 from minitron_search.search.space import COORDINATES, SearchSpace
 from minitron_search.trials.settings import CONTROLS, correction_tokens
 
@@ -29,14 +30,6 @@ HUB_EXAMPLES = 1267  # validation split of winogrande_xl
 
 # What a trial is spent on, by its arm; the teacher is not trained, and what a benchmark trains afterwards is its own.
 STAGE_OF = {"search": "search", **dict.fromkeys(CONTROLS, "search"), "untrained": "retrain", "retrained": "retrain"}
-
-
-class Phase(NamedTuple):
-    """Of the search: `trials` that each train `tokens` further and are scored `scorings` times."""
-
-    trials: int
-    tokens: int
-    scorings: int
 
 
 @dataclass(frozen=True)
@@ -126,93 +119,6 @@ def workload(costs: Costs) -> dict[str, Work]:
             steps=tokens // batch_tokens(config),
         )  # fmt: skip
     return found
-
-
-def search_phases(config: Config, trials: int) -> list[Phase]:
-    """All that the search trains, given how many architectures it proposes. A phase of the search is a line here."""
-    asked, last = config.search, whole_batches(config, config.search.rungs[-1])
-    finalists = min(asked.reduction_factor * retrained(config), trials)
-    further = (
-        Phase(finalists * max(0, asked.finalist_seeds - asked.seeds), last, len(asked.rungs)),
-        Phase(len(CONTROLS) * retrained(config) if asked.controls else 0, last, len(asked.rungs)),
-    )
-    return [*proposal_phases(config, trials), *(phase for phase in further if phase.trials)]
-
-
-def proposal_phases(config: Config, trials: int) -> list[Phase]:
-    """Of what is proposed, with one seed or several: a phase a rung. Where `search.tokens` is given, as many trials as
-    it allows."""
-    asked, steps = config.search, rung_steps(config)
-    if asked.scheduler == "hyperband":
-        passing = [_hyperband(asked.reduction_factor, len(steps), rung) for rung in range(len(steps))]
-        counts = np.ceil(trials * np.array(passing))
-        if asked.tokens != "auto":  # what is not spent on proposals continues those that were stopped
-            share = asked.tokens / (asked.seeds * (counts * steps).sum())
-            counts = np.minimum(trials, np.ceil(counts * min(1, share)))
-    else:  # ASHA passes a few more
-        counts = np.array(halving(config, trials))
-        left = 0 if asked.tokens == "auto" else asked.tokens // asked.seeds - int((counts * steps).sum())
-        for rung in reversed(range(1, len(steps))):  # the best of the highest rung go on with what is left
-            more = min(left // steps[rung], counts[rung - 1] - counts[rung])
-            counts[rung] += more
-            left -= more * steps[rung]
-    return [Phase(asked.seeds * int(count), step, 1) for count, step in zip(counts, steps, strict=True)]
-
-
-def halving(config: Config, proposals: int) -> list[int]:
-    """Architectures at every rung of successive halving (Jamieson & Talwalkar 2016, algorithm 1): of `proposals` the
-    best 1 / `reduction_factor` of each rung go on, at least one; where `search.tokens` is given, no more than leave
-    every later rung its share. A first rung at 0 tokens takes all proposals, whatever the tokens."""
-    asked, steps = config.search, rung_steps(config)
-    factor, tokens = asked.reduction_factor, math.inf if asked.tokens == "auto" else asked.tokens
-
-    def counts(first: int) -> list[int]:
-        return [max(1, first // factor**rung) for rung in range(len(steps))]
-
-    def cost(counts: list[int]) -> int:
-        return asked.seeds * sum(count * step for count, step in zip(counts, steps, strict=True))
-
-    widest = next((n for n in range(proposals, 1, -1) if cost(counts(n)) <= tokens), 1)
-    return [proposals if steps[0] == 0 else widest, *counts(widest)[1:]]
-
-
-def rung_steps(config: Config) -> list[int]:
-    """Tokens of a trial from each rung to the next."""
-    return np.diff([0, *(whole_batches(config, rung) for rung in config.search.rungs)]).tolist()
-
-
-def _hyperband(factor: int, rungs: int, rung: int) -> float:
-    """The share of all trials that reaches a rung: bracket s stops nobody before rung s, and Tune puts a trial in it
-    with a weight of e ** -s."""
-    weights = np.exp(-np.arange(max(rungs - 1, 1)))
-    shares = [factor ** -max(0, rung - bracket) for bracket in range(len(weights))]
-    return float(np.dot(weights / weights.sum(), shares))
-
-
-def search_tokens(config: Config) -> int:
-    """Of all that the search proposes together: further seeds of finalists and controls come on top."""
-    return sum(phase.trials * phase.tokens for phase in proposal_phases(config, config.search.trials))
-
-
-def retrained(config: Config) -> int:
-    """How many architectures are retrained; at least one where a test decides."""
-    return 1 if config.search.promote == "not_worse" else config.search.promote
-
-
-def batch_tokens(config: Config) -> int:
-    length = config.corpus.sequence_length
-    return math.ceil(config.distillation.batch_tokens / length) * length
-
-
-def whole_batches(config: Config, tokens: int) -> int:
-    """What a training of `tokens` sees: milestones are rounded up to whole batches."""
-    return math.ceil(tokens / batch_tokens(config)) * batch_tokens(config)
-
-
-def gang_workers(config: Config, slots: int) -> int:
-    """Workers of one training that has the cluster for itself: as many as can share a batch equally."""
-    windows = batch_tokens(config) // config.corpus.sequence_length
-    return max(count for count in range(1, slots * config.resources.workers_per_trial + 1) if windows % count == 0)
 
 
 def asked_live(config: Config, teaching: PretrainedConfig, precision: str) -> bool:

@@ -21,8 +21,9 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from minitron_search.models import device
 from minitron_search.models.architecture import Architecture
 from minitron_search.models.families import family_of, final_hidden, split_name, student_config, weights, whole
+from minitron_search.models.loading import Reader, reader, student_of
 from minitron_search.pruning.rankings import Rankings
-from minitron_search.pruning.trimming import Reader, reader, student_of, trimmed_weights
+from minitron_search.pruning.trimming import trimmed_weights
 
 # The paper's for Llama-2-7B, which has 32 layers: C layers become one, merges are at least I apart,
 # layer L is the first that is merged into, T is the similarity that has to be kept.

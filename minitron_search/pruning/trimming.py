@@ -4,30 +4,15 @@ The teacher is permuted once so that every axis is in descending importance; the
 leading slice of every matrix, and candidates nest.
 """
 
-import os
-import shutil
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from minitron_search.losses.output_loss import OutputHead
 from minitron_search.models.architecture import Architecture
 from minitron_search.models.families import (
     family_of,
-    head_scale,
-    head_softcap,
-    in_model,
     sizes,
     split_name,
     student_config,
@@ -35,9 +20,8 @@ from minitron_search.models.families import (
     weights,
     whole,
 )
+from minitron_search.models.loading import Reader, reader, save_once, student_of
 from minitron_search.pruning.rankings import Rankings
-
-Reader = Callable[[str], Tensor]
 
 
 def permute_teacher(teacher_folder: Path, rankings: Rankings, folder: Path, dtype: str = "auto") -> Path:
@@ -58,34 +42,6 @@ def permute_teacher(teacher_folder: Path, rankings: Rankings, folder: Path, dtyp
     return folder
 
 
-def save_once(model: PreTrainedModel, folder: Path) -> None:
-    """Write a stock folder that appears whole or not at all, and is the same whoever writes it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    model.save_pretrained(temporary)
-    try:
-        temporary.rename(folder)
-    except OSError:  # another process was first: its folder is the same
-        shutil.rmtree(temporary)
-
-
-def load_teacher(folder: Path) -> PreTrainedModel:
-    """The model of a folder that `permute_teacher` wrote, on memory-mapped weights: processes of one node share
-    them. They are not to be written to."""
-    config = AutoConfig.from_pretrained(folder)
-    read = reader(folder)
-    return student_of(config, {weight.name: read(weight.name) for weight in weights(config)}, config.dtype)
-
-
-def load_head(folder: Path) -> OutputHead:
-    """The output head of such a folder, memory-mapped."""
-    config, read = AutoConfig.from_pretrained(folder), reader(folder)
-    listed = weights(config)
-    biases = [weight.name for weight in listed if weight.dims == ("vocab",)]
-    bias = read(biases[0]) if biases else None
-    return OutputHead(read(vocabulary_tables(listed)[-1]), bias, head_scale(config), head_softcap(config))
-
-
 def trim(teacher_folder: Path, architecture: Architecture, rankings: Rankings | None = None) -> PreTrainedModel:
     """The student of `architecture`, float32, with weights of its own (writing into it leaves the teacher be).
 
@@ -97,26 +53,6 @@ def trim(teacher_folder: Path, architecture: Architecture, rankings: Rankings | 
     kept = trimmed_weights(reader(teacher_folder), config, architecture, rankings)
     own = {name: tensor.to(torch.float32, copy=True).contiguous() for name, tensor in kept.items()}
     return student_of(student_config(config, architecture), own)
-
-
-def student_of(
-    config: PretrainedConfig, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
-) -> PreTrainedModel:
-    """A stock model on exactly the tensors of `state` (tied ones once), not copies; evaluation mode."""
-    family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model, info = family.from_pretrained(
-        None, config=config, state_dict=dict(state), dtype=dtype, output_loading_info=True
-    )
-    assert not info["unexpected_keys"] and not info["mismatched_keys"], info
-    assert not info["missing_keys"], info
-    return model.eval()
-
-
-def random_student(config: PretrainedConfig, architecture: Architecture, seed: int) -> PreTrainedModel:
-    """The control of Figure 6 (a): the same shape from random initialisation, as the family initialises."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(student_config(config, architecture), dtype=torch.float32).eval()
 
 
 def trimmed_weights(
@@ -157,19 +93,27 @@ def _keep_scale_of_embedding(state: dict[str, Tensor], tables: list[str], final_
         state[norm] = (1 + state[norm].float()) / shrunk**0.5 - 1
 
 
-def reader(folder: Path) -> Reader:
-    """Weights of a folder by their names in the model, memory-mapped: processes on one node share the pages."""
-    files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
-    where = {in_model(stored): (file, stored) for file in files for stored in file.keys()}
-
-    def read(name: str) -> Tensor:
-        file, stored = where[name]
-        return file.get_tensor(stored)
-
-    return read
-
-
 def _take(tensor: Tensor, axis: int, index: Tensor) -> Tensor:
     if torch.equal(index, torch.arange(len(index))):
         return tensor.narrow(axis, 0, len(index))
     return tensor.index_select(axis, index)
+
+
+def as_views(folder: Path, architecture: Architecture) -> PreTrainedModel:
+    """The student of `architecture` inside the permuted teacher in `folder`, in the dtype the folder is stored in: of a
+    float32 folder, the weights that `trim` copies. It is not to be written to.
+
+    A parameter is one strided tensor, and what is kept is one wherever it leads each dimension: whole layers, hidden
+    channels, neurons, whole groups of heads. Elsewhere the few weights concerned are copied:
+
+    - query heads dropped inside groups, where more than one group is left: the weights with a `query` dimension (in a
+      stock model a head's place says its group, so no order of the teacher's heads makes them lead in every group);
+    - projections fused one after another (`q+k+v` of GPT-2 and Phi-3, `gate+up` of Phi-3) where a part shrinks;
+    - Gemma's embedding where hidden_size shrinks, which is scaled, and with a tied head its final norm;
+    - the bias of a tied head (Phi), which transformers pads anew.
+
+    Matrix products read rows at any stride, no slower and to the same bits (MKL, but for single rows).
+    """
+    config = AutoConfig.from_pretrained(folder)
+    kept = trimmed_weights(reader(folder), config, architecture, Rankings.identity(config))
+    return student_of(student_config(config, architecture), kept, config.dtype)

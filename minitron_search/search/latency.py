@@ -18,16 +18,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from minitron_search.distillation.settings import Precision
+from minitron_search.config.types import Precision
 from minitron_search.models.architecture import Architecture
-from minitron_search.models.families import (
-    decoder_layers,
-    family_of,
-    final_hidden,
-    head_logits,
-    is_expressible,
-    student_config,
-)
+from minitron_search.models.families import decoder_layers, family_of, final_hidden, is_expressible, student_config
+from minitron_search.models.output_head import head_logits
 
 # Sizes measured of an axis that has more; those between are interpolated. Products are linear in intermediate_size.
 HIDDEN_SIZES, INTERMEDIATE_SIZES = 12, 5

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import PretrainedConfig
 
-from minitron_search.config.schema import Anchor, Axis, Space
+from minitron_search.config.space import Anchor, Axis, SpaceConfig
 from minitron_search.models.architecture import Architecture, memory_bytes, parameter_count
 from minitron_search.models.families import family_of, sizes, sizes_of, weights, whole, why_not_expressible
 from minitron_search.search.latency import LatencyTable, Pass
@@ -51,7 +51,7 @@ class SearchSpace:
     Raises ValueError where an axis leaves the teacher, no head count is legal, or no shape meets the budget.
     """
 
-    def __init__(self, space: Space, config: PretrainedConfig):
+    def __init__(self, space: SpaceConfig, config: PretrainedConfig):
         self.config, self.budget = config, space.budget
         self.teacher = whole(config)
         self.weights = weights(config)
@@ -264,7 +264,7 @@ class SearchSpace:
             self.config, Architecture(hidden_size, self.teacher.intermediate_size, *heads, whole_depth)
         )
 
-    def _block_lengths(self, space: Space) -> tuple[int, ...]:
+    def _block_lengths(self, space: SpaceConfig) -> tuple[int, ...]:
         depth = self.teacher.num_hidden_layers
         lengths = tuple(sorted(set(space.axes.drop_block.lengths))) if space.axes.drop_block else (0,)
         if lengths[-1] >= depth:
@@ -352,3 +352,22 @@ def _with_starts(shapes: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """(points, 6) int64: every shape with every place where its block may start, 0 where it drops none."""
     starts = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.column_stack([np.repeat(shapes, counts, axis=0), starts]).astype(np.int64)
+
+
+def counts(space: SearchSpace, architecture: Architecture) -> dict[str, int | None]:
+    """The columns of the table that an architecture has by itself: counts and axes. Layers that are no block have no
+    start and no length."""
+    measures = space.measures(architecture)
+    start, length = architecture.dropped_block(space.teacher.num_hidden_layers) or (None, None)
+    return {
+        "params": measures.params,
+        "non_embedding_params": measures.non_embedding_params,
+        "memory_bytes": measures.memory_bytes,
+        "hidden_size": architecture.hidden_size,
+        "intermediate_size": architecture.intermediate_size,
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_key_value_heads": architecture.num_key_value_heads,
+        "num_hidden_layers": architecture.num_hidden_layers,
+        "drop_block_start": start,
+        "drop_block_length": length,
+    }

@@ -13,11 +13,11 @@ from minitron_search.config.schema import Config
 from minitron_search.distillation.settings import LoopSettings
 from minitron_search.evaluation.evidence import SIGN, not_worse
 from minitron_search.models.architecture import Architecture
-from minitron_search.planning.workload import halving, search_tokens, whole_batches
 from minitron_search.records.directory import TRIALS_SCHEMA, Log, RunDirectory
 from minitron_search.search.samplers import Observation, promotable, propose
-from minitron_search.search.space import SearchSpace
-from minitron_search.trials.settings import CONTROLS, counts
+from minitron_search.search.schedule import halving, search_tokens, whole_batches
+from minitron_search.search.space import SearchSpace, counts
+from minitron_search.trials.settings import CONTROLS
 from minitron_search.trials.trial import Trial
 
 
@@ -299,3 +299,19 @@ class Search:
 
 def minimised(row: Mapping[str, Any], objective: str) -> float:
     return SIGN.get(objective, 1.0) * row[objective]
+
+
+def make_trial(
+    space: SearchSpace, architecture: Architecture, arm: str, config: Config, settings: LoopSettings
+) -> Trial:
+    """A trial outside the search. What users see of it and reload is scored in float32."""
+    return Trial(
+        architecture=architecture,
+        arm=arm,
+        seed=config.seed,
+        proposal=-1,
+        initialization="pruned" if arm == "teacher" else config.distillation.initialization,
+        settings=replace(settings, seed=config.seed),
+        score_precision="float32",
+        counts=counts(space, architecture),
+    )

@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,74 +12,29 @@ import numpy as np
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from minitron_search.data.winogrande import PackedOptions
 from minitron_search.depth.layer_choice import merges_of
 from minitron_search.distillation import checkpoints, loop, parallel
 from minitron_search.distillation.correction import correcting_teacher, float32_of, trainable
-from minitron_search.distillation.correction_settings import Correction, method_of
 from minitron_search.distillation.loop import Milestone
-from minitron_search.distillation.settings import LoopSettings, Precision
+from minitron_search.distillation.settings import Correction, LoopSettings, method_of
 from minitron_search.distillation.teacher import Teacher, cached_teacher, live_teacher
 from minitron_search.distillation.teacher_cache import CacheReader
 from minitron_search.distillation.training_log import DivergedError
 from minitron_search.evaluation.scoring import Scored, score, throughput
 from minitron_search.losses.intermediate import state_map
-from minitron_search.losses.output_loss import OutputHead
 from minitron_search.models.device import device, on_device
-from minitron_search.pruning.laco import Merged, merged_model
+from minitron_search.models.loading import load_teacher, random_student, reader
+from minitron_search.models.output_head import OutputHead, load_head
+from minitron_search.pruning.laco import merged_model
 from minitron_search.pruning.rankings import Rankings
-from minitron_search.pruning.trimming import load_head, load_teacher, random_student, reader, trim
-from minitron_search.pruning.views import as_views
+from minitron_search.pruning.trimming import as_views, trim
 from minitron_search.records.directory import RunDirectory
+from minitron_search.trials.inputs import TrialInputs
 from minitron_search.trials.trial import Trial
 
 
-@dataclass(frozen=True)
-class Materials:
-    """What every trial of a run reads; made once, shared through Ray's object store and memory-mapped files.
-
-    `teacher_folder` holds the permuted teacher as it is stored, which students are cut from; `compute_folder` the
-    same in the dtype of the products, which nobody then converts for itself. `train_cache` and `validation_cache`
-    are teacher caches of the windows beside them; None for a train cache means that the teacher is asked live.
-    Where another model teaches than the one that is pruned, or the same one corrected, `compute_folder` and the caches
-    are that model's. `parallel`: how it is corrected meanwhile, from the weights in `parallel_folder`. `merges`: LaCo's
-    stacks of layers, which students of initialization `merged` start with.
-    """
-
-    run: RunDirectory
-    teacher_folder: Path
-    compute_folder: Path
-    train: np.ndarray
-    validation: np.ndarray
-    packed: PackedOptions
-    train_cache: Path | None
-    validation_cache: Path
-    block_bi: np.ndarray
-    precision: Precision
-    parallel: Correction | None = None
-    parallel_folder: Path | None = None
-    merges: Sequence[Merged] = ()
-
-    def here(self) -> "Materials":
-        """Itself, once all of its folders are on this node."""
-        if self.run.depot is not None:
-            for folder in self.folders():
-                self.run.depot.fetch(folder)
-        return self
-
-    def folders(self) -> list[Path]:
-        found = (
-            self.teacher_folder,
-            self.compute_folder,
-            self.train_cache,
-            self.validation_cache,
-            self.parallel_folder,
-        )
-        return [folder for folder in dict.fromkeys(found) if folder is not None]
-
-
 def run_trial(
-    materials: Materials,
+    materials: TrialInputs,
     trial: Trial,
     *,
     decided: bool = True,
@@ -163,7 +118,9 @@ def run_trial(
     return student.eval()
 
 
-def run_to_end(materials: Materials, trial: Trial, *, decided: bool = True, rank: int = 0, world_size: int = 1) -> None:
+def run_to_end(
+    materials: TrialInputs, trial: Trial, *, decided: bool = True, rank: int = 0, world_size: int = 1
+) -> None:
     """`run_trial`; one whose loss diverges has failed and says so. It is not started again: it would only repeat it."""
     try:
         run_trial(materials, trial, decided=decided, rank=rank, world_size=world_size)
@@ -181,7 +138,7 @@ def wait_for_decision(run: RunDirectory, trial: str, rung: int) -> bool:
     return run.decisions(trial)[rung]["decision"] == "continue"
 
 
-def initial_student(materials: Materials, trial: Trial, *, trains: bool = True) -> PreTrainedModel:
+def initial_student(materials: TrialInputs, trial: Trial, *, trains: bool = True) -> PreTrainedModel:
     """Figure 6's starting points: pruned by importance, pruned at random, or random weights; or layers merged by LaCo.
     A trial that corrects the teacher starts with the teacher itself. One that does not train is not to be written
     to."""
@@ -207,7 +164,7 @@ def is_float32(folder: Path) -> bool:
     return AutoConfig.from_pretrained(folder).dtype == torch.float32
 
 
-def teacher_of(materials: Materials, trial: Trial, world_size: int = 1) -> Teacher | None:
+def teacher_of(materials: TrialInputs, trial: Trial, world_size: int = 1) -> Teacher | None:
     settings, states = trial.settings, None
     if not settings.asks_teacher:
         return None
@@ -225,7 +182,7 @@ def teacher_of(materials: Materials, trial: Trial, world_size: int = 1) -> Teach
 
 
 def corrected_meanwhile(
-    materials: Materials, correction: Correction, settings: LoopSettings, states: Mapping[int, int] | None,
+    materials: TrialInputs, correction: Correction, settings: LoopSettings, states: Mapping[int, int] | None,
     world_size: int,
 ) -> Teacher:  # fmt: skip
     assert materials.parallel_folder is not None
@@ -242,12 +199,12 @@ def corrected_meanwhile(
     )
 
 
-def teacher_head(materials: Materials) -> OutputHead:
+def teacher_head(materials: TrialInputs) -> OutputHead:
     head = load_head(materials.compute_folder)
     return head._replace(weight=head.weight.to(device()))
 
 
-def score_student(materials: Materials, student: PreTrainedModel, trial: Trial) -> Scored:
+def score_student(materials: TrialInputs, student: PreTrainedModel, trial: Trial) -> Scored:
     student.eval()
     reader = CacheReader(materials.validation_cache)
     everything = np.arange(len(materials.validation))
@@ -261,7 +218,7 @@ def score_student(materials: Materials, student: PreTrainedModel, trial: Trial) 
     )
 
 
-def columns_of(materials: Materials, student: PreTrainedModel, trial: Trial, scored: Scored) -> dict[str, Any]:
+def columns_of(materials: TrialInputs, student: PreTrainedModel, trial: Trial, scored: Scored) -> dict[str, Any]:
     """The columns of `Score`, `bi` (the teacher's block importance of the block this architecture drops, None where
     what it drops is no block) and `tokens_per_second` of a forward pass in the run's own precision, whatever the
     score's."""

@@ -3,11 +3,8 @@
 from dataclasses import replace
 
 from minitron_search.config.schema import Config
-from minitron_search.distillation.correction_settings import LEARNING_RATE, Correction
-from minitron_search.distillation.settings import LoopSettings, Precision
-from minitron_search.models.architecture import Architecture
-from minitron_search.search.space import SearchSpace
-from minitron_search.trials.trial import Trial
+from minitron_search.config.types import Precision
+from minitron_search.distillation.settings import LEARNING_RATE, Correction, LoopSettings
 
 # Tokens a process runs through the student at once. On a CPU 512 take 0.2 GiB less than 1,024 and 5% longer (a student
 # of 90M, whose step then peaks at 2.9 GiB).
@@ -95,38 +92,3 @@ def distillation_settings(config: Config, precision: Precision) -> LoopSettings:
 def untrained(settings: LoopSettings) -> LoopSettings:
     """No training: scored as it is."""
     return replace(settings, total_tokens=0, milestones=(0,))
-
-
-def make_trial(
-    space: SearchSpace, architecture: Architecture, arm: str, config: Config, settings: LoopSettings
-) -> Trial:
-    """A trial outside the search. What users see of it and reload is scored in float32."""
-    return Trial(
-        architecture=architecture,
-        arm=arm,
-        seed=config.seed,
-        proposal=-1,
-        initialization="pruned" if arm == "teacher" else config.distillation.initialization,
-        settings=replace(settings, seed=config.seed),
-        score_precision="float32",
-        counts=counts(space, architecture),
-    )
-
-
-def counts(space: SearchSpace, architecture: Architecture) -> dict[str, int | None]:
-    """The columns of the table that an architecture has by itself: counts and axes. Layers that are no block have no
-    start and no length."""
-    measures = space.measures(architecture)
-    start, length = architecture.dropped_block(space.teacher.num_hidden_layers) or (None, None)
-    return {
-        "params": measures.params,
-        "non_embedding_params": measures.non_embedding_params,
-        "memory_bytes": measures.memory_bytes,
-        "hidden_size": architecture.hidden_size,
-        "intermediate_size": architecture.intermediate_size,
-        "num_attention_heads": architecture.num_attention_heads,
-        "num_key_value_heads": architecture.num_key_value_heads,
-        "num_hidden_layers": architecture.num_hidden_layers,
-        "drop_block_start": start,
-        "drop_block_length": length,
-    }

@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from minitron_search.distillation.settings import LoopSettings, Precision
+from minitron_search.config.types import Precision
+from minitron_search.distillation.settings import LoopSettings
 from minitron_search.models.architecture import Architecture, digest
 from minitron_search.records.directory import TRIALS_SCHEMA
 

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.cards.convergence import POINTS_PER_TRIAL, loss_curves_info, thin
 from analysis.cards.health import health_info
 from analysis.cards.importance import COLUMNS, descending, importance_info, places, shrink
-from analysis.cards.loss_curves import POINTS_PER_TRIAL, loss_curves_info, thin
 from analysis.cards.pareto import pareto_front, pareto_info
 from analysis.cards.summary import chance_warning, summary_info
 from analysis.cards.trials_table import trials_table_info

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from analysis import run_cards
-from analysis.cards import convergence, health, loss_curves, pareto, rank_agreement, search_axes
+from analysis.cards import convergence, evidence, health, pareto, search_axes
+from analysis.cards import convergence as cards_convergence
 from analysis.run_data import candidates, load_run
 from minitron_search.records.directory import AXES, RunDirectory, append_line
 from tests.analysis.conftest import CONTROLS, RUNGS
@@ -61,7 +62,7 @@ def test_what_is_far_off_is_named_at_the_edge(finished: RunDirectory):
 def test_controls_are_no_candidates_and_are_drawn_as_themselves(finished: RunDirectory):
     run = load_run(finished)
     assert set(candidates(run.trials)["arm"]) == {"search"}
-    info = loss_curves.loss_curves_info(run)
+    info = cards_convergence.loss_curves_info(run)
     (promoted,) = (trial for trial, kind in info.kinds.items() if kind == "promoted")
     trained = [arm for arm, _, tokens in CONTROLS if tokens]
     assert {arm: info.kinds[f"{promoted}-{arm}"] for arm in trained} == {
@@ -69,15 +70,17 @@ def test_controls_are_no_candidates_and_are_drawn_as_themselves(finished: RunDir
         "random_init_retrained": "random_init",
     }  # fmt: skip
     assert f"{promoted}-untrained" not in info.kinds
-    names = {trace.name for trace in loss_curves.loss_curves_plot(info).data}
+    names = {trace.name for trace in cards_convergence.loss_curves_plot(info).data}
     assert {"random pruning", "random weights", "promoted", "retrained"} < names
 
 
 def test_every_scored_rung_is_a_point_of_the_curves_once(finished: RunDirectory):
-    info = loss_curves.loss_curves_info(load_run(finished))
-    scored = [trace for trace in loss_curves.loss_curves_plot(info).data if trace.yaxis == "y2"]
+    info = cards_convergence.loss_curves_info(load_run(finished))
+    scored = [trace for trace in cards_convergence.loss_curves_plot(info).data if trace.yaxis == "y2"]
     points = sum(int(pd.Series(trace.x).notna().sum()) for trace in scored)
-    assert points == len(info.rungs) and len(scored) == len({loss_curves.drawn_as(k) for k in info.kinds.values()})
+    assert points == len(info.rungs) and len(scored) == len(
+        {cards_convergence.drawn_as(k) for k in info.kinds.values()}
+    )
 
 
 def test_the_best_so_far_falls_at_each_rung_and_tokens_add_up(finished: RunDirectory):
@@ -159,7 +162,7 @@ def test_axes_are_looked_at_where_candidates_were_trained_and_are_many(finished:
 
 def test_rank_agreement_pairs_what_reached_both_rungs(finished: RunDirectory):
     run = load_run(finished)
-    info = rank_agreement.agreement_info(run)
+    info = evidence.agreement_info(run)
     ((before, after, rows),) = info.pairs
     assert (before, after) == ("rung 0", "rung 1") and len(rows) == 3 and rows["promoted"].sum() == 1
     card = run_cards.agreement_card(run)
@@ -168,12 +171,12 @@ def test_rank_agreement_pairs_what_reached_both_rungs(finished: RunDirectory):
 
 def test_rank_agreement_of_a_run_that_is_going_is_counted_here(finished: RunDirectory):
     run = load_run(finished)._replace(evidence={})
-    info = rank_agreement.agreement_info(run)
+    info = evidence.agreement_info(run)
     rows = info.pairs[0][2]
     kept = "yes" if rows["before"].idxmin() == rows["after"].idxmin() else "no"
-    assert f"<td>{kept}</td>" in rank_agreement.agreement_html(info)
-    assert "when the search ends" in rank_agreement.agreement_count(info)
-    assert not rank_agreement.agreement_info(run._replace(trials=run.trials.iloc[:0])).pairs
+    assert f"<td>{kept}</td>" in evidence.agreement_html(info)
+    assert "when the search ends" in evidence.agreement_count(info)
+    assert not evidence.agreement_info(run._replace(trials=run.trials.iloc[:0])).pairs
 
 
 def health_of(run: RunDirectory) -> dict[str, health.Check]:

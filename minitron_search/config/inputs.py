@@ -1,0 +1,107 @@
+"""The sections that say what is read: teacher, corpus, Winogrande, importance, depth."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from minitron_search.config.types import AutoCount, Count, CountOrZero, LayersOrFraction, Positive, as_list
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CorrectionConfig(Section):
+    """Light fine-tuning of the model that teaches, on the distillation's text, plain LM loss (2408.11796, section 3).
+
+    learning_rate: auto is a fifth of retraining.learning_rate. tokens: auto is retraining.tokens.
+    warmup_steps: auto is the paper's 120, and a tenth of all steps where that is fewer.
+    seed: of the order of the text and of LoRA's first weights; null for the run's own.
+    parallel: while students distil, a step for each of theirs, instead of before.
+    """
+
+    method: Literal["none", "full", "lora", "norms"] = "none"
+    tokens: AutoCount = "auto"
+    learning_rate: Literal["auto"] | Positive = "auto"
+    warmup_steps: Literal["auto"] | CountOrZero = "auto"
+    seed: CountOrZero | None = None
+    parallel: bool = False
+
+
+class TeacherConfig(Section):
+    """prune: which weights students are cut from; auto is corrected where the pruned model is corrected before."""
+
+    model: str = "smollm2-135m"
+    correction: CorrectionConfig = CorrectionConfig()
+    prune: Literal["auto", "original", "corrected"] = "auto"
+
+
+class CorpusConfig(Section):
+    """calibration: what importance is measured on; null is the train source. random: uniform random tokens."""
+
+    train: str = "docstrings"
+    validation: str = "docstrings"
+    calibration: str | None = None
+    sequence_length: Annotated[Count, Field(ge=8)] = 256
+    calibration_samples: Count = 64
+    validation_samples: Annotated[Count, Field(ge=2)] = 32
+
+
+class WinograndeConfig(Section):
+    source: str = "embedded"
+    limit: Annotated[Count, Field(ge=2)] | None = None
+    shots: CountOrZero = 0
+
+
+class ImportanceConfig(Section):
+    """How width elements are ranked; `batch` and `sequence` aggregate activations.
+
+    seed: of the calibration windows and of method `random`; null for the run's own.
+    rounds: 1 ranks the teacher once; k ranks, trims towards the smallest candidate and ranks again, k times in all.
+    samples: how many of the calibration windows are read; null is all. Where it is given, `seed` draws them, and the
+        run's own seed draws the windows: then neither changes the text that students are distilled on.
+    """
+
+    method: Literal["activation", "random", "magnitude", "taylor", "wanda", "pca"] = "activation"
+    batch: Literal["l1", "l2", "mean", "variance"] = "l2"
+    sequence: Literal["mean", "l2", "variance"] = "mean"
+    seed: CountOrZero | None = None
+    rounds: Count = 1
+    samples: Count | None = None
+
+    @model_validator(mode="after")
+    def _a_rotation_is_no_order(self) -> "ImportanceConfig":
+        if self.method == "pca" and self.rounds > 1:
+            raise ValueError(f"importance.rounds: {self.rounds} with method pca, whose rounds are rotations of each "
+                             "other's channels and make no one order of them; valid: 1")  # fmt: skip
+        return self
+
+
+class DepthConfig(Section):
+    lengths: Annotated[tuple[LayersOrFraction, ...], BeforeValidator(as_list), Field(min_length=1)] = (
+        1,
+        2,
+        8,
+        15,
+    )
+    metrics: Annotated[
+        tuple[Literal["lm_loss", "winogrande", "bi", "angular", "taylor"], ...],
+        BeforeValidator(as_list), Field(min_length=1),
+    ] = ("lm_loss", "winogrande", "bi")  # fmt: skip
+    workers: AutoCount = "auto"
+    weights: Literal["auto", "resident", "streamed"] = "auto"  # streamed: one layer in memory at a time
+
+    @model_validator(mode="after")
+    def _gradients_need_all_weights(self) -> "DepthConfig":
+        if "taylor" in self.metrics and self.weights == "streamed":
+            raise ValueError("depth.weights: streamed with metric taylor, whose backward pass holds the whole teacher; "
+                             "valid: resident or auto, or metrics without taylor")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _lengths_are_layers_or_fractions(self) -> "DepthConfig":
+        for length in self.lengths:
+            if length >= 1 and length != int(length):
+                raise ValueError(f"depth.lengths: {length:g} is neither a whole number of layers nor a fraction "
+                                 f"of the depth below 1; valid: {int(length)} or 0.5")  # fmt: skip
+        return self

@@ -1,0 +1,131 @@
+"""The section that says what is searched: budget, axes, anchors."""
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from minitron_search.config.inputs import Section
+from minitron_search.config.types import Count, CountOrZero, Positive, Share, as_list, same_in_every_layer
+
+
+class Target(Section):
+    target: Positive
+    tolerance: Share = 0.05
+
+
+class MemoryTarget(Target):
+    """Weights plus key-value cache, bytes, at two bytes an element."""
+
+    batch_size: Count = 1
+    context_length: Count = 2048
+
+
+class SpeedTarget(Target):
+    """Of one forward pass of body and head over batch_size x context_length tokens (prefill), as a one-layer model of
+    every width takes it where trials run."""
+
+    batch_size: Count = 1
+    context_length: Count = 2048
+
+
+class Budget(Section):
+    """Several are ANDed. latency_ms: wall milliseconds of a pass; tokens_per_second: its tokens by its time."""
+
+    params: Target | None = None
+    non_embedding_params: Target | None = None
+    memory_bytes: MemoryTarget | None = None
+    latency_ms: SpeedTarget | None = None
+    tokens_per_second: SpeedTarget | None = None
+
+    @model_validator(mode="after")
+    def _something_is_asked(self) -> "Budget":
+        if all(getattr(self, name) is None for name in type(self).model_fields):
+            raise ValueError("space.budget: empty; valid: params: {target: 90M, tolerance: 0.05}")
+        return self
+
+
+class Axis(Section):
+    """`low`, `high` and either `step` (low, low + step, ... up to high) or `divisor` (its multiples from low to high);
+    or `choices`."""
+
+    low: Count | None = None
+    high: Count | None = None
+    step: Count | None = None
+    divisor: Count | None = None
+    choices: Annotated[
+        tuple[Count, ...], BeforeValidator(as_list), BeforeValidator(same_in_every_layer)
+    ] | None = None  # fmt: skip
+
+    @model_validator(mode="after")
+    def _range_or_choices(self) -> "Axis":
+        ranged = (self.low, self.high, self.step, self.divisor)
+        if self.choices is not None:
+            if any(part is not None for part in ranged) or not self.choices:
+                raise ValueError("give `choices: [6, 9]` or `low`, `high` and `step`, not both and not neither")
+        elif self.low is None or self.high is None or (self.step is None) == (self.divisor is None):
+            raise ValueError("give `low`, `high` and one of `step` and `divisor`, as in "
+                             "{low: 384, high: 576, step: 64} or {low: 400, high: 576, divisor: 64}")  # fmt: skip
+        elif self.low > self.high:
+            raise ValueError(f"low {self.low} is above high {self.high}; valid: low at most {self.high}")
+        elif self.divisor is not None and not self.values():
+            raise ValueError(f"no multiple of divisor {self.divisor} lies from low {self.low} to high {self.high}; "
+                             f"valid: high at least {math.ceil(self.low / self.divisor) * self.divisor}")  # fmt: skip
+        return self
+
+    def values(self) -> tuple[int, ...]:
+        if self.choices is not None:
+            return tuple(sorted(set(self.choices)))
+        assert self.low and self.high
+        if self.divisor:
+            first = math.ceil(self.low / self.divisor) * self.divisor
+            return tuple(range(first, self.high + 1, self.divisor))
+        assert self.step
+        return tuple(range(self.low, self.high + 1, self.step))
+
+
+class DropBlock(Section):
+    """A contiguous block of layers to drop: its length; where it starts is free.
+
+    seeds: what the search first proposes for every length. sweep: the best block that the depth sweep found. bi: the
+        block of least BI. one_by_one: the layers of least BI each, which need not lie together (ShortGPT,
+        arXiv:2403.03853). laco: all but the layers that LaCo merges the others into (`layer_merge.py`).
+    """
+
+    lengths: Annotated[tuple[CountOrZero, ...], BeforeValidator(as_list), Field(min_length=1)] = (0,)
+    seeds: Literal["none", "sweep", "bi", "one_by_one", "laco"] = "none"
+
+
+class Axes(Section):
+    """An axis left out keeps the teacher's value, or follows the axis that decides it.
+
+    num_attention_heads alone drops heads inside every group (whole groups where a group is one head);
+    num_key_value_heads alone drops whole groups. Where a family's heads make up hidden_size, either gives the other.
+    """
+
+    hidden_size: Axis | None = None
+    intermediate_size: Axis | None = None
+    num_attention_heads: Axis | None = None
+    num_key_value_heads: Axis | None = None
+    drop_block: DropBlock | None = None
+
+
+class Anchor(Section):
+    """An architecture that is always evaluated; what is left out keeps the teacher's value."""
+
+    hidden_size: Count | None = None
+    intermediate_size: Count | None = None
+    num_attention_heads: Count | None = None
+    num_key_value_heads: Count | None = None
+    drop_block: tuple[CountOrZero, CountOrZero] | None = None  # start, length
+
+
+class SpaceConfig(Section):
+    budget: Budget = Budget(params=Target(target=90e6, tolerance=0.05))
+    axes: Axes = Axes(
+        hidden_size=Axis(low=384, high=576, step=64),
+        intermediate_size=Axis(low=768, high=1536, step=128),
+        num_attention_heads=Axis(choices=(6, 9)),
+        drop_block=DropBlock(lengths=(0, 2, 4, 8)),
+    )
+    anchors: tuple[Anchor, ...] = ()

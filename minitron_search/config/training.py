@@ -1,0 +1,247 @@
+"""The sections that say how candidates are searched, distilled, retrained, evaluated and placed."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from minitron_search.config.inputs import Section
+from minitron_search.config.types import (
+    AutoCount,
+    Count,
+    CountOrZero,
+    Loss,
+    Positive,
+    Real,
+    as_list,
+    as_number,
+    off_for_false,
+    one_or_several,
+)
+
+# what a search can minimise (the margin: maximise): what is measured, and what is known from an architecture's shape
+MEASURED = ("lm_loss", "kl", "winogrande_margin")
+
+
+OF_SHAPE = ("params", "non_embedding_params", "memory_bytes")
+
+
+class SearchConfig(Section):
+    """objective: a name or several; rungs rank by the first, the others are for the sampler and the Pareto front.
+    rungs: tokens at which trials are compared; the first may be 0, the trim as it is: a score, and no training.
+    scheduler: who may train past a rung, and when. halving: the best 1 / reduction_factor of all that came to it, once
+        all have. asha: Ray Tune's, which decides at once and for good, and so waits for nobody and passes the first to
+        come. hyperband: the same with a bracket a rung, of which some decide later.
+    tokens: what all proposals may train on together; auto is what successive halving of `trials` takes, which bounds
+        only how long stopped trials are continued.
+    promote: how many are retrained; not_worse is every one that no paired test tells from the best at the last rung.
+    finalist_seeds: seeds, in all, of the best at the last rung (reduction_factor of them for each that is promoted).
+    controls: whether the winner's shape is also trained pruned at random and from random weights, to the last rung.
+    """
+
+    trials: Count = 12
+    sampler: Literal["tpe", "random", "grid", "nsga2", "nsga3", "gp"] = "tpe"
+    objective: Annotated[str | tuple[str, ...], BeforeValidator(one_or_several)] = "lm_loss"
+    rungs: Annotated[tuple[CountOrZero, ...], BeforeValidator(as_list), Field(min_length=1)] = (0, 4_000, 12_000)
+    reduction_factor: Annotated[int, BeforeValidator(as_number), Field(ge=2)] = 3
+    scheduler: Literal["halving", "asha", "hyperband"] = "halving"
+    tokens: AutoCount = "auto"
+    concurrency: AutoCount = "auto"
+    promote: Literal["not_worse"] | Count = 1
+    seeds: Count = 1
+    finalist_seeds: Count = 1
+    controls: bool = True
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return (self.objective,) if isinstance(self.objective, str) else self.objective
+
+    @property
+    def ranks_by(self) -> str:
+        """The objective that rungs rank by."""
+        return self.objectives[0]
+
+    @model_validator(mode="after")
+    def _objectives_are_known(self) -> "SearchConfig":
+        asked = self.objectives
+        listed, every = ",".join(asked), (*MEASURED, *OF_SHAPE)
+        if unknown := [name for name in asked if name not in every]:
+            raise ValueError(f"search.objective: {unknown[0]!r} is no objective; valid: {', '.join(every)}")
+        if len(set(asked)) < len(asked):
+            raise ValueError(f"search.objective: {listed} names one twice; valid: {','.join(dict.fromkeys(asked))}")
+        if not asked or asked[0] not in MEASURED:
+            valid = ",".join(dict.fromkeys(("lm_loss", *asked)))
+            raise ValueError(f"search.objective: {listed or 'empty'}: rungs rank by the first, one of "
+                             f"{', '.join(MEASURED)}; valid: {valid}")  # fmt: skip
+        if self.sampler in ("nsga2", "nsga3") and len(asked) == 1:
+            raise ValueError(f"search.sampler: {self.sampler} with the one objective {listed}, whose Pareto front is "
+                             f"one architecture; valid: tpe, or search.objective {listed},params")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "SearchConfig":
+        if list(self.rungs) != sorted(set(self.rungs)):
+            raise ValueError(f"search.rungs: {list(self.rungs)} do not rise; valid: [8K, 32K]")
+        if self.rungs == (0,):
+            raise ValueError("search.rungs: [0] distils no candidate before it is ranked; valid: [0, 8K]")
+        if self.promote != "not_worse" and self.promote > self.trials:
+            raise ValueError(f"search.promote: {self.promote} of {self.trials} trials; valid: at most {self.trials}")
+        return self
+
+
+class DistillationConfig(Section):
+    """L = L_CLM + L_logits + intermediate * L_is.
+
+    intermediate: a weight, or auto for L_logits / L_is, the balance of the two in every micro-batch.
+    intermediate_layers: how many of the student's layers L_is compares the outputs of, from the last; more than a
+        student has are all of its.
+    embedding: whether it compares the embedding's output too.
+    initialization: merged gives the layers that LaCo keeps what it merges into them, in the teacher's own order of
+        elements, and every other student its layers as they are.
+    teacher_cache: what is kept of the teacher, asked once for all trials. hidden: its final hidden states, exact;
+        topk: its `topk` most probable tokens, smaller and approximate; off: nothing, every batch asks it live; auto:
+        hidden if that takes at most teacher_cache_bytes (auto: a quarter of the free disk, and at most 16 GiB), else
+        off.
+    """
+
+    loss: Loss = "kld"
+    temperature: Positive = 1.0
+    intermediate: Literal["auto"] | Annotated[Real, Field(ge=0)] = 0.0  # alpha; 0: logits only (best practice 7)
+    intermediate_loss: Literal["mse", "cosine"] = "mse"
+    intermediate_layers: Literal["all"] | Count = "all"
+    embedding: bool = False
+    learning_rate: Positive = 3e-4
+    batch_tokens: Count = 1_000
+    teacher_cache: Annotated[Literal["auto", "hidden", "topk", "off"], BeforeValidator(off_for_false)] = "auto"
+    teacher_cache_bytes: AutoCount = "auto"
+    topk: Count = 64
+    teacher: str | None = None  # another model that teaches, as teacher.model names one; null for the pruned model
+    initialization: Literal["pruned", "random", "random_pruned", "merged"] = "pruned"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+
+    @model_validator(mode="after")
+    def _states_come_from_a_live_teacher_lined_up(self) -> "DistillationConfig":
+        asked = f"distillation.intermediate {self.intermediate}"
+        if not self.intermediate:
+            if self.embedding:
+                raise ValueError("distillation.embedding: true is part of the intermediate loss, whose weight is 0; "
+                                 "valid: distillation.intermediate auto, or embedding false")  # fmt: skip
+            return self
+        if self.teacher_cache not in ("auto", "off"):
+            raise ValueError(f"distillation.teacher_cache: {self.teacher_cache} holds no intermediate states, which "
+                             f"{asked} needs of the teacher itself; valid: off or auto, or intermediate 0")  # fmt: skip
+        if self.loss == "ce" and self.intermediate == "auto":
+            raise ValueError("distillation.intermediate: auto balances against the loss of the logits, which loss ce "
+                             "has not; valid: a number such as 1.0, or loss clm+kld")  # fmt: skip
+        if self.initialization == "random_pruned":
+            raise ValueError(f"distillation.initialization: random_pruned keeps channels that are not the teacher's "
+                             f"leading ones, with which {asked} compares them; valid: pruned or random, or "
+                             "intermediate 0")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _topk_knows_the_forward_kl_at_temperature_1(self) -> "DistillationConfig":
+        if self.teacher_cache == "topk" and (self.loss not in ("kld", "clm+kld") or self.temperature != 1):
+            raise ValueError(f"distillation.teacher_cache: topk with loss {self.loss} at temperature "
+                             f"{self.temperature:g}, which needs more of the teacher than its most probable tokens; "
+                             "valid: teacher_cache hidden, or loss kld or clm+kld at temperature 1")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _logits_have_no_temperature(self) -> "DistillationConfig":
+        if self.temperature != 1 and self.loss.removeprefix("clm+") in ("mse", "cosine"):
+            raise ValueError(f"distillation.temperature: {self.temperature:g} with loss {self.loss}, which compares "
+                             "logits, not probabilities; valid: 1, or distillation.loss kld, reverse_kld, js or tv "
+                             "(also as clm+kld, ...)")  # fmt: skip
+        return self
+
+
+class RetrainingConfig(Section):
+    tokens: Count = 32_000
+    learning_rate: Positive = 3e-4
+    min_learning_rate: Annotated[Real, Field(ge=0)] = 1e-5
+    warmup_steps: CountOrZero = 4
+    schedule: Literal["cosine", "constant"] = "cosine"
+
+
+class EvaluationConfig(Section):
+    """tasks: lm-eval's, or YAML files of one's own, each as it is or with `:shots`; table_1 and table_2 are what
+        lm-eval has of those tables (arXiv:2408.11796). A task of theirs has their shots unless it is given others.
+    references: models beside teacher and students, as teacher.model names one.
+    limit: of each task, only so many questions, the first; null for all.
+    """
+
+    tasks: Annotated[tuple[str, ...], BeforeValidator(as_list)] = ()
+    references: Annotated[tuple[str, ...], BeforeValidator(as_list)] = ()
+    limit: Count | None = None
+
+    @model_validator(mode="after")
+    def _references_have_names_of_their_own(self) -> "EvaluationConfig":
+        for name in self.references:
+            if name == "teacher" or re.fullmatch(r"best(-\d+)?", name):
+                raise ValueError(f"evaluation.references: {name} is what a run calls a model of its own; valid for a "
+                                 f"folder of that name: ./{name}")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _references_are_evaluated(self) -> "EvaluationConfig":
+        if self.references and not self.tasks:
+            raise ValueError(f"evaluation.references: {','.join(self.references)} with no evaluation.tasks; "
+                             "valid: evaluation.tasks table_1, or references []")  # fmt: skip
+        return self
+
+
+class ResourcesConfig(Section):
+    """`strategy` is how the workers of one trial hold its student: `ddp` whole each, `fsdp2` a share each.
+    accelerator_type: the kind of GPU that trials run on, by Ray's name for it (H100, L40S), where nodes have several:
+    trials on different kinds round otherwise, and their tokens per second cannot be compared.
+
+    What a run is forecast by: mfu, the share of flops_per_second (of one worker's device: an H100's bfloat16 is 989T)
+    that it is to reach; null for both measures this machine. price_per_hour: of one GPU, where gpus_per_worker is not
+    0, else of one machine; in whatever money.
+    """
+
+    launcher: Literal["train", "inline"] = "train"
+    workers_per_trial: Count = 1
+    cpus_per_worker: Count = 1
+    gpus_per_worker: Annotated[Real, Field(ge=0)] = 0.0
+    accelerator_type: str | None = None
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    mfu: Annotated[float, BeforeValidator(as_number), Field(gt=0, le=1)] | None = None
+    flops_per_second: Positive | None = None
+    price_per_hour: Annotated[Real, Field(ge=0)] | None = None
+
+    def of_worker(self) -> dict[str, float]:
+        """What one worker asks of Ray."""
+        asked = {"CPU": float(self.cpus_per_worker)}
+        if self.gpus_per_worker:
+            asked["GPU"] = float(self.gpus_per_worker)
+        if self.accelerator_type is not None:
+            asked[f"accelerator_type:{self.accelerator_type}"] = 0.001  # each node that has the kind has 1 of it
+        return asked
+
+    @model_validator(mode="after")
+    def _accelerators_are_gpus(self) -> "ResourcesConfig":
+        if self.accelerator_type is not None and not self.gpus_per_worker:
+            raise ValueError(f"resources.accelerator_type: {self.accelerator_type} is of GPUs, and gpus_per_worker is "
+                             "0; valid: gpus_per_worker 1, or null")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _mfu_is_of_a_peak(self) -> "ResourcesConfig":
+        if (self.mfu is None) != (self.flops_per_second is None):
+            given, other = ("flops_per_second", "mfu") if self.mfu is None else ("mfu", "flops_per_second")
+            raise ValueError(f"resources.{given}: {getattr(self, given):g} without resources.{other}; valid: both, as "
+                             "in mfu 0.4 and flops_per_second 989T, or neither")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _inline_is_one_worker(self) -> "ResourcesConfig":
+        if self.launcher == "inline" and self.workers_per_trial > 1:
+            raise ValueError(f"resources.launcher: inline runs one worker, not {self.workers_per_trial}; "
+                             "valid: resources.launcher train, or resources.workers_per_trial 1")  # fmt: skip
+        if self.launcher == "inline" and self.strategy == "fsdp2":
+            raise ValueError("resources.strategy: fsdp2 with launcher inline, whose one worker has nobody to share "
+                             "with; valid: resources.launcher train, or resources.strategy ddp")  # fmt: skip
+        return self

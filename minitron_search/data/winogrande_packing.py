@@ -1,0 +1,197 @@
+"""Pack Winogrande options into rows: shared beginnings once, no option seeing another."""
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from minitron_search.data.winogrande import FEWSHOT_SEED, Example
+
+
+def shot_texts(examples: Sequence[Example], shots: int) -> list[str]:
+    """The few-shot text before every example: `shots` answered others, joined by blank lines.
+
+    Exactly what lm-eval builds for a `winogrande` task whose only split is `examples`: one generator
+    (seed 1234) walks over the examples in order and draws shots + 1 of them for each, of which the example
+    itself, or else the last one, is dropped. (On the Hub's data set lm-eval draws from the train split.)
+    """
+    if shots < 0 or (shots > 0 and shots >= len(examples)):
+        raise ValueError(
+            f"winogrande.shots: {shots} is outside 0..{len(examples) - 1}: shots are drawn from the other "
+            f"examples, and there are {len(examples)} in all"
+        )
+    if shots == 0:
+        return [""] * len(examples)
+    generator = random.Random(FEWSHOT_SEED)
+    texts = []
+    for example in examples:
+        drawn = [shot for shot in generator.sample(examples, shots + 1) if shot != example][:shots]
+        if len(drawn) < shots:  # copies of the example in the file were drawn too
+            others = [shot for shot in examples if shot != example]
+            if len(others) < shots:
+                raise ValueError(f"winogrande.shots: {shots} is more than the {len(others)} examples that differ")
+            drawn = generator.sample(others, shots)
+        texts.append("".join(f"{shot.beginnings[shot.answer - 1]} {shot.ending}\n\n" for shot in drawn))
+    return texts
+
+
+@dataclass(frozen=True)
+class PackedOptions:
+    """All option sequences of n examples, as prefix trees in rows; longest rows first.
+
+    Arrays over (rows, length): `input_ids`; `position_ids`, the positions in the unpacked sequences;
+    `subtree_end`, for a token in column c the first column after its descendants (c + 1 for padding).
+    `row_lengths` (rows,): columns in use. Arrays over scored continuation tokens, ordered by row: the `row`
+    and `column` whose hidden state predicts the token, the token itself (`target`), and the `option` it
+    belongs to: 2 * example + 0 or 1. `answers` (n,): 1 or 2. `twin` (n,): examples with the same two options share a
+    number. Errors over examples count twins as independent, but a model that prefers an option gets one of them right
+    (SmolLM2's students: correlations of -0.4 to -0.8), so comparisons are over twins.
+    """
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    subtree_end: np.ndarray
+    row_lengths: np.ndarray
+    row: np.ndarray
+    column: np.ndarray
+    target: np.ndarray
+    option: np.ndarray
+    answers: np.ndarray
+    twin: np.ndarray
+
+    def batches(self, batch_tokens: int) -> list[slice]:
+        """Consecutive rows of about `batch_tokens` tokens together, at least one row each."""
+        batches, start = [], 0
+        while start < len(self.row_lengths):
+            width = int(self.row_lengths[start])  # the first row is the widest
+            rows = max(1, batch_tokens // width)
+            batches.append(slice(start, min(start + rows, len(self.row_lengths))))
+            start += rows
+        return batches
+
+
+def pack(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    shots: int = 0,
+    row_length: int = 256,
+    max_length: int = 2048,
+) -> PackedOptions:
+    """Tokenises as lm-eval does and packs the trees into rows of `row_length` tokens, first-fit decreasing.
+
+    `max_length` is the model's `max_position_embeddings`: a longer sequence loses tokens on its left, as in
+    lm-eval. A tree longer than `row_length` gets a row of its own length. Special tokens (Gemma's BOS) are
+    those the tokenizer adds by itself. Raises ValueError for `shots` the examples cannot give and for a text
+    after the blank that `max_length` cannot hold.
+    """
+    if not examples:
+        raise ValueError("winogrande: no examples to score; give at least one")
+    contexts, continuations = _encode(examples, shot_texts(examples, shots), tokenizer)
+    sequences = []  # what the model reads: the last token is only predicted
+    for context, continuation in zip(contexts, continuations, strict=True):
+        if len(continuation) > max_length:
+            raise ValueError(f"winogrande: {len(continuation)} tokens after the blank exceed max_length {max_length}")
+        sequences.append(tuple((context + continuation)[-(max_length + 1) : -1]))
+
+    trees = [_Tree(sequences, options) for options in _group(sequences, row_length)]
+    trees.sort(key=lambda tree: len(tree.tokens), reverse=True)
+    rows: list[list[_Tree]] = []
+    free: list[int] = []
+    for tree in trees:
+        size = len(tree.tokens)
+        fits = next((row for row, left in enumerate(free) if left >= size), None)
+        if fits is None:
+            rows.append([tree])
+            free.append(row_length - size)
+        else:
+            rows[fits].append(tree)
+            free[fits] -= size
+    rows.sort(key=lambda row: sum(len(tree.tokens) for tree in row), reverse=True)
+
+    row_lengths = np.array([sum(len(tree.tokens) for tree in row) for row in rows])
+    input_ids = np.zeros((len(rows), row_lengths[0]), np.int64)
+    position_ids = np.zeros_like(input_ids)
+    subtree_end = np.tile(np.arange(1, row_lengths[0] + 1), (len(rows), 1))
+    scored: list[tuple[int, int, int, int]] = []
+    for index, row in enumerate(rows):
+        start = 0
+        for tree in row:
+            end = start + len(tree.tokens)
+            input_ids[index, start:end] = tree.tokens
+            position_ids[index, start:end] = tree.depths
+            subtree_end[index, start:end] = np.array(tree.ends) + start
+            for option, path in tree.paths.items():
+                continuation = continuations[option]
+                columns = path[-len(continuation) :]
+                scored += [(index, start + c, token, option) for c, token in zip(columns, continuation, strict=True)]
+            start = end
+    row_of, column, target, option_of = np.array(scored, np.int64).T
+    answers = np.array([example.answer for example in examples])
+    numbers: dict[tuple[str, ...], int] = {}
+    twin = np.array([
+        numbers.setdefault(tuple(sorted((example.option1, example.option2))), len(numbers)) for example in examples
+    ])  # fmt: skip
+    return PackedOptions(
+        input_ids, position_ids, subtree_end, row_lengths, row_of, column, target, option_of, answers, twin
+    )
+
+
+def _encode(
+    examples: Sequence[Example], shots: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Context and continuation tokens of every option, two per example: lm-eval's `_encode_pair`."""
+    contexts, wholes = [], []
+    for example, shot in zip(examples, shots, strict=True):
+        for beginning in example.beginnings:
+            contexts.append((shot + beginning).rstrip())  # a trailing space goes with the continuation
+            wholes.append(f"{shot}{beginning} {example.ending}")
+    context_ids: list[list[int]] = tokenizer(contexts)["input_ids"]  # type: ignore[assignment]
+    whole_ids: list[list[int]] = tokenizer(wholes)["input_ids"]  # type: ignore[assignment]
+    continuations = [whole[len(context) :] for context, whole in zip(context_ids, whole_ids, strict=True)]
+    return context_ids, continuations
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
+def _group(sequences: Sequence[tuple[int, ...]], row_length: int) -> list[list[int]]:
+    """Options that make a tree together: an example's two, and those of twins while they fit in a row."""
+    examples = sorted(range(len(sequences) // 2), key=lambda example: sequences[2 * example])
+    groups: list[list[int]] = []
+    for example in examples:
+        options, first = [2 * example, 2 * example + 1], sequences[2 * example]
+        twins = bool(groups) and 2 * _shared(first, sequences[groups[-1][-2]]) >= len(first)
+        if twins and len(_Tree(sequences, groups[-1] + options).tokens) <= row_length:
+            groups[-1] += options
+        else:
+            groups.append(options)
+    return groups
+
+
+class _Tree:
+    """The prefix tree of sequences in preorder: `tokens`, `depths`, `ends` by node; `paths` by option."""
+
+    def __init__(self, sequences: Sequence[tuple[int, ...]], options: Iterable[int]):
+        self.tokens: list[int] = []
+        self.depths: list[int] = []
+        self.ends: list[int] = []
+        self.paths: dict[int, list[int]] = {}
+        previous: tuple[int, ...] = ()
+        path: list[int] = []
+        # In lexicographic order a sequence shares most with the one before it, so new nodes come in preorder.
+        for option in sorted(options, key=lambda option: sequences[option]):
+            sequence = sequences[option]
+            shared = _shared(sequence, previous)
+            first = len(self.tokens)
+            self.tokens += sequence[shared:]
+            self.depths += range(shared, len(sequence))
+            path = path[:shared] + list(range(first, len(self.tokens)))
+            self.ends += [0] * (len(sequence) - shared)
+            for node in path:
+                self.ends[node] = len(self.tokens)
+            self.paths[option], previous = path, sequence

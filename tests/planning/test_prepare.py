@@ -1,0 +1,336 @@
+"""What is wrong is found before anything is spent: status 2, one message, nothing written, Ray not started."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import GPTJConfig, GPTJForCausalLM
+
+from minitron_search.cli import main
+from minitron_search.config import loading
+from minitron_search.planning import prepare as preparation
+from minitron_search.planning.prepare import prepare
+from minitron_search.records.directory import RunDirectory
+from tests import tiny
+
+BUDGET = "{params: {target: 12K, tolerance: 0.5}}"
+AXES = "{hidden_size: {low: 16, high: 24, step: 4}, num_attention_heads: {choices: [2, 4]}}"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.input_files(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MINITRON_SEARCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "500")
+    monkeypatch.setattr("minitron_search.cluster.session.joined", lambda: pytest.fail("nothing here needs Ray"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def good(inputs: Path) -> list[str]:
+    """Flags of a run that would start."""
+    return [
+        "--output", "run", "--teacher.model", str(inputs / "teacher"), "--corpus.train", str(inputs / "text.txt"),
+        "--corpus.validation", str(inputs / "text.txt"), "--corpus.sequence_length", "32",
+        "--corpus.calibration_samples", "4", "--corpus.validation_samples", "4",
+        "--winogrande.source", str(inputs / "questions.jsonl"), "--space.budget", BUDGET, "--space.axes", AXES,
+        "--search.rungs", "64,128", "--distillation.batch_tokens", "64", "--retraining.tokens", "256",
+        "--stages", "importance,search,retrain,report",
+    ]  # fmt: skip
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Every path under `folder` and its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(good: list[str], here: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+    def refusal(*flags: str) -> str:
+        """The message of a run of the good flags with these over them."""
+        before = {path: content for path, content in tree(here).items() if not path.startswith("cache")}
+        capsys.readouterr()
+        assert main([*good, *flags]) == 2
+        after = {path: content for path, content in tree(here).items() if not path.startswith("cache")}
+        assert after == before, "something was written"
+        said = capsys.readouterr().err
+        assert said.startswith("minitron_search: ") and "Traceback" not in said
+        return said
+
+    return refusal
+
+
+def existing_run(good: list[str]) -> None:
+    """A run directory of the good flags in the folder `run`, with an importance file and a row."""
+    resolved = loading.load_config(None, good).dump()
+    run = RunDirectory("run")
+    run.write_config(resolved)
+    run.importance.write_bytes(b"importance")
+    run.event("run_started")
+    run.log_rung("a", {"trial": "a", "rung": 0})
+
+
+def test_the_good_flags_are_good(good: list[str], here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Or every refusal below would show nothing. A dry run checks the same, and writes nothing."""
+    assert main([*good, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "legal and in budget" in said and "FLOPs" in said and "teacher: hidden 24" in said
+    assert not (here / "run").exists()
+    shown = said[: said.index("\nspace: ")]
+    assert yaml.safe_load(shown)["search"]["rungs"] == [64, 128]
+
+
+def test_an_unknown_key(refused: Refused) -> None:
+    assert "search.trails: unknown key (value 3); did you mean search.trials?" in refused("--search.trails", "3")
+
+
+def test_several_wrong_keys_are_told_at_once(refused: Refused) -> None:
+    said = refused("--search.trails", "3", "--precision", "float64", "--seed", "x")
+    assert all(key in said for key in ("search.trails", "precision", "seed"))
+
+
+def test_a_missing_configuration_file(refused: Refused) -> None:
+    assert "--config: no file 'nowhere.yaml'" in refused("--config", "nowhere.yaml")
+
+
+def test_a_budget_that_no_architecture_meets(refused: Refused) -> None:
+    said = refused("--space.budget", "{params: {target: 90M}}")
+    assert "space.budget.params: 90,000,000 +- 5.0% asked" in said and "reachable" in said
+
+
+def test_a_step_that_leaves_no_legal_head_count(refused: Refused) -> None:
+    said = refused("--space.axes.num_attention_heads", "{low: 1, high: 4, step: 2}")
+    assert "none of [1, 3]" in said and "valid: [2, 4]" in said
+
+
+def test_an_axis_above_the_teacher(refused: Refused) -> None:
+    assert "space.axes.hidden_size: 32 is above the teacher's 24" in refused("--space.axes.hidden_size.high", "32")
+
+
+def test_a_window_longer_than_the_teachers_positions(refused: Refused) -> None:
+    said = refused("--corpus.sequence_length", "512", "--search.rungs", "512,1024")
+    assert "corpus.sequence_length: 512" in said and "256" in said
+
+
+@pytest.mark.parametrize("field", ["train", "validation"])
+def test_a_missing_text(field: str, refused: Refused, here: Path) -> None:
+    (here / "texts.txt").write_text("near it")
+    said = refused(f"--corpus.{field}", "./text.txt")
+    assert f"corpus.{field}: './text.txt' does not exist" in said and "texts.txt" in said
+
+
+def test_a_glob_that_matches_nothing(refused: Refused) -> None:
+    assert "corpus.train: '*.txt' matches no file" in refused("--corpus.train", "*.txt")
+
+
+def test_a_text_too_short_to_train_on_says_how_many_windows_it_has(refused: Refused, here: Path) -> None:
+    (here / "short.txt").write_text("a" * (32 * 9 + 5))
+    said = refused("--corpus.train", "short.txt")
+    # 4 calibration windows and 256 tokens of training are 12 windows of 32
+    assert "corpus.train: 'short.txt' has, outside validation, 9 windows of 32 tokens and 12 were asked" in said
+
+
+def test_a_text_too_short_to_validate_on_says_how_many_windows_it_has(refused: Refused, here: Path) -> None:
+    (here / "short.txt").write_text("a" * (32 * 3 + 5))
+    said = refused("--corpus.validation", "short.txt")
+    assert "corpus.validation: 'short.txt' has 3 windows of 32 tokens and 4 were asked" in said
+
+
+def test_winogrande_records_with_a_missing_field_or_another_answer_are_named_by_line(
+    refused: Refused, here: Path
+) -> None:
+    file = tiny.winogrande_file(here / "questions.jsonl", 4)
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    for field in ("sentence", "option1", "option2", "answer"):
+        broken = [dict(record) for record in records]
+        del broken[2][field]
+        file.write_text("".join(json.dumps(record) + "\n" for record in broken))
+        said = refused("--winogrande.source", "questions.jsonl")
+        assert f"questions.jsonl, line 3: field '{field}' is missing" in said
+    for answer in ("3", "", "A"):
+        broken = [dict(record) for record in records]
+        broken[1]["answer"] = answer
+        file.write_text("".join(json.dumps(record) + "\n" for record in broken))
+        said = refused("--winogrande.source", "questions.jsonl")
+        assert f"questions.jsonl, line 2: answer is {answer!r}" in said
+
+
+def test_a_missing_winogrande_file_and_too_many_questions(refused: Refused, inputs: Path) -> None:
+    assert "winogrande.source: no file nowhere.jsonl" in refused("--winogrande.source", "nowhere.jsonl")
+    assert "winogrande.limit: 5 is outside 1..4" in refused("--winogrande.limit", "5")
+    assert "winogrande.shots: 4 is outside 0..3" in refused("--winogrande.shots", "4")
+
+
+# The teacher
+
+
+def test_a_family_that_is_not_supported(refused: Refused, here: Path) -> None:
+    gptj = GPTJConfig(vocab_size=64, n_positions=32, n_embd=8, n_layer=1, n_head=2, rotary_dim=4)
+    GPTJForCausalLM(gptj).save_pretrained(here / "gptj")
+    tiny.tokenizer().save_pretrained(here / "gptj")
+    said = refused("--teacher.model", str(here / "gptj"))
+    assert "teacher.model: family 'gptj' is not supported; supported: cohere" in said
+
+
+def test_a_teacher_that_is_not_there(refused: Refused, inputs: Path) -> None:
+    said = refused("--teacher.model", str(inputs / "teachr"))
+    assert "teacher.model" in said and "is not a folder, near it: " in said and str(inputs / "teacher") in said
+
+
+def test_a_teacher_without_weights_or_tokenizer(refused: Refused, here: Path) -> None:
+    tiny.config(vocab_size=258).save_pretrained(here / "empty")
+    assert "has no weights in safetensors files" in refused("--teacher.model", str(here / "empty"))
+    tiny.model(tiny.config(vocab_size=258)).save_pretrained(here / "mute")
+    assert "has no tokenizer that loads" in refused("--teacher.model", str(here / "mute"))
+
+
+# The teacher's cache
+
+
+def test_more_tokens_than_the_vocabulary_has(refused: Refused) -> None:
+    said = refused("--distillation.teacher_cache", "topk", "--distillation.topk", "258")
+    assert "distillation.topk: 258 leaves nothing of the teacher's vocabulary of 258 tokens; valid: at most 257" in said
+
+
+# 8 windows of 32 tokens: 24 float32 hidden channels each, or 10 indices and log-probabilities of 2 bytes and the rest
+@pytest.mark.parametrize(("mode", "needed"), [("hidden", 24_576), ("topk", 11_264)])
+def test_a_cache_that_does_not_fit(
+    mode: str, needed: int, refused: Refused, good: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good += ["--precision", "float32", "--distillation.topk", "10"]
+    flags = ["--distillation.teacher_cache", mode]
+    said = refused(*flags, "--distillation.teacher_cache_bytes", str(needed - 1))
+    assert f"distillation.teacher_cache: {mode} needs {needed:,} bytes, and distillation.teacher_cache_bytes" in said
+    prepare(loading.load_config(None, [*good, *flags, "--distillation.teacher_cache_bytes", str(needed)]), False)
+    monkeypatch.setattr(preparation, "free_bytes", lambda folder: needed - 1)
+    assert f"{mode} needs {needed:,} bytes, and MINITRON_SEARCH_CACHE" in refused(*flags)
+    for other in ("auto", "off"):
+        prepare(loading.load_config(None, [*good, "--distillation.teacher_cache", other]), False)
+
+
+def test_a_run_that_goes_on_has_its_cache_already(good: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    good += ["--distillation.teacher_cache", "hidden"]
+    existing_run(good)
+    monkeypatch.setattr(preparation, "free_bytes", lambda folder: 0)
+    with pytest.raises(ValueError, match="needs .* bytes, and MINITRON_SEARCH_CACHE"):
+        prepare(loading.load_config(None, good), True)
+    RunDirectory("run").event("teacher_asked", tokens=256)
+    prepare(loading.load_config(None, good), True)
+
+
+# Stages
+
+
+def test_stages_that_need_what_no_stage_made(refused: Refused) -> None:
+    assert "search needs importance" in refused("--stages", "search")
+    assert "retrain needs a search" in refused("--stages", "importance,retrain")
+    assert "stages.0: 'serch' is not valid" in refused("--stages", "serch")
+
+
+# The output folder
+
+
+def test_a_folder_that_holds_another_run(refused: Refused, good: list[str]) -> None:
+    existing_run(good)
+    said = refused()
+    assert "output: run holds a run" in said and "--resume" in said
+
+
+def test_a_folder_that_holds_something_else(refused: Refused, here: Path) -> None:
+    (here / "run").mkdir()
+    (here / "run" / "thesis.tex").write_text("years of work")
+    for flags in ([], ["--resume"]):
+        assert "output: run is not empty and holds no run; valid: a new folder" in refused(*flags)
+
+
+def test_continuing_with_another_configuration_says_what_differs(refused: Refused, good: list[str]) -> None:
+    existing_run(good)
+    said = refused("--resume", "--search.trials", "99", "--distillation.temperature", "2")
+    assert "search.trials: 12 there, 99 asked now" in said
+    assert "distillation.temperature: 1.0 there, 2.0 asked now" in said
+    assert "search.seeds" not in said
+
+
+def test_continuing_nothing(refused: Refused, here: Path) -> None:
+    assert "output: run holds no run to continue" in refused("--resume")
+    (here / "run").mkdir()
+    assert "output: run holds no run to continue" in refused("--resume")
+
+
+def test_continuing_may_change_where_the_work_is_placed(good: list[str], here: Path) -> None:
+    existing_run(good)
+    before = tree(here / "run")
+    speed = ("--resources.mfu", "0.4", "--resources.flops_per_second", "989T", "--resources.price_per_hour", "2")
+    placed = ("--search.concurrency", "7", "--stages", "importance,search")
+    assert main([*good, "--resume", "--dry-run", *placed, *speed]) == 0
+    assert tree(here / "run") == before
+
+
+def test_a_path_through_a_file(refused: Refused, here: Path) -> None:
+    (here / "file").write_text("in the way")
+    for output in ("file", "file/run"):
+        assert "file is no folder that can be written to" in refused("--output", output)
+
+
+def test_a_dry_run_of_something_wrong_is_refused_too(refused: Refused) -> None:
+    assert "space.budget.params" in refused("--dry-run", "--space.budget", "{params: {target: 90M}}")
+
+
+def test_compiling_without_a_compiler_is_refused(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    said = refused("--distillation.compile", "true")
+    assert "distillation.compile: true needs a C++ compiler, and there is no no-such-compiler" in said
+    assert "valid: false" in said
+
+
+def test_where_a_run_is_placed_may_change_on_resume_and_what_it_computes_may_not(
+    good: list[str], here: Path, refused: Refused
+) -> None:
+    begun = RunDirectory("run")
+    begun.write_config(loading.load_config(None, good[: good.index("--stages")]).dump())
+    flags = ("--resume", "--resources.strategy", "fsdp2", "--resources.workers_per_trial", "2",
+             "--distillation.gradient_checkpointing", "true", "--distillation.temperature", "2.0")  # fmt: skip
+    said = refused(*flags)
+    assert "distillation.temperature: 1.0 there, 2.0 asked now" in said
+    assert "resources" not in said and "gradient_checkpointing" not in said
+
+
+# What is to be evaluated
+
+
+@pytest.fixture
+def task(here: Path) -> Path:
+    """lm-eval's Winogrande over a data set that no machine has."""
+    path = here / "task.yaml"
+    about = "output_type: multiple_choice\nvalidation_split: test\nmetric_list: [{metric: acc}]\n"
+    path.write_text(f"task: mine\ndataset_path: nobody/nothing\n{about}doc_to_text: a\ndoc_to_target: b\n")
+    return path
+
+
+def test_an_evaluation_that_cannot_be_is_refused(refused: Refused, task: Path, inputs: Path) -> None:
+    for asked, why in (
+        ("mt_bench", "evaluation.tasks: 'mt_bench': MT-Bench needs a judge"),
+        ("humaneval", "evaluation.tasks: humaneval runs code that the model writes"),
+        ("nothere.yaml", "evaluation.tasks: no file 'nothere.yaml'"),
+        (str(task), "evaluation.tasks: mine:0: its questions cannot be had ("),
+    ):
+        assert why in refused("--evaluation.tasks", asked)
+    for reference, why in (("./nowhere", "is not a folder"), ("nobody/nothing", "has no configuration that loads")):
+        said = refused("--evaluation.tasks", "winogrande", "--evaluation.references", reference)
+        assert f"evaluation.references: '{reference}' {why}" in said and "teacher.model" not in said
+    assert "with no evaluation.tasks" in refused("--evaluation.references", str(inputs / "teacher"))
+
+
+def test_continuing_may_change_what_is_evaluated(good: list[str], here: Path) -> None:
+    existing_run(good)
+    assert main([*good, "--resume", "--dry-run", "--evaluation.tasks", "winogrande:0", "--evaluation.limit", "9"]) == 0
