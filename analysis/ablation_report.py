@@ -25,24 +25,19 @@ from analysis.page.page import page
 from analysis.page.static_figures import write_beside
 from analysis.page.tables import plain_table
 from analysis.report import written
-from analysis.run_cards import made
+from analysis.run_cards import draw
 from analysis.run_data import RunData, candidates, load_run
 from minitron_search.records.directory import ABLATION_FILE, ABLATION_TABLE, RunDirectory, replace_text, stage_seconds
+from minitron_search.records.metrics import METRICS, scored
 
 TESTS = ["arm", "metric", "tokens", "difference", "low", "high", "p_holm", "seeds_low", "seeds_high", "seeds_p_holm",
          "n", "seeds"]  # fmt: skip
-# Of ablation.parquet, besides LM loss; which way is worse is said on the card.
-OTHERS = {
-    "kl": ("KL to the arm’s teacher", "KL, nats per token"),
-    "winogrande_margin": ("Winogrande margin", "margin, nats"),
-    "winogrande_acc": ("Winogrande accuracy", "accuracy"),
-}
 
 
 class Ablation(NamedTuple):
-    """What ablation.json asks, and the arms that have begun, each a run of its arm's name.
+    """What ablation.json asks, and the arms that have begun, each a run named after its arm.
 
-    changes: what each arm changes, {} in an older file. broken: arm -> why its folder could not be read. tests: rows of
+    changes: what each arm changes; {} in an older file. broken: arm -> why its folder could not be read. tests: rows of
     ablation.parquet, which the ablation writes when its last arm has ended; empty until then.
     """
 
@@ -60,16 +55,16 @@ class Ablation(NamedTuple):
 
 
 def load_ablation(folder: Path) -> Ablation:
-    """Raises ValueError where `folder` has no readable ablation.json."""
+    """Load an ablation, finished or not. Raises ValueError where `folder` has no readable ablation.json."""
     path = folder / ABLATION_FILE
     try:
-        asked: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        arms = tuple(str(arm) for arm in asked["arms"])
-        about: dict[str, Any] = {
-            "name": str(asked["name"]), "question": str(asked.get("question") or ""),
-            "figure": str(asked.get("figure") or ""), "baseline": str(asked["baseline"]), "arms": arms,
-            "seeds": tuple(int(seed) for seed in asked["seeds"]), "tokens": int(asked["tokens"]),
-            "changes": dict(asked.get("changes") or {}),
+        definition: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        arms = tuple(str(arm) for arm in definition["arms"])
+        header: dict[str, Any] = {
+            "name": str(definition["name"]), "question": str(definition.get("question") or ""),
+            "figure": str(definition.get("figure") or ""), "baseline": str(definition["baseline"]), "arms": arms,
+            "seeds": tuple(int(seed) for seed in definition["seeds"]), "tokens": int(definition["tokens"]),
+            "changes": dict(definition.get("changes") or {}),
         }  # fmt: skip
     except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -90,43 +85,43 @@ def load_ablation(folder: Path) -> Ablation:
         tests = tests[TESTS]
     except (OSError, ValueError, KeyError) as error:
         broken[ABLATION_TABLE], tests = f"{type(error).__name__}: {error}", pd.DataFrame(columns=TESTS)
-    return Ablation(**about, tests=tests, runs=runs, broken=broken)
+    return Ablation(**header, tests=tests, runs=runs, broken=broken)
 
 
 def students(run: RunData) -> pd.DataFrame:
-    """The rows of the trials table that an arm is about: its candidates'. At one token count, one row a seed: of
-    several, the lowest LM loss."""
+    """Return the rows of the trials table that an arm is about: its candidates'. At one token count, one row a seed: of
+    several, that of the lowest LM loss."""
     own = candidates(run.trials[np.isfinite(run.trials["lm_loss"])])
     return own.sort_values("lm_loss").drop_duplicates(["seed", "tokens"]).sort_values(["seed", "tokens"])
 
 
 def compared_at(ablation: Ablation) -> tuple[float | None, dict[str, pd.DataFrame]]:
-    """The largest token count that every arm with a student reached with the baseline, and their rows there."""
-    of = {arm: rows for arm, run in ablation.runs.items() if len(rows := students(run))}
-    if ablation.baseline not in of:
+    """Return the largest token count that every arm with a student reached with the baseline, and their rows there."""
+    students_of = {arm: rows for arm, run in ablation.runs.items() if len(rows := students(run))}
+    if ablation.baseline not in students_of:
         return None, {}
-    shared = set.intersection(*(set(rows["tokens"]) for rows in of.values()))
+    shared = set.intersection(*(set(rows["tokens"]) for rows in students_of.values()))
     if not shared:
         return None, {}
     tokens = max(shared)
-    return tokens, {arm: rows[rows["tokens"] == tokens] for arm, rows in of.items()}
+    return tokens, {arm: rows[rows["tokens"] == tokens] for arm, rows in students_of.items()}
 
 
 def question_card(ablation: Ablation) -> Card:
     title = "The question"
-    read = "What was varied, and how far each arm is. All arms have the same tokens, seeds and validation text."
+    read = "What was varied, and how far each arm is. All arms share tokens, seeds and validation text."
     tokens, rows = compared_at(ablation)
     lines = []
     for arm in ablation.arms:
-        of = students(ablation.runs[arm]) if arm in ablation.runs else pd.DataFrame(columns=["tokens", "seed"])
-        last = of[of["tokens"] == of["tokens"].max()]
+        rows_of = students(ablation.runs[arm]) if arm in ablation.runs else pd.DataFrame(columns=["tokens", "seed"])
+        last = rows_of[rows_of["tokens"] == rows_of["tokens"].max()]
         lines.append([
             arm + (" (baseline)" if arm == ablation.baseline else ""), _changed(ablation, arm), state(ablation, arm),
             f"{last['seed'].nunique()} of {len(ablation.seeds)}",
-            f.tokens(of["tokens"].max()) if len(of) else f.MISSING,
-            f.plus_minus(last["lm_loss"].mean(), last["lm_loss"].std(), 4) if len(of) else f.MISSING,
+            f.tokens(rows_of["tokens"].max()) if len(rows_of) else f.MISSING,
+            f.plus_minus(last["lm_loss"].mean(), last["lm_loss"].std(), 4) if len(rows_of) else f.MISSING,
         ])  # fmt: skip
-    words = [ablation.question, f"Of the paper: {ablation.figure}." if ablation.figure else ""]
+    words = [ablation.question, f"In the paper: {ablation.figure}." if ablation.figure else ""]
     body = "".join(f'<p class="outcome">{html.escape(line)}</p>' for line in words if line)
     if tokens is not None and tokens < ablation.tokens:
         body += (
@@ -147,6 +142,7 @@ def _changed(ablation: Ablation, arm: str) -> str:
 
 
 def state(ablation: Ablation, arm: str) -> str:
+    """Return how far an arm is: not begun, not finished, finished, ..."""
     if arm in ablation.broken:
         return "unreadable"
     if arm not in ablation.runs:
@@ -165,9 +161,9 @@ def state(ablation: Ablation, arm: str) -> str:
 def differences_card(ablation: Ablation) -> Card:
     title = "Paired differences"
     read = (
-        f"Every arm minus {ablation.baseline}, on the same windows: right of the line, or above it, is worse. Blue: "
-        "how sure it is for these students on other text. Orange: for students of other seeds on this text. A "
-        "difference to be trusted withstands both. Of a margin or an accuracy, left is worse."
+        f"Every arm minus {ablation.baseline}, on the same windows: right of the line, or above it, is worse; for a "
+        "margin or an accuracy, left is worse. Blue is the uncertainty for these students on other text, orange for "
+        "students of other seeds on this text. Trust a difference that withstands both."
     )
     tokens, rows = compared_at(ablation)
     if tokens is None:
@@ -191,28 +187,34 @@ def differences_card(ablation: Ablation) -> Card:
         panels.append(
             Panel("differences_by_tokens", figure, by_tokens, "By tokens; the band is the wider interval", columns=6)
         )
-    for metric, (name, quantity) in OTHERS.items():
+    for metric in (name for name in scored() if name != "lm_loss"):  # which way is worse is said on the card
         mine = ablation.tests[(ablation.tests["metric"] == metric) & (ablation.tests["tokens"] == tokens)]
         if len(mine):
             mine = mine.rename(columns={"n": "windows"}).reset_index(drop=True)
-            figure = differences.forest_plot(mine, ablation.baseline, quantity)
+            figure = differences.forest_plot(mine, ablation.baseline, metric)
             panels.append(
-                Panel(f"differences_{metric}", figure, mine, f"{name} at {f.tokens(tokens)} tokens", columns=6)
+                Panel(
+                    f"differences_{metric}",
+                    figure,
+                    mine,
+                    f"{f.capitalised(METRICS[metric].name)} at {f.tokens(tokens)} tokens",
+                    columns=6,
+                )
             )
     return Card(title, read, sample, body + _table(table), tuple(panels))
 
 
 def corrected(ablation: Ablation, table: pd.DataFrame, tokens: float) -> dict[str, list[float]]:
-    """`p_holm` and `seeds_p_holm` of the rows of `table`, as the ablation tested them; NaN where it has not, or where
-    an arm has gone on since."""
+    """Return `p_holm` and `seeds_p_holm` of the rows of `table`, as the ablation tested them; NaN where it has not, or
+    where an arm has gone on since."""
     tests = ablation.tests
     at = tests[(tests["metric"] == "lm_loss") & (tests["tokens"] == tokens)].set_index("arm")
-    found: dict[str, list[float]] = {"p_holm": [], "seeds_p_holm": []}
+    columns: dict[str, list[float]] = {"p_holm": [], "seeds_p_holm": []}
     for row in table.to_dict("records"):
         known = row["arm"] in at.index and np.isclose(at.loc[row["arm"], "difference"], row["difference"], atol=1e-6)
-        for name, values in found.items():
+        for name, values in columns.items():
             values.append(float(at.loc[row["arm"], name]) if known else float("nan"))
-    return found
+    return columns
 
 
 def _table(table: pd.DataFrame) -> str:
@@ -234,20 +236,21 @@ def _p(value: float) -> str:
 
 
 def differences_by_tokens(ablation: Ablation, arms: list[str]) -> pd.DataFrame:
-    """`differences.differences` at every token count of the baseline, with the arms that have it, and `tokens`."""
-    of = {arm: students(ablation.runs[arm]) for arm in arms}
+    """Return `differences.differences` at every token count of the baseline, with the arms that have it, and a column
+    `tokens`."""
+    students_of = {arm: students(ablation.runs[arm]) for arm in arms}
     tables = []
-    for tokens in sorted(of[ablation.baseline]["tokens"].unique()):
+    for tokens in sorted(students_of[ablation.baseline]["tokens"].unique()):
         losses = {
             arm: differences.window_losses(ablation.runs[arm], rows[rows["tokens"] == tokens])
-            for arm, rows in of.items()
+            for arm, rows in students_of.items()
         }
         tables.append(differences.differences(losses, ablation.baseline).assign(tokens=tokens))
     return pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
 
 
 def by_tokens_plot(ablation: Ablation, table: pd.DataFrame) -> go.Figure:
-    """The band is the wider of the two intervals at each point."""
+    """Draw every arm's difference by tokens; the band is the wider of the two intervals at each point."""
     figure = palette.new_figure(360)
     for place, arm in enumerate(ablation.arms):
         rows = table[table["arm"] == arm].sort_values("tokens")
@@ -267,7 +270,7 @@ def by_tokens_plot(ablation: Ablation, table: pd.DataFrame) -> go.Figure:
 
 
 def _band(figure: go.Figure, place: int, arm: str, tokens: pd.Series, low: pd.Series, high: pd.Series) -> None:
-    """Of the arm in a `place`, faint, under its line."""
+    """Draw the band of the arm at `place`, faint, under its line."""
     figure.add_scatter(
         x=[*tokens, *tokens[::-1]], y=[*high, *low[::-1]], fill="toself", mode="lines", line={"width": 0},
         fillcolor=palette.faint(palette.series(place)[0]), hoverinfo="skip", showlegend=False,
@@ -280,30 +283,32 @@ def _line(figure: go.Figure, place: int, arm: str, tokens: pd.Series, values: pd
     figure.add_scatter(
         x=tokens, y=values, mode="lines+markers", name=name, legendgroup=name,
         line={"color": colour, "dash": dash, "width": 2.2}, marker={"color": colour, "size": 6}, hoverinfo="text",
-        hovertext=[f"<b>{name}</b><br>{f.tokens(at)} tokens<br>{told}" for at, told in zip(tokens, hover, strict=True)],
+        hovertext=[
+            f"<b>{name}</b><br>{f.tokens(count)} tokens<br>{label}" for count, label in zip(tokens, hover, strict=True)
+        ],
     )  # fmt: skip
 
 
 def curves_card(ablation: Ablation) -> Card:
     title = "LM loss by tokens"
     read = (
-        "The mean over seeds of each arm, at every token count it was scored at; the band is from its lowest seed to "
-        "its highest."
+        "The mean over seeds of each arm, at every token count it was scored at; the band reaches from the lowest seed "
+        "to the highest."
     )
     figure, data = palette.new_figure(440), []
     for place, arm in enumerate(ablation.arms):
         if arm not in ablation.runs or not len(rows := students(ablation.runs[arm])):
             continue
-        of = rows.groupby("tokens")["lm_loss"].agg(["mean", "min", "max", "count"]).reset_index()
-        if (of["count"] > 1).any():
-            _band(figure, place, arm, of["tokens"], of["min"], of["max"])
+        by_tokens = rows.groupby("tokens")["lm_loss"].agg(["mean", "min", "max", "count"]).reset_index()
+        if (by_tokens["count"] > 1).any():
+            _band(figure, place, arm, by_tokens["tokens"], by_tokens["min"], by_tokens["max"])
         hover = [
             f"LM loss {f.fixed(row['mean'], 4)} ({f.fixed(row['min'], 4)} to {f.fixed(row['max'], 4)}, "
             f"{f.plural(int(row['count']), 'seed')})"
-            for row in of.to_dict("records")
+            for row in by_tokens.to_dict("records")
         ]
-        _line(figure, place, arm, of["tokens"], of["mean"], hover)
-        data.append(of.assign(arm=arm))
+        _line(figure, place, arm, by_tokens["tokens"], by_tokens["mean"], hover)
+        data.append(by_tokens.assign(arm=arm))
     if not data:
         return Card(title, read, reason="No student has been scored yet.")
     _teacher(figure, ablation)
@@ -336,7 +341,7 @@ def trials_card(ablation: Ablation) -> Card:
 
 def cost_card(ablation: Ablation) -> Card:
     title = "Cost"
-    read = "What each arm took; time in stages is wall time, and what was in the cache already cost nothing again."
+    read = "What each arm cost. Time in stages is wall time; what was already in the cache cost nothing again."
     rows = []
     for arm, run in ablation.runs.items():
         last = run.trials.groupby("trial")["tokens"].max()
@@ -361,14 +366,14 @@ def cost_card(ablation: Ablation) -> Card:
 
 def configuration_card(ablation: Ablation) -> Card:
     title = "Differences of configuration"
-    read = "Every setting that is not the same in all arms: the one that was varied, and nothing else."
+    read = "Every setting that differs between the arms: what was varied, and nothing else."
     if len(ablation.runs) < 2:
-        return Card(title, read, reason="Fewer than two arms have begun.")
+        return Card(title, read, reason="Fewer than two arms have started.")
     return compared_cards.configuration_card(list(ablation.runs.values()))._replace(title=title, how_to_read=read)
 
 
 def health_card(ablation: Ablation) -> Card:
-    title, read = "Health", "What was looked for in each arm, and what was found."
+    title, read = "Health", "What was checked in each arm, and what was found."
     broken = "".join(f"<li>{html.escape(f'{arm}: {why}')}</li>" for arm, why in ablation.broken.items())
     body = f'<ul class="warning">{broken}</ul>' if broken else ""
     if not ablation.runs:
@@ -377,15 +382,15 @@ def health_card(ablation: Ablation) -> Card:
     return card._replace(how_to_read=read, sample=f"n = {f.plural(len(ablation.runs), 'arm')}.", body=body + card.body)
 
 
-CARDS: list[Callable[[Ablation], Card]] = [
-    question_card,
-    differences_card,
-    curves_card,
-    trials_card,
-    cost_card,
-    health_card,
-    configuration_card,
-]
+CARDS: dict[str, Callable[[Ablation], Card]] = {
+    "question": question_card,
+    "differences": differences_card,
+    "curves": curves_card,
+    "trials": trials_card,
+    "cost": cost_card,
+    "health": health_card,
+    "configuration": configuration_card,
+}
 
 
 def write_ablation_report(folder: Path) -> Path:
@@ -394,11 +399,12 @@ def write_ablation_report(folder: Path) -> Path:
     Raises ValueError where there is no readable ablation.json.
     """
     path, ablation = folder / "report.html", load_ablation(folder)
-    replace_text(path, page(ablation.name, facts(ablation), made(CARDS, ablation), written(), "report of an ablation"))
+    replace_text(path, page(ablation.name, facts(ablation), draw(CARDS, ablation), written(), "report of an ablation"))
     return path
 
 
 def facts(ablation: Ablation) -> list[str]:
+    """Return the short lines under the page's name."""
     ended = [run for run in ablation.runs.values() if run.events]
     begun = [health.health_info(run).events for run in ended]
     return [
@@ -423,7 +429,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(path)
     if chosen.figures:
-        write_beside(path, made(CARDS, load_ablation(chosen.folder)))
+        write_beside(path, draw(CARDS, load_ablation(chosen.folder)))
     return 0
 
 

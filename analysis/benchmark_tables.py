@@ -24,8 +24,8 @@ READ = (
 
 
 class TablesInfo(NamedTuple):
-    """results: a row per model and task, with `published`, in percent, where the paper has it. differences: the
-    models minus their teacher. failures: what could not be evaluated, and why."""
+    """What the card shows. results: a row per model and task, with `published`, in percent, where the paper has it.
+    differences: the models minus their teacher. failures: what could not be evaluated, and why."""
 
     results: pd.DataFrame
     differences: pd.DataFrame
@@ -35,20 +35,22 @@ class TablesInfo(NamedTuple):
 def tables_info(runs: Sequence[RunData]) -> TablesInfo:
     results, differences, failures = [], [], []
     for run in runs:
-        found, several = run.evaluation, {"run": run.name} if len(runs) > 1 else {}
-        for result in found.get("results", []):
-            about = found["models"][result["model"]]
+        evaluation, several = run.evaluation, {"run": run.name} if len(runs) > 1 else {}
+        for result in evaluation.get("results", []):
+            model = evaluation["models"][result["model"]]
             mine = {key: result[key] for key in ("task", "label", "shots", "metric", "value", "stderr", "n", "limit")}
-            of = {"model": result["model"], "name": about["name"], "params": about["params"]}
+            columns = {"model": result["model"], "name": model["name"], "params": model["params"]}
             how = {key: result[key] for key in ("chance", "at_chance", "task_version", "precision", "chat_template")}
-            results.append({**several, **of, **mine, **how, **result["versions"], **published(about["name"], result)})
-        differences += [{**several, **each} for each in found.get("differences", [])]
-        failures += [{**several, **each} for each in found.get("failures", [])]
+            paper = published(model["name"], result)
+            results.append({**several, **columns, **mine, **how, **result["versions"], **paper})
+        differences += [{**several, **row} for row in evaluation.get("differences", [])]
+        failures += [{**several, **row} for row in evaluation.get("failures", [])]
     return TablesInfo(pd.DataFrame(results), pd.DataFrame(differences), pd.DataFrame(failures))
 
 
 def published(model: str, result: dict[str, Any]) -> dict[str, Any]:
-    """The paper's number for `model`, a Hub name, in percent, and ours minus it; missing where it has none."""
+    """Return the paper's number for `model`, a Hub name, in percent, and ours minus it; None where the paper has
+    none."""
     for table in PUBLISHED["tables"]:
         for theirs in table["models"]:
             for benchmark in table["benchmarks"]:
@@ -61,12 +63,12 @@ def published(model: str, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def metric_name(metric: str) -> str:
-    """lm-eval's `metric,filter`, without the filter that filters nothing."""
+    """Return lm-eval's `metric,filter` without the filter that filters nothing."""
     return str(metric).replace(",none", "")
 
 
 def percent(value: float, stderr: float | None) -> str:
-    """`55.6 ± 1.4` of a share; what is none is shown as it is."""
+    """Return a share as `55.6 ± 1.4`, and any other number as it is."""
     if 0 <= value <= 1:
         return f.plus_minus(100 * value, float("nan") if stderr is None else 100 * stderr, 1)
     return f.plus_minus(value, float("nan") if stderr is None else stderr, 3)
@@ -78,13 +80,13 @@ def results_html(info: TablesInfo) -> str:
     columns = list(dict.fromkeys(zip(results["label"], results["limit"].fillna(0), strict=True)))
     heads = "".join(f'<th scope="col" class="number">{_head(results, *column)}</th>' for column in columns)
     rows = ""
-    for model, of in results.groupby(["run", "model"] if several else ["model"], sort=False):
-        first = of.iloc[0]
+    for model, of_model in results.groupby(["run", "model"] if several else ["model"], sort=False):
+        first = of_model.iloc[0]
         name = "" if first["name"] == first["model"] else str(first["name"])
         small = " · ".join(part for part in (name, f"{f.millions(first['params'])} parameters") if part)
         rows += f'<tr><th scope="row">{html.escape(" · ".join(model))}<small>{html.escape(small)}</small></th>'
         for label, limit in columns:
-            cells = of[(of["label"] == label) & (of["limit"].fillna(0) == limit)]
+            cells = of_model[(of_model["label"] == label) & (of_model["limit"].fillna(0) == limit)]
             rows += f'<td class="number">{_cell(cells.iloc[-1]) if len(cells) else f.MISSING}</td>'
         rows += "</tr>"
     return (
@@ -94,21 +96,21 @@ def results_html(info: TablesInfo) -> str:
 
 
 def _head(results: pd.DataFrame, label: str, limit: float) -> str:
-    of = results[(results["label"] == label) & (results["limit"].fillna(0) == limit)]
-    shots = f"{f.integer(of['shots'].iloc[0])}-shot"
-    questions = f"{'first ' if limit else ''}{' or '.join(f.integer(n) for n in sorted(set(of['n'])))} questions"
-    small = [html.escape(metric_name(of["metric"].iloc[0])), f"{shots}, {questions}"]
-    return html.escape(str(of["task"].iloc[0])) + "".join(f"<small>{each}</small>" for each in small)
+    column = results[(results["label"] == label) & (results["limit"].fillna(0) == limit)]
+    shots = f"{f.integer(column['shots'].iloc[0])}-shot"
+    questions = f"{'first ' if limit else ''}{' or '.join(f.integer(n) for n in sorted(set(column['n'])))} questions"
+    small = [html.escape(metric_name(column["metric"].iloc[0])), f"{shots}, {questions}"]
+    return html.escape(str(column["task"].iloc[0])) + "".join(f"<small>{part}</small>" for part in small)
 
 
 def _cell(row: pd.Series) -> str:
-    found = html.escape(percent(row["value"], row["stderr"]))
+    text = html.escape(percent(row["value"], row["stderr"]))
     if row["at_chance"]:
-        found += f"<small>not above chance, {100 * row['chance']:.0f}</small>"
+        text += f"<small>not above chance, {100 * row['chance']:.0f}</small>"
     if not f.missing(row["published"]):
         minus = f"{row['minus_published']:+.1f}".replace("-", "−")
-        found += f"<small>paper {row['published']:g}, ours {minus}</small>"
-    return found
+        text += f"<small>paper {row['published']:g}, ours {minus}</small>"
+    return text
 
 
 def differences_html(info: TablesInfo) -> str:
@@ -141,8 +143,8 @@ def failures_html(info: TablesInfo) -> str:
 
 
 def published_html() -> str:
-    """The paper's own rows, as it has them; `*` it took from other papers."""
-    found = ""
+    """Return the paper's own rows as a table; `*` marks a number it took from other papers."""
+    tables = ""
     for table in PUBLISHED["tables"]:
         lines = []
         for key, name in (("params", "Total Params"), ("non_embedding_params", "Non-Emb. Params"),
@@ -159,11 +161,11 @@ def published_html() -> str:
             ]  # fmt: skip
             lines.append([name, *scores, here])
         heads = ("", *(model["name"] for model in table["models"]), "lm-eval’s task")
-        found += (
+        tables += (
             f"<details><summary>{PUBLISHED['source']}, {table['title']}: {table['caption']}</summary>"
             f'<div style="color:var(--muted)">{plain_table(heads, lines, text=(0, len(heads) - 1))}</div></details>'
         )
-    return f"<h3>The paper’s own rows</h3>{found}"
+    return f"<h3>The paper’s own rows</h3>{tables}"
 
 
 def sample(info: TablesInfo) -> str:
@@ -186,8 +188,13 @@ def published_frame() -> pd.DataFrame:
     ])  # fmt: skip
 
 
-def tables_card(runs: Sequence[RunData]) -> Card:
-    """Of a run, or of several side by side."""
+def tables_card(run: RunData) -> Card:
+    """Return the card of one run."""
+    return tables_comparison([run])
+
+
+def tables_comparison(runs: Sequence[RunData]) -> Card:
+    """Return the card of several runs side by side."""
     if not any(run.evaluation for run in runs):
         return Card(TITLE, READ, reason="No evaluation.json: evaluation.tasks was empty, or nothing is retrained yet.")
     info = tables_info(runs)

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import differences
-from analysis.benchmark_tables import tables_card
+from analysis.benchmark_tables import tables_comparison
 from analysis.cards import configuration, convergence, depth, evidence, health, pareto, search_axes, spend
 from analysis.cards.evidence import agreement_info
 from analysis.cards.trials_table import trials_table_html, trials_table_of
@@ -15,29 +15,30 @@ from analysis.page import formatting as f
 from analysis.page import palette
 from analysis.page.card import Card, Panel
 from analysis.page.tables import plain_table
-from analysis.run_cards import made
+from analysis.run_cards import draw
 from analysis.run_data import RunData, best_candidate, candidates, of_arm
 from minitron_search.records.directory import stage_seconds
+from minitron_search.records.metrics import METRICS
 
 Runs = Sequence[RunData]
 
 
 def outcome(run: RunData) -> dict[str, object]:
-    """One run in a line: what it found, what that scores, what it took."""
+    """Return one run in a line: what it found, how that scores, what it took."""
     teacher, best = of_arm(run.trials, "teacher"), best_candidate(run.trials)
     row = None if best is None else best[0]
     retrained = None if row is None else of_arm(run.trials, "retrained", str(row["architecture"]))
     seconds = stage_seconds(run.events)
-    found: dict[str, object] = {"run": run.name, "candidates": candidates(run.trials)["trial"].nunique()}
-    for name, of in (("teacher", teacher), ("best", row), ("retrained", retrained)):
+    line: dict[str, object] = {"run": run.name, "candidates": candidates(run.trials)["trial"].nunique()}
+    for name, source in (("teacher", teacher), ("best", row), ("retrained", retrained)):
         for column in ("lm_loss", "lm_loss_stderr", "params", "tokens"):
-            found[f"{name}_{column}"] = float("nan") if of is None else of[column]
+            line[f"{name}_{column}"] = float("nan") if source is None else source[column]
     shape = "" if row is None else str(row["architecture"])
-    return {**found, "architecture": shape, "hours": sum(seconds.values()) / 3600 if seconds else float("nan")}
+    return {**line, "architecture": shape, "hours": sum(seconds.values()) / 3600 if seconds else float("nan")}
 
 
 def summary_card(runs: Runs) -> Card:
-    title, read = "Summary", "A line a run. Compare losses only where the validation text and the tokens are the same."
+    title, read = "Summary", "A row a run. Compare losses only where validation text and tokens are the same."
     table = pd.DataFrame([outcome(run) for run in runs])
     lines = [
         [
@@ -56,7 +57,7 @@ def summary_card(runs: Runs) -> Card:
 
 
 def warning(runs: Runs) -> str:
-    """Why losses of these runs are not of the same text; "" where they are."""
+    """Say why the losses of these runs are not comparable; "" where they are of the same text."""
     other = configuration.other_windows(runs)
     if not other:
         return ""
@@ -69,8 +70,8 @@ def warning(runs: Runs) -> str:
 def pareto_card(runs: Runs) -> Card:
     title = "Pareto fronts"
     read = (
-        "A colour a run, with the front of its highest shared rung. Fronts at other tokens than their neighbour’s say "
-        "nothing about shape: the legend tells them."
+        "A colour a run, with the front of the highest rung that several of its candidates share. Fronts at different "
+        "tokens (see the legend) say nothing about shapes."
     )
     infos = [pareto.pareto_info(run) for run in runs]
     panels = []
@@ -109,13 +110,13 @@ def pareto_card(runs: Runs) -> Card:
 def convergence_card(runs: Runs) -> Card:
     title = "Convergence"
     read = (
-        "The lowest LM loss so far at the last rung that several candidates of a run reached, against the tokens "
-        "that all of its candidates had trained on by then. Lower and further left is a better search."
+        "The lowest LM loss so far at the last rung that several candidates of a run reached, against the tokens that "
+        "all of its candidates had trained on by then. Lower and further left is a better search."
     )
     figure, rows = palette.new_figure(420), []
     for place, run in enumerate(runs):
-        found = convergence.convergence_info(run).rows
-        level = found[found["rung"] == pareto.common_rung(run.trials)] if len(found) else found
+        finished = convergence.convergence_info(run).rows
+        level = finished[finished["rung"] == pareto.common_rung(run.trials)] if len(finished) else finished
         if level.empty:
             continue
         colour, dash = palette.series(place)
@@ -135,12 +136,12 @@ def convergence_card(runs: Runs) -> Card:
 
 def depth_card(runs: Runs) -> Card:
     title = "Depth"
-    read = "Each metric of the depth sweep by where the removed block starts: a colour a run, a dash a length."
+    read = "Each metric of the depth sweep by where the removed block starts; a colour a run, a dash pattern a length."
     infos = [(run, depth.depth_info(run)) for run in runs if len(run.depth)]
     if not infos:
         return Card(title, read, reason="No run has a depth.parquet.")
     panels = []
-    for metric in [metric for metric in depth.METRICS if any(metric in info.metrics for _, info in infos)]:
+    for metric in [metric for metric in METRICS if any(metric in info.metrics for _, info in infos)]:
         figure = palette.new_figure(360)
         for place, (run, info) in enumerate(infos):
             for which, length in enumerate(info.lengths):
@@ -153,11 +154,11 @@ def depth_card(runs: Runs) -> Card:
                         hoverinfo="text",
                     )  # fmt: skip
         figure.update_xaxes(title_text="first removed layer (0 is the first)", showgrid=False)
-        figure.update_yaxes(title_text=depth.METRICS[metric][1])
+        figure.update_yaxes(title_text=f.capitalised(METRICS[metric].title))
         data = pd.concat(
-            [of.rows[of.rows["metric"] == metric].drop(columns="hover").assign(run=run.name) for run, of in infos]
+            [info.rows[info.rows["metric"] == metric].drop(columns="hover").assign(run=run.name) for run, info in infos]
         )
-        panels.append(Panel(f"depth_{metric}", figure, data, depth.METRICS[metric][0]))
+        panels.append(Panel(f"depth_{metric}", figure, data, f.capitalised(METRICS[metric].name)))
     counts = "; ".join(f"{run.name}: {depth.depth_count(info).partition('.')[0]}" for run, info in infos)
     return Card(title, read, f"{counts}.", panels=tuple(panels))
 
@@ -165,7 +166,7 @@ def depth_card(runs: Runs) -> Card:
 def importance_card(runs: Runs) -> Card:
     title = "Importance"
     read = (
-        "Block importance of every single layer, a colour a run: a low point is a layer that changes the residual "
+        "Block importance of each single layer, a colour a run: a low point is a layer that changes the residual "
         "stream little."
     )
     figure, rows = palette.new_figure(340), []
@@ -188,7 +189,7 @@ def importance_card(runs: Runs) -> Card:
 
 def axes_card(runs: Runs) -> Card:
     title = "Axes of the search"
-    read = "Which axis went with the LM loss in each run: PED-ANOVA’s share, and its range over resamples."
+    read = "How much each axis mattered for the LM loss, run by run: PED-ANOVA’s share, and its range over resamples."
     tables = []
     for run in runs:
         info = search_axes.axes_info(run)
@@ -236,8 +237,8 @@ def differences_card(runs: Runs) -> Card:
             words = "".join(f"<li>{html.escape(line)}</li>" for line in differences.in_words(table, first.name))
             unequal = "" if len(set(tokens.values())) == 1 else (
                 '<p class="warning" role="note">Not at equal tokens: '
-                + html.escape(", ".join(f"{name} {f.tokens(of)}" for name, of in tokens.items()))
-                + ". A difference is of the tokens as well.</p>"
+                + html.escape(", ".join(f"{name} {f.tokens(count)}" for name, count in tokens.items()))
+                + ". A difference is also due to the tokens.</p>"
             )  # fmt: skip
             body = f"{unequal}<ul>{words}</ul>"
             sample = f"n = {int(table['windows'].max())} windows; differences in nats per token."
@@ -260,7 +261,8 @@ def differences_card(runs: Runs) -> Card:
 
 
 def student(run: RunData) -> pd.DataFrame:
-    """The retrained student of the best candidate, or that candidate: a row of the trials table, or none."""
+    """Return the retrained student of the best candidate, or else that candidate: a row of the trials table, or
+    none."""
     best = best_candidate(run.trials)
     if best is None:
         return run.trials.iloc[:0]
@@ -270,7 +272,7 @@ def student(run: RunData) -> pd.DataFrame:
 
 def agreement_card(runs: Runs) -> Card:
     title = "Rank agreement"
-    read = "How well the order of an early rung foretold the next one’s in each run; 1 is perfectly, 0 is not at all."
+    read = "How well the order of an early rung predicted that of the next, run by run: 1 is perfectly, 0 not at all."
     rows = []
     for run in runs:
         tests = agreement_info(run).tests
@@ -290,11 +292,11 @@ def agreement_card(runs: Runs) -> Card:
 
 def spend_card(runs: Runs) -> Card:
     title = "Spend against forecast"
-    read = "Wall time of every stage of every run, beside what was forecast for it; a dash where there was no forecast."
+    read = "Wall time of every stage of every run beside its forecast; a dash where there was no forecast."
     rows = [
         spend.spend_info(run).rows.assign(run=run.name) for run in runs if run.forecast or stage_seconds(run.events)
     ]
-    rows = [each for each in rows if len(each)]
+    rows = [table_of_run for table_of_run in rows if len(table_of_run)]
     if not rows:
         return Card(title, read, reason="No run has a forecast.json, or has begun a stage.")
     table = pd.concat(rows, ignore_index=True)
@@ -307,9 +309,9 @@ def spend_card(runs: Runs) -> Card:
     figure = palette.new_figure(340, barmode="stack")
     stages = list(dict.fromkeys(table["stage"]))
     for place, stage in enumerate(stages):
-        of = table[table["stage"] == stage]
+        of_stage = table[table["stage"] == stage]
         figure.add_bar(
-            x=of["spent_hours"] * 60, y=[f.in_figure(name) for name in of["run"]], orientation="h",
+            x=of_stage["spent_hours"] * 60, y=[f.in_figure(name) for name in of_stage["run"]], orientation="h",
             name=f.in_figure(stage), marker={"color": palette.series(place)[0]},
         )  # fmt: skip
     figure.update_layout(height=140 + 40 * len(rows))
@@ -320,10 +322,10 @@ def spend_card(runs: Runs) -> Card:
 
 
 def health_card(runs: Runs) -> Card:
-    title, read = "Health", "What was looked for in each run, and what was found; details are in its own report."
-    found = [(run.name, health.health_info(run)) for run in runs]
+    title, read = "Health", "What was checked in each run, and what was found; details are in its own report."
+    infos = [(run.name, health.health_info(run)) for run in runs]
     rows = ""
-    for name, info in found:
+    for name, info in infos:
         amiss = [check for check in info.checks if check.well is False]
         unknown = [check.name for check in info.checks if check.well is None]
         cells = "".join(
@@ -335,7 +337,7 @@ def health_card(runs: Runs) -> Card:
         rows += f'<tr><th scope="row">{html.escape(name)}</th><td>{cells}</td></tr>'
     failed = "".join(
         f"<li>{html.escape(f'{name}: {trial}: {message}')}</li>"
-        for name, info in found for trial, message in info.failed
+        for name, info in infos for trial, message in info.failed
     )  # fmt: skip
     failures = f'<h3>Failed trials</h3><ul class="warning">{failed}</ul>' if failed else ""
     table = f'<div class="scroll"><table class="plain wrapped"><tbody>{rows}</tbody></table></div>'
@@ -344,7 +346,7 @@ def health_card(runs: Runs) -> Card:
 
 def trials_card(runs: Runs) -> Card:
     title = "Trials"
-    read = "One row per trial at its last rung. Click a heading to sort; ranks hold within one rung of one run only."
+    read = "One row per trial at its last rung. Click a heading to sort; compare trials of one rung of one run only."
     info = trials_table_of(runs)
     if info.rows.empty:
         return Card(title, read, reason="No run has a trial with a row yet.")
@@ -353,10 +355,10 @@ def trials_card(runs: Runs) -> Card:
 
 
 def configuration_card(runs: Runs) -> Card:
-    title, read = "Configuration and environment", "What is not the same in all of them: settings, versions, machines."
+    title, read = "Configuration and environment", "Settings, versions and machines that differ between the runs."
     table = configuration.differing(runs)
     if table.empty:
-        return Card(title, read, reason="Nothing differs, but names and folders.")
+        return Card(title, read, reason="Nothing differs but names and folders.")
     lines = [
         [str(row["key"]), str(row["file"]), *(str(row[run.name]) for run in runs)] for row in table.to_dict("records")
     ]
@@ -366,23 +368,23 @@ def configuration_card(runs: Runs) -> Card:
     return Card(title, read, sample, body, data=(("configuration", table),))
 
 
-COMPARISONS: list[Callable[[Runs], Card]] = [
-    summary_card,
-    pareto_card,
-    convergence_card,
-    depth_card,
-    importance_card,
-    axes_card,
-    differences_card,
-    tables_card,
-    agreement_card,
-    spend_card,
-    health_card,
-    trials_card,
-    configuration_card,
-]
+COMPARISONS: dict[str, Callable[[Runs], Card]] = {
+    "summary": summary_card,
+    "pareto": pareto_card,
+    "convergence": convergence_card,
+    "depth": depth_card,
+    "importance": importance_card,
+    "axes": axes_card,
+    "differences": differences_card,
+    "tables": tables_comparison,
+    "agreement": agreement_card,
+    "spend": spend_card,
+    "health": health_card,
+    "trials": trials_card,
+    "configuration": configuration_card,
+}
 
 
 def compare(runs: Runs) -> list[Card]:
-    """Of runs with names of their own (`differences.labelled`)."""
-    return made(COMPARISONS, runs)
+    """Return every card of several runs, which have names of their own (`differences.labelled`)."""
+    return draw(COMPARISONS, runs)

@@ -9,15 +9,15 @@ import argparse
 import sys
 from pathlib import Path
 
+from analysis.cards.depth import depth_card
 from analysis.page.page import page
 from analysis.page.static_figures import write_figures as write_static
-from analysis.run_cards import depth_card
 from analysis.run_data import load_run
 from minitron_search.records.directory import RunDirectory
 
 
 def write_figures(directory: RunDirectory) -> tuple[list[Path], str]:
-    """(the files written, why there is none but the page; '' where there are).
+    """Write the figures, and return (the files written, why there is only the page; '' where there are others).
 
     Raises ValueError where the folder holds no sweep.
     """
@@ -26,8 +26,8 @@ def write_figures(directory: RunDirectory) -> tuple[list[Path], str]:
         raise ValueError(f"{directory.root}: no {directory.depth.name} here; the stage `depth` writes it")
     card = depth_card(run)
     path = directory.root / "depth_figures.html"
-    made = f"Made from {directory.depth.name} and {directory.depth_recommendation.name}."
-    path.write_text(page(run.name, ["the depth sweep"], [card], made), encoding="utf-8")
+    foot = f"Made from {directory.depth.name} and {directory.depth_recommendation.name}."
+    path.write_text(page(run.name, ["the depth sweep"], [card], foot), encoding="utf-8")
     static, reason = write_static([card], directory.root)
     return [path, *static], reason
 

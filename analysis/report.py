@@ -21,7 +21,7 @@ from analysis.page.page import page
 from analysis.page.static_figures import write_beside
 from analysis.run_cards import make_cards
 from analysis.run_data import RunData, load_run
-from minitron_search.records.bucket import Mirror, mirror_of
+from minitron_search.records.bucket import BucketCopy, bucket_copy
 from minitron_search.records.directory import RunDirectory, replace_text
 
 COMPARISON = "comparison.html"
@@ -38,15 +38,15 @@ def write_report(run_directory: RunDirectory, output: Path | None = None) -> Pat
 
 
 def write_page(path: Path, directories: Sequence[RunDirectory]) -> list[Card]:
-    """The report of a run, or the comparison of several, and its cards."""
+    """Write the report of a run, or the comparison of several, and return its cards."""
     runs = [load_run(directory) for directory in directories]
     if len(runs) == 1:
-        name, about, cards, kind = runs[0].name, facts(runs[0]), make_cards(runs[0]), "report of a run"
+        name, lines, cards, kind = runs[0].name, facts(runs[0]), make_cards(runs[0]), "report of a run"
     else:
         own = labelled(runs, [directory.root.resolve().name for directory in directories])
-        name, about, cards = " · ".join(run.name for run in own), [f.plural(len(own), "run")], compare(own)
+        name, lines, cards = " · ".join(run.name for run in own), [f.plural(len(own), "run")], compare(own)
         kind = "comparison of runs"
-    replace_text(path, page(name, about, cards, written(), kind))
+    replace_text(path, page(name, lines, cards, written(), kind))
     return cards
 
 
@@ -55,7 +55,7 @@ def written() -> str:
 
 
 def facts(run: RunData) -> list[str]:
-    """Short lines for the head of the page: what was compressed, when, how far it is."""
+    """Return the short lines at the head of the page: what was compressed, when, how far it is."""
     health = health_info(run)
     statuses = ", ".join(f"{count} {status}" for status, count in sorted(health.statuses.items()))
     teacher = run.config.get("teacher")
@@ -82,18 +82,18 @@ def main(arguments: list[str] | None = None) -> int:
         "--figures", action="store_true", help="also every figure as SVG and PNG, in a folder beside it"
     )
     chosen = parser.parse_args(arguments)
-    mirrors: list[Mirror] = []
+    buckets: list[BucketCopy] = []
     try:
         directories = [RunDirectory(address) for address in chosen.run_directories]
         for address, directory in zip(chosen.run_directories, directories, strict=True):
-            if mirror := mirror_of(address, directory):
-                mirror.pull()
-                mirrors.append(mirror)
+            if bucket := bucket_copy(address, directory):
+                bucket.pull()
+                buckets.append(bucket)
         alone = directories[0].report if len(directories) == 1 else Path(COMPARISON)
         path = chosen.output or alone
         cards = write_page(path, directories)
-        if mirrors and path == directories[0].report:
-            mirrors[0].put(path, PurePosixPath(path.name))  # nothing else has changed
+        if buckets and path == directories[0].report:
+            buckets[0].put(path, PurePosixPath(path.name))  # nothing else has changed
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

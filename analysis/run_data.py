@@ -19,7 +19,7 @@ STEP_COLUMNS = ("trial", "tokens", "loss", "learning_rate", "tokens_per_second")
 
 
 class Importance(NamedTuple):
-    """Arrays of importance.safetensors, float32. `block_bi[i, i + 1]` is the BI of layer i."""
+    """The arrays of importance.safetensors, float32. `block_bi[i, i + 1]` is the BI of layer i."""
 
     hidden: np.ndarray  # (hidden_size,)
     mlp: np.ndarray  # (layers, intermediate_size)
@@ -31,13 +31,11 @@ class Importance(NamedTuple):
 class RunData(NamedTuple):
     """What a run has written so far. A part that does not exist yet is empty, or None.
 
-    trials:   rows of `TRIALS_SCHEMA`; numbers are float64 with NaN where unknown, text is "" where unknown
-    steps:    a row per logged training step: trial, tokens, loss, learning_rate, tokens_per_second
-    scores:   what a rung's means are taken over, by trial and rung: a list of a value per window, or example
-    made:     architecture.json of each trial folder
-    depth:    rows of `DEPTH_SCHEMA`;  recommendation: depth.json;  evidence: evidence.json;  forecast: forecast.json
-    evaluation: evaluation.json
-    problems: one line per artifact that is there and cannot be read
+    trials: rows of `TRIALS_SCHEMA`; numbers are float64 with NaN where unknown, text is "" where unknown. steps: a row
+    per logged training step: trial, tokens, loss, learning_rate, tokens_per_second. scores: what a rung's means are
+    taken over, by trial and rung: a value for every window, or question. made: architecture.json of each trial folder.
+    depth: rows of `DEPTH_SCHEMA`; recommendation: depth.json; evidence, forecast, evaluation: the JSON of that name.
+    problems: one line per artifact that exists but cannot be read.
     """
 
     name: str
@@ -116,7 +114,7 @@ def load_run(directory: RunDirectory) -> RunData:
 
 
 def trials_frame(rows: list[dict[str, Any]], rungs: list[dict[str, Any]]) -> pd.DataFrame:
-    """The trials table, and the rungs that ended after it was written, with their trial's status."""
+    """Return the trials table, with the rungs that ended after it was written, in their trial's status."""
     statuses = {row["trial"]: row["status"] for row in rows}
     known = {(row["trial"], row["rung"]) for row in rows}
     new = [
@@ -162,16 +160,17 @@ def read_importance(directory: RunDirectory) -> Importance | None:
 
 
 def last_rungs(trials: pd.DataFrame) -> pd.DataFrame:
-    """The row of each trial's highest rung, in the table's order."""
+    """Return the row of each trial's highest rung, in the table's order."""
     return trials.loc[trials.groupby("trial", sort=False)["rung"].idxmax().sort_values()] if len(trials) else trials
 
 
 def candidates(trials: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the search's own trials."""
     return trials[~trials["arm"].isin(CONTROLS)]
 
 
 def common_rung(trials: pd.DataFrame) -> float | None:
-    """The highest scored rung that more than one candidate reached; only within a rung is anything ranked."""
+    """Return the highest scored rung that more than one candidate reached; only within a rung is anything ranked."""
     scored = candidates(trials)
     scored = scored[np.isfinite(scored["lm_loss"])]
     reached = scored.groupby("rung")["trial"].nunique()
@@ -182,7 +181,8 @@ def common_rung(trials: pd.DataFrame) -> float | None:
 
 
 def best_candidate(trials: pd.DataFrame) -> tuple[pd.Series, bool] | None:
-    """The candidate of lowest LM loss and whether it was promoted; before a promotion, its rung's leader."""
+    """Return the candidate of lowest LM loss and whether it was promoted; before a promotion, the leader of its
+    rung."""
     scored = candidates(trials)
     scored = scored[np.isfinite(scored["lm_loss"])]
     promoted = scored[scored["status"] == "promoted"]
@@ -198,7 +198,7 @@ def best_candidate(trials: pd.DataFrame) -> tuple[pd.Series, bool] | None:
 
 
 def of_arm(trials: pd.DataFrame, arm: str, architecture: str | None = None) -> pd.Series | None:
-    """The last rung of lowest loss in one arm; of `architecture` where that one has a row in it."""
+    """Return the last rung of lowest loss in one arm, of `architecture` where that one has a row in it."""
     rows = last_rungs(trials[trials["arm"] == arm])
     same = rows[rows["architecture"] == architecture] if architecture is not None else rows
     rows = same if len(same) else rows

@@ -17,11 +17,10 @@ from minitron_search.config import loading
 from minitron_search.models.architecture import Architecture
 from minitron_search.pipeline import retraining
 from minitron_search.pipeline.correction import correct_teacher
-from minitron_search.pipeline.teacher import make_materials
+from minitron_search.pipeline.teacher import make_trial_inputs
 from minitron_search.planning.prepare import prepare
-from minitron_search.records.console import say
 from minitron_search.records.directory import RunDirectory
-from minitron_search.search.state import Search, make_trial
+from minitron_search.search.state import SearchState, make_trial
 from minitron_search.trials.settings import distillation_settings, retraining_settings
 
 
@@ -31,17 +30,19 @@ def main(folder: str) -> None:
     prepared = prepare(settings, resume=True)
     with session.joined():
         precision = resolved_precision(settings.precision)
-        prepared = correct_teacher(prepared, precision)
-        materials = ray.put(make_materials(prepared, precision))
+        prepared = correct_teacher(replace(prepared, precision=precision))
+        inputs = ray.put(make_trial_inputs(prepared))
         rows = {row["arm"]: row for row in run.read_trials() if row["arm"] in ("untrained", "retrained")}
-        best: Architecture = Search(run, settings, prepared.space, distillation_settings(settings, precision)).best()[0]
+        best: Architecture = SearchState(
+            run, settings, prepared.space, distillation_settings(settings, precision)
+        ).best()[0]
         trial = make_trial(
-            prepared.space, best, "random_init_retrained", settings, retraining_settings(settings, precision)
-        )
-        trial = replace(trial, initialization="random")
+            prepared.space, best, "random_init_retrained", retraining_settings(settings, precision),
+            seed=settings.seed, initialization="random",
+        )  # fmt: skip
         run.start_trial(trial.id, trial.describe())
         slots = session.slots(settings.resources)
-        retraining.retrain(settings, trial, materials, slots, say, run)
+        retraining.train_on_cluster(settings, trial, inputs, slots, run)
     control = next(row for row in run.metrics(trial.id) if row["kind"] == "rung")
     print(f"{best}: validation LM loss, nats per token +- standard error ({control['lm_loss_n']} windows)")
     for name, row in (("untrained trim", rows["untrained"]), ("random initialisation", control),

@@ -36,7 +36,7 @@ from minitron_search.depth import sweep as depth
 from minitron_search.depth.sweep import TEACHER, Cut
 from minitron_search.models.architecture import parameter_count
 from minitron_search.models.families import sizes, weights, whole
-from minitron_search.models.layerwise import Walk
+from minitron_search.models.layerwise import LayerwiseModel
 from minitron_search.models.sources import load_tokenizer, teacher_folder
 from minitron_search.pruning.trimming import trim
 
@@ -64,7 +64,7 @@ class Clock:
 
 
 def lm_loss(folder: Path, precision: str, lengths: list[int], count: int) -> bool:
-    walk = Walk(folder, precision)
+    walk = LayerwiseModel(folder, precision)
     layers, clock = len(walk.layers), Clock()
     draw = np.random.default_rng(0)
     windows = draw.integers(0, walk.config.vocab_size, (count, 256)).astype(np.int32)
@@ -102,7 +102,7 @@ def lm_loss(folder: Path, precision: str, lengths: list[int], count: int) -> boo
     return differing == 0
 
 
-def head(walk: Walk, stream: torch.Tensor, ids: torch.Tensor) -> None:
+def head(walk: LayerwiseModel, stream: torch.Tensor, ids: torch.Tensor) -> None:
     with walk.head() as output:
         hidden = walk.final_norm(stream[:, :-1]).flatten(0, 1)
         depth.token_losses(hidden, output, ids[:, 1:].flatten())
@@ -111,7 +111,7 @@ def head(walk: Walk, stream: torch.Tensor, ids: torch.Tensor) -> None:
 def against_lm_eval(folder: Path, file: Path, count: int, tokenizer: Any) -> bool:
     from benchmarks.winogrande_vs_lm_eval import run_lm_eval
 
-    walk, clock = Walk(folder, "float32"), Clock()
+    walk, clock = LayerwiseModel(folder, "float32"), Clock()
     layers = len(walk.layers)
     cuts = depth.blocks([layers // 2], layers)
     with tempfile.TemporaryDirectory() as temporary:
@@ -166,7 +166,7 @@ def peak_memory(folder: Path, precision: str, windows: int, threads: int) -> int
 
 def _peak(folder: Path, precision: str, count: int, threads: int) -> int:
     torch.set_num_threads(threads)
-    walk = Walk(folder, precision)
+    walk = LayerwiseModel(folder, precision)
     draw = np.random.default_rng(0)
     windows = draw.integers(0, walk.config.vocab_size, (count, MEMORY_WINDOW)).astype(np.int32)
     cuts = depth.blocks([len(walk.layers) // 2], len(walk.layers))

@@ -38,7 +38,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 from minitron_search.config.types import Precision
 from minitron_search.distillation.loop import Milestone, train
 from minitron_search.distillation.settings import LoopSettings
-from minitron_search.distillation.teacher import Teacher, cached_teacher, live_teacher
+from minitron_search.distillation.teacher import TeacherSource, cached_teacher, live_teacher
 from minitron_search.distillation.teacher_cache import DTYPES, Request, ensure, in_this_process
 from minitron_search.losses.output_loss import output_loss
 from minitron_search.models.device import autocast
@@ -103,7 +103,7 @@ def head_alone(arm: Arm) -> OutputHead:
         return OutputHead(file.get_tensor(name))
 
 
-def source(arm: Arm) -> Teacher:
+def source(arm: Arm) -> TeacherSource:
     if arm.name == "live":
         return live_teacher(load_teacher(arm), arm.request.precision)
     return cached_teacher(cache(arm), head_alone(arm), arm.request.precision)

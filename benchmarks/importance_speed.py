@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from minitron_search.config.inputs import ImportanceConfig
-from minitron_search.importance.importance import partial_sums
+from minitron_search.importance.importance import importance_sums
 from minitron_search.models.device import autocast, on_device
 from minitron_search.models.families import final_hidden
 from minitron_search.models.sources import teacher_folder
@@ -71,7 +71,7 @@ def main() -> None:
         asked = ImportanceConfig(method=method)
 
         def importance(asked: ImportanceConfig = asked) -> None:
-            partial_sums(model, windows, asked, chosen.precision, ROWS)
+            importance_sums(model, windows, asked, chosen.precision, ROWS)
 
         sides = (importance, lambda: plain(model, windows, chosen.precision))
         rounds = []

@@ -40,8 +40,9 @@ from minitron_search.cluster.session import ENVIRONMENT
 from minitron_search.config import loading
 from minitron_search.config import schema as configuration
 from minitron_search.records.directory import RunDirectory
+from minitron_search.records.metrics import METRICS, scored
 from minitron_search.search.space import SearchSpace
-from minitron_search.search.state import Search
+from minitron_search.search.state import SearchState
 from minitron_search.trials.settings import distillation_settings
 from minitron_search.trials.trial import Trial
 from tests import tiny
@@ -50,8 +51,7 @@ TEACHER = tiny.config(
     vocab_size=258, hidden_size=96, intermediate_size=256, num_hidden_layers=8, num_attention_heads=6,
     num_key_value_heads=3, head_dim=16, max_position_embeddings=512,
 )  # fmt: skip
-SCORES = ("lm_loss", "lm_loss_stderr", "kl", "kl_stderr", "winogrande_acc", "winogrande_acc_stderr",
-          "winogrande_margin", "winogrande_margin_stderr")  # fmt: skip
+SCORES = tuple(column for name in scored() for column in (name, METRICS[name].error))
 
 
 class Measured(NamedTuple):
@@ -114,15 +114,15 @@ def measure(nodes: int, slots_per_node: int, wait: float, waves: int) -> Measure
             ray.init(address=cluster.address, log_to_driver=False, runtime_env={"env_vars": ENVIRONMENT})
             files = keep_files()
             run = RunDirectory(Path(folder) / "run", files)
-            actor = ray.get(files.desk.__ray_call__.remote(lambda _: os.getpid()))
+            actor = ray.get(files.actor.__ray_call__.remote(lambda _: os.getpid()))
             space = SearchSpace(config.space, TEACHER)
             assert len(space) >= config.search.trials, len(space)
-            searched = Search(run, config, space, distillation_settings(config, "float32"))
+            searched = SearchState(run, config, space, distillation_settings(config, "float32"))
             samples = sampled([os.getpid(), actor])
-            tuner.tune_function = lambda materials, run, resources: launchers.followed(
-                wait_instead(wait), materials, run, resources
+            tuner.tune_function = lambda inputs, run_dir, resources: launchers.followed(
+                wait_instead(wait), inputs, run_dir, resources
             )
-            tuner.run_search(searched, ray.put(None), partial(int, slots), lambda line: None)
+            tuner.run_search(searched, ray.put(None), partial(int, slots))
             return read(run, samples, slots, wait)
         finally:
             ray.shutdown()

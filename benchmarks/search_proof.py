@@ -46,7 +46,7 @@ from minitron_search.config.schema import Config
 from minitron_search.evaluation.statistics import agreement, mean_and_error, paired
 from minitron_search.models.architecture import Architecture
 from minitron_search.pipeline.importance import measure_importance
-from minitron_search.pipeline.teacher import make_materials
+from minitron_search.pipeline.teacher import make_trial_inputs
 from minitron_search.planning.prepare import Prepared, prepare
 from minitron_search.records.console import say
 from minitron_search.records.directory import RunDirectory, replace_text, write_table
@@ -205,12 +205,13 @@ class Bench:
         )
         precision = resolved_precision(config.precision)
         settings = retraining_settings(config, precision)
-        trial = make_trial(prepared.space, job.architecture, f"for_{job.tokens}", config,
-                           settings if job.tokens else untrained(settings))  # fmt: skip
-        return replace(trial, score_precision=precision)
+        return make_trial(
+            prepared.space, job.architecture, f"for_{job.tokens}", settings if job.tokens else untrained(settings),
+            seed=config.seed, initialization=config.distillation.initialization, score_precision=precision,
+        )  # fmt: skip
 
     def _trained(self, trials: list[Trial]) -> list[dict[str, Any]]:
-        runs = {trial.seed: self.prepare(trial.seed).run for trial in trials}
+        runs = {trial.seed: self.prepare(trial.seed).run_dir for trial in trials}
         logged = {row["trial"] for run in runs.values() for row in run.rungs()}
         left = {trial.id: trial for trial in trials if trial.id not in logged}
         materials = {seed: ray.put(self.materials(seed)) for seed in sorted({trial.seed for trial in left.values()})}
@@ -235,10 +236,10 @@ class Bench:
 
     def materials(self, seed: int) -> Any:
         prepared = self.prepare(seed)
-        resolved = resolved_precision(prepared.config.precision)
-        if not prepared.run.importance.exists():
-            measure_importance(prepared, resolved)
-        return make_materials(prepared, resolved)
+        prepared = replace(prepared, precision=resolved_precision(prepared.config.precision))
+        if not prepared.run_dir.importance.exists():
+            measure_importance(prepared)
+        return make_trial_inputs(prepared)
 
 
 def train_and_drop(materials: list[ray.ObjectRef], trial: Trial) -> None:
@@ -247,7 +248,7 @@ def train_and_drop(materials: list[ray.ObjectRef], trial: Trial) -> None:
 
     made = ray.get(materials[0])
     run_to_end(made, trial, decided=False)
-    shutil.rmtree(made.run.checkpoint(trial.id), ignore_errors=True)
+    shutil.rmtree(made.run_dir.checkpoint(trial.id), ignore_errors=True)
 
 
 def winner(folder: Path) -> tuple[Architecture, int]:

@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"benchmarks.tables: {str(error).replace('teacher.model', '--references')}", file=sys.stderr)
         return 2
     resolved = device.resolve(chosen.precision or run.read_environment().get("precision", "auto"))
-    done = evaluate_all(run, models, references, tasks, resolved, chosen.limit, evaluate, say)
+    done = evaluate_all(run, models, references, tasks, resolved, chosen.limit, evaluate)
     console.print(printed(run))
     say(f"tables: {run.evaluation} and {write_report(run)}")
     return 0 if done else 1

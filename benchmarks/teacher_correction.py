@@ -40,7 +40,7 @@ from minitron_search.config.loading import parse_config
 from minitron_search.config.schema import Config
 from minitron_search.config.types import Precision
 from minitron_search.data.corpus import load_corpus
-from minitron_search.distillation import checkpoints
+from minitron_search.distillation.checkpoints import CheckpointFolder
 from minitron_search.distillation.correction import correcting_teacher, float32_of, merged, trainable
 from minitron_search.distillation.loop import Milestone, train
 from minitron_search.distillation.teacher import cached_teacher, live_teacher
@@ -49,13 +49,14 @@ from minitron_search.evaluation.statistics import mean_and_error, paired
 from minitron_search.export.student_folder import write_folder
 from minitron_search.importance.importance import measure
 from minitron_search.models import device
-from minitron_search.models.architecture import digest, parameter_count
+from minitron_search.models.architecture import parameter_count
 from minitron_search.models.device import autocast, on_device, release_memory
 from minitron_search.models.families import sizes, sizes_of, weights, whole
 from minitron_search.models.loading import load_teacher
-from minitron_search.models.output_head import load_head
+from minitron_search.models.output_head import output_head
 from minitron_search.models.sources import fingerprint, load_tokenizer, teacher_folder
 from minitron_search.pruning.trimming import permute_teacher, trim
+from minitron_search.records.cache import content_id
 from minitron_search.records.directory import replace_text, write_table
 from minitron_search.trials.settings import correction, correction_settings, retraining_settings
 
@@ -87,12 +88,12 @@ SCHEMA = pa.schema([
 
 @dataclass(frozen=True)
 class Plan:
-    """All that decides a number; its digest names the folder that resumes."""
+    """All that decides a number; its content id names the folder that resumes."""
 
     config: dict[str, Any]
     kept: float  # of the teacher's parameters
     tokens: int  # of a student
-    device: Precision
+    precision: Precision
 
     def read(self) -> Config:
         return parse_config(self.config)
@@ -153,10 +154,11 @@ def correct(plan: Plan, original: Path, text: Any, work: Path, threads: int) -> 
     print(f"correction: {asked.method}, {settings.total_tokens:,} tokens, {asdict(asked)}", flush=True)
     teacher, began = on_device(float32_of(original)), time.monotonic()
     before = losses_of(teacher, text["validation"], plan.precision)
+    kept = CheckpointFolder(work / "correction")
     trained = train(
         trainable(teacher, asked.method, asked.seed), text["train"], settings, None,
         log=lambda step: print(f"  {step['tokens']:,.0f} tokens, LM loss {step['lm_loss']:.3f}", flush=True),
-        checkpoint_folder=work / "correction", resume=checkpoints.latest_checkpoint(work / "correction"),
+        checkpoints=kept, resume=kept.latest(),
     )  # fmt: skip
     teacher = merged(teacher)
     after = losses_of(teacher, text["validation"], plan.precision)
@@ -194,10 +196,10 @@ def trial(plan: Plan, work: Path, arm: str, seed: int) -> None:
         windows = -(-settings.batch_tokens // text["train"].shape[1])
         steps = -(-settings.total_tokens // (windows * text["train"].shape[1]))
         live = live_teacher(model, plan.precision)
-        teacher = correcting_teacher(live, model, asked.settings(settings), share=windows, steps=steps)
+        teacher = correcting_teacher(live, model, asked.loop_settings(settings), share=windows, steps=steps)
     else:
         taught = work / "permuted" / f"{kind.taught}-{kind.pruned}"
-        teacher = cached_teacher(answers(plan, work, kind), load_head(taught), plan.precision)
+        teacher = cached_teacher(answers(plan, work, kind), output_head(taught), plan.precision)
     rows: list[dict[str, Any]] = []
 
     def score(milestone: Milestone) -> None:
@@ -381,7 +383,7 @@ def main(arguments: list[str] | None = None) -> None:
         "retraining": {"tokens": chosen.tokens, "learning_rate": chosen.learning_rate},
     })  # fmt: skip
     plan = Plan(config.dump(), chosen.kept, config.retraining.tokens, device.resolve(chosen.precision))
-    work = chosen.work.absolute() / digest(asdict(plan))
+    work = chosen.work.absolute() / content_id(asdict(plan))
     (work / "rows").mkdir(parents=True, exist_ok=True)
     arms = ["original", *(arm for arm in ARMS if arm in chosen.arms and arm != "original")]
     left = [(arm, seed) for seed in chosen.seeds for arm in arms if not row_file(work, arm, seed).exists()]

@@ -39,7 +39,7 @@ def materials(folder: Path, precision: Precision = "float32", stored: str = "flo
     questions = load_examples(str(tiny.winogrande_file(folder / "questions.jsonl")))
     asked = Request(str(folder), "validation", validation, precision, config.hidden_size, config.vocab_size)
     return TrialInputs(
-        run=RunDirectory(str(folder / "run")),
+        run_dir=RunDirectory(str(folder / "run")),
         teacher_folder=permute_teacher(teacher, rankings, folder / "stored"),
         compute_folder=computing,
         train=train,

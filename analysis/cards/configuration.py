@@ -10,6 +10,7 @@ import pandas as pd
 import yaml
 
 from analysis.page import formatting as f
+from analysis.page.card import Card
 from analysis.run_data import RunData
 
 # What decides which validation windows are scored: LM losses of runs that agree in these may be paired.
@@ -30,13 +31,13 @@ def configuration_html(run: RunData) -> str:
 
 
 def _coloured(text: str) -> str:
-    """Escape, then set the keys of YAML or indented JSON apart from their values."""
+    """Escape YAML or indented JSON, and set its keys apart from their values."""
     key = re.compile(r"^(\s*(?:- )?)((?:&quot;)?[\w.\-/]+(?:&quot;)?)(:)", re.MULTILINE)
     return key.sub(r'\1<span class="key">\2</span>\3', html.escape(text))
 
 
 def dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """`{"a": {"b": [1]}}` -> ("a.b", "[1]"): every leaf under its dotted key."""
+    """Yield every leaf under its dotted key: `{"a": {"b": [1]}}` -> ("a.b", "[1]")."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from dotted(value, f"{prefix}{key}.")
@@ -45,21 +46,31 @@ def dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
 
 
 def differing(runs: Sequence[RunData]) -> pd.DataFrame:
-    """A row per key of the configurations or environments that is not the same in all `runs`, a column per run."""
+    """Return a row per key of the configurations or environments that is not the same in all `runs`, a column per
+    run."""
     rows = []
-    for kind, of in (
+    for kind, sources in (
         ("config.yaml", [run.config for run in runs]),
         ("environment.json", [run.environment for run in runs]),
     ):
-        leaves = [dict(dotted(values)) for values in of]
-        for key in dict.fromkeys(key for each in leaves for key in each):
-            values = [each.get(key, f.MISSING) for each in leaves]
+        leaves = [dict(dotted(values)) for values in sources]
+        for key in dict.fromkeys(key for leaf in leaves for key in leaf):
+            values = [leaf.get(key, f.MISSING) for leaf in leaves]
             if len(set(values)) > 1 and key not in OWN:
                 rows.append({"file": kind, "key": key, **dict(zip([run.name for run in runs], values, strict=True))})
     return pd.DataFrame(rows, columns=["file", "key", *(run.name for run in runs)])
 
 
 def other_windows(runs: Sequence[RunData]) -> list[str]:
-    """Of `SAME_WINDOWS`, what the runs do not agree in."""
+    """Return those of `SAME_WINDOWS` that differ between the runs."""
     leaves = [dict(dotted(run.config)) for run in runs]
-    return [key for key in SAME_WINDOWS if len({each.get(key) for each in leaves}) > 1]
+    return [key for key in SAME_WINDOWS if len({leaf.get(key) for leaf in leaves}) > 1]
+
+
+def configuration_card(run: RunData) -> Card:
+    title = "Configuration and environment"
+    read = "What is needed to run this again: the resolved configuration, the versions and the machine."
+    if not run.config and not run.environment:
+        return Card(title, read, reason="This folder has neither config.yaml nor environment.json.")
+    sample = f"n = {len(dict(dotted(run.config)))} settings; units are in their names, or in the README."
+    return Card(title, read, sample, configuration_html(run))

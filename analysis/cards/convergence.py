@@ -1,6 +1,6 @@
 """How the search went on: the best LM loss so far at each rung, in the order in which rungs ended."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -8,17 +8,18 @@ import plotly.graph_objects as go
 
 from analysis.page import formatting as f
 from analysis.page import palette
+from analysis.page.card import Card, Panel
 from analysis.run_data import BESIDE, RunData, candidates
 
 MOST = 0.75  # of the finished rungs are inside the axis whatever they are
 
 
 class ConvergenceInfo(NamedTuple):
-    """rows: one per finished rung of a candidate, in the order they ended: of the trials table, and
+    """What the figure of the best so far shows.
 
-    place: 1, 2, ...      spent: tokens that all candidates had trained on by then      minutes: since the first event
-    best:  the lowest LM loss at this rung so far, nats per token      hover: its label
-    promoted: trials that the search promoted
+    rows: rows of the trials table, one per finished rung of a candidate, in the order they ended, with place: 1, 2,
+    ...; spent: tokens that all candidates had trained on by then; minutes: since the first event; best: the lowest LM
+    loss at this rung so far, nats per token; hover: its label. promoted: trials that the search promoted.
     """
 
     rows: pd.DataFrame
@@ -59,13 +60,13 @@ def convergence_plot(info: ConvergenceInfo) -> go.Figure:
     for place, (rung, rows) in enumerate(info.rows.groupby("rung")):
         colour, _ = palette.series(place)
         name = f"rung {rung:.0f}, {f.tokens(rows['tokens'].max())} tokens"
-        about = [
+        labels = [
             f"{hover}<br>after {f.tokens(spent)} tokens of all candidates, {f.duration(60 * minutes)}"
             for hover, spent, minutes in zip(rows["hover"], rows["spent"], rows["minutes"], strict=True)
         ]
         figure.add_scatter(
             x=rows["place"], y=rows["lm_loss"], mode="markers", name=name, legendgroup=name, showlegend=False,
-            marker={"color": colour, "size": 6, "symbol": "circle-open"}, hovertext=about, hoverinfo="text",
+            marker={"color": colour, "size": 6, "symbol": "circle-open"}, hovertext=labels, hoverinfo="text",
         )  # fmt: skip
         figure.add_scatter(
             x=[*rows["place"], last], y=[*rows["best"], rows["best"].iloc[-1]], mode="lines",
@@ -86,7 +87,7 @@ def convergence_plot(info: ConvergenceInfo) -> go.Figure:
 
 
 def _leave_out(figure: go.Figure, rows: pd.DataFrame) -> None:
-    """A few candidates can be several nats off: the axis ends above the others, and says how many are beyond."""
+    """Let the axis end above most candidates, and say how many are beyond: a few can be several nats off."""
     low, high = rows["lm_loss"].quantile([0, MOST])
     beyond = rows["lm_loss"] > high
     if rows["lm_loss"].max() <= high + 0.5 * max(high - low, 0.1):
@@ -115,11 +116,12 @@ POINTS = 30_000  # of a whole figure: 100 candidates still make a page that a ph
 
 
 class LossCurvesInfo(NamedTuple):
-    """steps: trial, tokens, loss (the distillation objective, nats); at most `POINTS_PER_TRIAL` rows a trial
-    rungs:     rows of the trials table with a finite LM loss that were trained
-    kinds:     how each trial is drawn: a status of the table, "retrained", or the arm of a control
-    averaged:  the largest number of steps that one point averages
-    teacher:   the teacher's LM loss, nats per token, NaN where it was not scored
+    """What the loss curves show.
+
+    steps: trial, tokens, loss (the distillation objective, nats); at most `POINTS_PER_TRIAL` rows a trial. rungs: rows
+    of the trials table with a finite LM loss that were trained. kinds: how each trial is drawn: a status of the table,
+    "retrained", or the arm of a control. averaged: the largest number of steps that one point averages. teacher: the
+    teacher's LM loss, nats per token, NaN where it was not scored.
     """
 
     steps: pd.DataFrame
@@ -135,7 +137,7 @@ def loss_curves_info(run: RunData) -> LossCurvesInfo:
     steps = run.steps[np.isfinite(run.steps["loss"]) & (run.steps["tokens"] > 0)]
     kinds = {trial: "running" for trial in steps["trial"].unique()}
     kinds |= {row["trial"]: row["status"] for row in run.trials.to_dict("records")}
-    arms = {trial: str(made.get("arm", "")) for trial, made in run.made.items()}
+    arms = {trial: str(described.get("arm", "")) for trial, described in run.made.items()}
     arms |= {row["trial"]: row["arm"] for row in run.trials.to_dict("records")}
     kinds |= {trial: arms[trial].removesuffix("_retrained") for trial in kinds if arms.get(trial) in OTHERS}
     drawn = {*steps["trial"], *rungs["trial"]}
@@ -147,9 +149,9 @@ def loss_curves_info(run: RunData) -> LossCurvesInfo:
 
 
 def thin(steps: pd.DataFrame, points: int) -> tuple[pd.DataFrame, int]:
-    """At most `points` rows a trial: mean loss of the steps in each of equally wide bins of log tokens.
+    """Return at most `points` rows a trial, each the mean loss of the steps in one of equally wide bins of log tokens.
 
-    A row stands at the last token count of its bin. Also the largest number of steps that one row averages.
+    A row stands at the last token count of its bin. Also returns the largest number of steps that one row averages.
     """
     trials = steps.groupby("trial")["tokens"]
     place = np.log(steps["tokens"] / trials.transform("min")) / np.log(
@@ -197,67 +199,71 @@ def loss_curves_plot(info: LossCurvesInfo) -> go.Figure:
             "ticktext": [f.tokens(tick) for tick in ticks],
         },
     )
-    shown: set[str] = set()
     steps_of = dict(tuple(info.steps.groupby("trial")))
     rungs_of = dict(tuple(info.rungs.groupby("trial")))
     traces = []
     for kind in STRENGTH:
-        colour, symbol, name = DRAWN[kind] if kind in DRAWN else (*palette.STATUS[kind], kind)
-        width, opacity = STRENGTH[kind]
-        common = {"legendgroup": kind, "name": name, "opacity": opacity, "line": {"color": colour, "width": width}}
-        trials = sorted(trial for trial, of in info.kinds.items() if drawn_as(of) == kind)
-        for trial in trials:
-            if trial in steps_of:
-                traces.append({
-                    "x": steps_of[trial]["tokens"], "y": steps_of[trial]["loss"], "mode": "lines", **common,
-                    "showlegend": kind not in shown,
-                    # As text: a template or a tag inside a name would otherwise be read as one.
-                    "text": f.in_figure(trial),
-                    "hovertemplate": "<b>%{text}</b><br>%{x:.4s} tokens, training loss %{y:.3f}<extra></extra>",
-                })  # fmt: skip
-                shown.add(kind)
+        trials = sorted(trial for trial, status in info.kinds.items() if drawn_as(status) == kind)
+        training = [_training_trace(kind, trial, steps_of[trial]) for trial in trials if trial in steps_of]
         scored = [rungs_of[trial] for trial in trials if trial in rungs_of]
-        if scored:
-            # One trace, its lines apart by a row of nothing: a browser takes its time over every trace.
-            gap = pd.DataFrame([{"tokens": None, "lm_loss": None, "lm_loss_stderr": None}])
-            rows = pd.concat([part for rungs in scored for part in (rungs, gap)], ignore_index=True)
-            hover = [f.hover(row) if row["trial"] == row["trial"] else "" for row in rows.to_dict("records")]
-            traces.append({
-                "x": rows["tokens"], "y": rows["lm_loss"], "yaxis": "y2", "mode": "lines+markers", **common,
-                "error_y": {"array": rows["lm_loss_stderr"], "thickness": 1, "width": 0, "color": colour},
-                "marker": {"symbol": symbol, "size": 9 if width > 2 else 7, "color": colour},
-                "hovertext": hover, "hoverinfo": "text", "showlegend": kind not in shown,
-            })  # fmt: skip
-            shown.add(kind)
+        of_kind = [*training, _validation_trace(kind, scored)] if scored else training
+        traces += [{"type": "scatter", **trace, "showlegend": place == 0} for place, trace in enumerate(of_kind)]
         for rungs in scored if kind == "promoted" else []:
             _mark_promotion(figure, rungs)
-    figure.add_traces([{"type": "scatter", **trace} for trace in traces])
+    figure.add_traces(traces)  # all at once: one by one each takes longer than the one before
     if not f.missing(info.teacher):
-        figure.add_shape(
-            type="line",
-            xref="x domain",
-            x0=0,
-            x1=1,
-            yref="y2",
-            y0=info.teacher,
-            y1=info.teacher,
-            line={"color": palette.INK, "width": 1, "dash": "dot"},
-        )
-        figure.add_annotation(
-            xref="x domain",
-            x=1,
-            xanchor="right",
-            yref="y2",
-            y=info.teacher,
-            yanchor="bottom",
-            text=f"teacher {f.fixed(info.teacher, 3)}",
-            showarrow=False,
-            font={"size": 12, "color": palette.INK},
-        )
+        _mark_teacher(figure, info.teacher)
     return figure
 
 
+def _style(kind: str) -> dict[str, Any]:
+    colour, _, name = _look(kind)
+    width, opacity = STRENGTH[kind]
+    return {"legendgroup": kind, "name": name, "opacity": opacity, "line": {"color": colour, "width": width}}
+
+
+def _look(kind: str) -> tuple[str, str, str]:
+    """Return the colour, symbol and name of a kind."""
+    return DRAWN[kind] if kind in DRAWN else (*palette.STATUS[kind], kind)
+
+
+def _training_trace(kind: str, trial: str, steps: pd.DataFrame) -> dict[str, Any]:
+    return {
+        "x": steps["tokens"], "y": steps["loss"], "mode": "lines", **_style(kind),
+        # As text: a template or a tag inside a name would otherwise be read as one.
+        "text": f.in_figure(trial),
+        "hovertemplate": "<b>%{text}</b><br>%{x:.4s} tokens, training loss %{y:.3f}<extra></extra>",
+    }  # fmt: skip
+
+
+def _validation_trace(kind: str, scored: list[pd.DataFrame]) -> dict[str, Any]:
+    """Return one trace of all trials, their lines separated by an empty row: a browser takes its time over every
+    trace."""
+    colour, symbol, _ = _look(kind)
+    gap = pd.DataFrame([{"tokens": None, "lm_loss": None, "lm_loss_stderr": None}])
+    rows = pd.concat([part for rungs in scored for part in (rungs, gap)], ignore_index=True)
+    return {
+        "x": rows["tokens"], "y": rows["lm_loss"], "yaxis": "y2", "mode": "lines+markers", **_style(kind),
+        "error_y": {"array": rows["lm_loss_stderr"], "thickness": 1, "width": 0, "color": colour},
+        "marker": {"symbol": symbol, "size": 9 if STRENGTH[kind][0] > 2 else 7, "color": colour},
+        "hovertext": [f.hover(row) if row["trial"] == row["trial"] else "" for row in rows.to_dict("records")],
+        "hoverinfo": "text",
+    }  # fmt: skip
+
+
+def _mark_teacher(figure: go.Figure, loss: float) -> None:
+    figure.add_shape(
+        type="line", xref="x domain", x0=0, x1=1, yref="y2", y0=loss, y1=loss,
+        line={"color": palette.INK, "width": 1, "dash": "dot"},
+    )  # fmt: skip
+    figure.add_annotation(
+        xref="x domain", x=1, xanchor="right", yref="y2", y=loss, yanchor="bottom", showarrow=False,
+        text=f"teacher {f.fixed(loss, 3)}", font={"size": 12, "color": palette.INK},
+    )  # fmt: skip
+
+
 def drawn_as(kind: str) -> str:
+    """Return the kind whose line style a trial gets."""
     return kind if kind in STRENGTH else "complete"
 
 
@@ -285,7 +291,7 @@ def loss_curves_count(info: LossCurvesInfo) -> str:
     return (
         f"n = {f.plural(len(info.kinds), 'trial')}; validation bars are ± one standard error over "
         f"{f.integer(info.rungs['lm_loss_n'].max())} windows{averaged}. Training loss is the distillation "
-        "objective, so its scale is not that of LM loss."
+        "objective, which is on another scale than LM loss."
     )
 
 
@@ -296,3 +302,23 @@ def loss_curves_data(info: LossCurvesInfo) -> pd.DataFrame:
     both = pd.concat([training, validation.assign(quantity="validation_lm_loss")])
     both["status"] = both["trial"].map(info.kinds)
     return both[["trial", "status", "quantity", "tokens", "value", "stderr"]]
+
+
+def convergence_card(run: RunData) -> Card:
+    title = "Convergence"
+    read = (
+        "First the search: each circle is a candidate that finished a rung, each line the best at that rung so far. "
+        "Then every trial: its training loss above, and below, the loss that rungs rank by. Faint lines were stopped, "
+        "strong ones promoted; controls have the shape and tokens of the promoted candidate."
+    )
+    best, info = convergence_info(run), loss_curves_info(run)
+    panels = []
+    if len(best.rows):
+        figure, data = convergence_plot(best), convergence_data(best)
+        panels.append(Panel("convergence", figure, data, "The best so far", columns=6))
+    if len(info.steps) or len(info.rungs):
+        figure, data = loss_curves_plot(info), loss_curves_data(info)
+        panels.append(Panel("loss_curves", figure, data, "Loss against tokens", columns=6))
+    if not panels:
+        return Card(title, read, reason="No trial has logged a training step or finished a rung yet.")
+    return Card(title, read, loss_curves_count(info), panels=tuple(panels))

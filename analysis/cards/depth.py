@@ -9,16 +9,10 @@ import plotly.graph_objects as go
 
 from analysis.page import formatting as f
 from analysis.page import palette
+from analysis.page.card import Card, Panel
 from analysis.run_data import RunData
+from minitron_search.records.metrics import METRICS
 
-METRICS = {
-    "lm_loss": ("LM loss", "LM loss (nats per token)"),
-    "winogrande_acc": ("Winogrande accuracy", "Winogrande accuracy"),
-    "winogrande_margin": ("Winogrande margin", "Winogrande margin (nats)"),
-    "bi": ("Block importance", "BI of the block (1 − cosine)"),
-    "angular": ("Angular distance", "angular distance of the block (0 to 1)"),
-    "taylor": ("Taylor", "sum of |weight × gradient| (nats)"),
-}
 SENTENCES = 6  # more of them are folded away, above the figures
 OF_TEACHER = ("bi", "angular", "taylor")  # read from the whole teacher: nothing is removed
 LENGTH_COLOURS = (palette.BLUE, palette.ORANGE, palette.GREEN, palette.PURPLE, palette.VERMILLION, palette.SKY)
@@ -29,8 +23,9 @@ PUBLISHED_MODEL = "Llama 3.1 8B, another model (2408.11796)"
 
 
 class DepthInfo(NamedTuple):
-    """rows: the depth table with a hover label each. metrics: those measured, in the order of `METRICS`.
-    words: the recommendation's sentences. at_chance: the teacher's Winogrande accuracy; None where not measured."""
+    """What the card shows. rows: the depth table with a hover label each. metrics: those measured, in the order of
+    `METRICS`. words: the recommendation's sentences. at_chance: whether the teacher's Winogrande accuracy is at chance;
+    None where it was not measured."""
 
     rows: pd.DataFrame
     metrics: tuple[str, ...]
@@ -51,24 +46,26 @@ def depth_info(run: RunData) -> DepthInfo:
 
 
 def hover(row: dict[str, object]) -> str:
-    """Which layers are gone, the value, its standard error and n."""
+    """Return which layers are removed, the value, its standard error and n."""
     layers = str(row["layers"]).split(",")
     gone = "the whole teacher" if row["kind"] == "teacher" else f"without layers {', '.join(layers)}"
     if row["kind"] == "contiguous":
         gone = f"without layer {layers[0]}" if len(layers) == 1 else f"without layers {layers[0]}–{layers[-1]}"
     chosen = " (chosen one by one)" if row["kind"] == "one_by_one" else ""
-    name = METRICS.get(str(row["metric"]), (str(row["metric"]), ""))[0]
+    known = METRICS.get(str(row["metric"]))
+    name = known.name if known else str(row["metric"])
     value = f.plus_minus(float(row["value"]), float(row["stderr"]), 4)  # type: ignore[arg-type]
     return f.in_figure(f"{gone}{chosen}") + f"<br>{f.in_figure(name)} {value}, n = {f.integer(float(row['n']))}"  # type: ignore[arg-type]
 
 
 def of(info: DepthInfo, metric: str, kind: str, length: int | None = None) -> pd.DataFrame:
+    """Return the rows of one metric and kind, and of one length if given."""
     rows = info.rows[(info.rows["metric"] == metric) & (info.rows["kind"] == kind)]
     return rows if length is None else rows[rows["length"] == length].sort_values("start")
 
 
 def position_plot(info: DepthInfo, metric: str) -> go.Figure:
-    """Metric against the first removed layer, a line a length; dashed: as many layers chosen one by one."""
+    """Draw the metric against the first removed layer, a line a length; dashed: as many layers chosen one by one."""
     figure = palette.new_figure(360)
     for place, length in enumerate(info.lengths):
         colour = LENGTH_COLOURS[place % len(LENGTH_COLOURS)]
@@ -90,12 +87,12 @@ def position_plot(info: DepthInfo, metric: str) -> go.Figure:
         _published(figure)
         figure.add_hline(y=0.5, line={"color": palette.MUTED, "width": 1})
     figure.update_xaxes(title_text="first removed layer (0 is the first)", showgrid=False, nticks=12)
-    figure.update_yaxes(title_text=METRICS[metric][1])
+    figure.update_yaxes(title_text=f.capitalised(METRICS[metric].title))
     return figure
 
 
 def _band(figure: go.Figure, rows: pd.DataFrame, colour: str, group: str) -> None:
-    """One standard error to either side."""
+    """Draw one standard error to either side."""
     error = rows["stderr"].fillna(0)
     figure.add_scatter(
         x=[*rows["start"], *rows["start"][::-1]],
@@ -108,7 +105,7 @@ def _band(figure: go.Figure, rows: pd.DataFrame, colour: str, group: str) -> Non
 def _level(
     figure: go.Figure, row: pd.DataFrame, across: pd.DataFrame, colour: str, dash: str, group: str, name: str
 ) -> None:
-    """A horizontal line over the positions of `across`."""
+    """Draw a horizontal line over the positions of `across`."""
     if row.empty or across.empty:
         return
     value, label = row["value"].iloc[0], row["hover"].iloc[0]
@@ -120,7 +117,7 @@ def _level(
 
 
 def _published(figure: go.Figure) -> None:
-    """The two numbers the paper's text states, at the block they are of; nobody should take them for ours."""
+    """Mark the two numbers that the paper's text states, at their block, so that nobody takes them for ours."""
     for what, value, symbol in PUBLISHED:
         figure.add_scatter(
             x=[PUBLISHED_START], y=[value], mode="markers", name=f"{what}: {PUBLISHED_MODEL}",
@@ -130,8 +127,8 @@ def _published(figure: go.Figure) -> None:
 
 
 def heat_map_plot(info: DepthInfo, metric: str) -> go.Figure:
-    """Where a block starts against its length. LM loss is coloured by the logarithm of its increase: one lost first
-    layer must not bleach the map."""
+    """Draw where a block starts against its length. LM loss is coloured by the logarithm of its increase: one lost
+    first layer must not bleach the map."""
     rows = of(info, metric, "contiguous")
     teacher = of(info, metric, "teacher")
     shown = rows["value"].astype(float)
@@ -155,7 +152,7 @@ def heat_map_plot(info: DepthInfo, metric: str) -> go.Figure:
 
 
 def depth_html(info: DepthInfo) -> str:
-    """The recommendation in words; the warning about chance first, as the run wrote it."""
+    """Return the recommendation in words; the warning about chance first, as the run wrote it."""
     items = "".join(f"<li>{html.escape(line)}</li>" for line in info.words)
     if len(info.words) > SENTENCES:
         return f"<details><summary>What to drop, in {len(info.words)} sentences</summary><ul>{items}</ul></details>"
@@ -166,7 +163,41 @@ def depth_count(info: DepthInfo) -> str:
     counts = []
     for metric in info.metrics:
         n = info.rows.loc[info.rows["metric"] == metric, "n"].max()
-        unit = "examples" if metric.startswith("winogrande") else "windows"
-        counts.append(f"{METRICS[metric][0]} {f.integer(n)} {unit}")
-    return f"n: {', '.join(counts)}. Bands are ± one standard error; blocks share their windows, so differences are " \
-           "known better: the paired tests above say how well."  # fmt: skip
+        unit = f"{METRICS[metric].independent}s"
+        counts.append(f"{METRICS[metric].name} {f.integer(n)} {unit}")
+    return (
+        f"n: {', '.join(counts)}. Bands are ± one standard error. Blocks share their windows, so their differences are "
+        "more certain than that: see the paired tests above."
+    )
+
+
+def depth_card(run: RunData) -> Card:
+    title = "Depth"
+    read = (
+        "Each line is the model without a block of that many layers, by where the block starts. Dashed: as many layers "
+        "chosen one by one, each by how little its own removal raises the LM loss. (Figures 8 and 9 of "
+        "2408.11796 number a block by its last layer, from 1.)"
+    )
+    info = depth_info(run)
+    if info.rows.empty:
+        return Card(title, read, reason="No depth.parquet: the stage has not run, or has not finished.")
+    panels = [
+        Panel(
+            f"depth_{metric}",
+            position_plot(info, metric),
+            info.rows[info.rows["metric"] == metric].drop(columns="hover"),
+            f.capitalised(METRICS[metric].name),
+        )
+        for metric in info.metrics
+    ]
+    panels += [
+        Panel(
+            f"depth_map_{metric}",
+            heat_map_plot(info, metric),
+            of(info, metric, "contiguous").drop(columns="hover"),
+            f"{f.capitalised(METRICS[metric].name)}, start × length",
+        )
+        for metric in info.metrics
+        if metric not in OF_TEACHER
+    ]
+    return Card(title, read, depth_count(info), depth_html(info), tuple(panels))

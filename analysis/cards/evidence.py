@@ -1,4 +1,4 @@
-"""How sure the search may be of its winner: paired tests of the finalists, its controls, what early rungs foretold."""
+"""How sure the search may be of its winner: paired tests of the finalists, its controls, what early rungs predicted."""
 
 import html
 from collections.abc import Iterable, Mapping
@@ -11,15 +11,11 @@ from scipy import stats
 
 from analysis.page import formatting as f
 from analysis.page import palette
+from analysis.page.card import Card, Panel
 from analysis.page.tables import plain_table
 from analysis.run_data import RunData, candidates
+from minitron_search.records.metrics import METRICS, scored
 
-METRICS = {
-    "lm_loss": "LM loss, nats per token",
-    "kl": "KL to the teacher, nats per token",
-    "winogrande_margin": "Winogrande margin, nats",
-    "winogrande_acc": "Winogrande accuracy",
-}
 ARMS = {
     "random_pruned": ("random pruning", palette.RANDOM_PRUNED),
     "random_init": ("random weights", palette.RANDOM_INIT),
@@ -28,18 +24,18 @@ ARMS = {
 }
 
 
-def finalists(found: Mapping[str, Any]) -> pd.DataFrame:
-    """A row per architecture of the last rung, best first; differences from the best are on the same windows (or
+def finalists(evidence: Mapping[str, Any]) -> pd.DataFrame:
+    """Return a row per architecture of the last rung, best first; differences from the best are on the same windows (or
     twin questions), with their 95% interval."""
     rows = []
-    for about in found["finalists"]:
-        tests = {metric: about.get(f"{metric}_against_best") or {} for metric in METRICS}
+    for entry in evidence["finalists"]:
+        tests = {metric: entry.get(f"{metric}_against_best") or {} for metric in scored()}
         rows.append({
-            "architecture": about["architecture"],
-            found["objective"]: about[found["objective"]],
-            "stderr": about.get("stderr"),
-            "seeds": about["seeds"],
-            "error_over_seeds": about["error_over_seeds"],
+            "architecture": entry["architecture"],
+            evidence["objective"]: entry[evidence["objective"]],
+            "stderr": entry.get("stderr"),
+            "seeds": entry["seeds"],
+            "error_over_seeds": entry["error_over_seeds"],
             **{f"{metric}_{name}": test.get(key) for metric, test in tests.items() for name, key in (
                 ("minus_best", "difference"), ("low", "low"), ("high", "high"), ("p", "p"), ("p_holm", "p_holm"),
                 ("n", "n"))},
@@ -48,14 +44,15 @@ def finalists(found: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def controls(found: Mapping[str, Any]) -> pd.DataFrame:
-    """A row per promoted architecture and control: the control's LM loss and margin, and what they are above the
-    candidate's on the same windows and questions, with their 95% interval."""
+def controls(evidence: Mapping[str, Any]) -> pd.DataFrame:
+    """Return a row per promoted architecture and control: the control's LM loss and margin, and how far they are above
+    the candidate's on the same windows and questions, with the 95% interval."""
     rows = []
-    for of in found.get("controls", []):
-        for control in of["controls"]:
-            row = {"architecture": of["architecture"], "arm": control["arm"], "tokens": control["tokens"],
-                   "precision": control["precision"], "candidate_precision": of["candidate"]["precision"]}  # fmt: skip
+    for entry in evidence.get("controls", []):
+        for control in entry["controls"]:
+            candidate_precision = entry["candidate"]["precision"]
+            row = {"architecture": entry["architecture"], "arm": control["arm"], "tokens": control["tokens"],
+                   "precision": control["precision"], "candidate_precision": candidate_precision}  # fmt: skip
             for metric in ("lm_loss", "winogrande_margin"):
                 test = control["against_candidate"].get(metric) or {}
                 row |= {metric: control[metric], f"{metric}_minus_candidate": test.get("difference")}
@@ -64,33 +61,35 @@ def controls(found: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def rungs(found: Mapping[str, Any]) -> pd.DataFrame:
-    """A row per pair of rungs: how the order of the first foretold the second."""
+def rungs(evidence: Mapping[str, Any]) -> pd.DataFrame:
+    """Return a row per pair of rungs: how well the order of the first predicted that of the second."""
     rows = []
-    for of in found["rungs"]:
-        low, high = of.get("kendall_interval") or (None, None)
+    for entry in evidence["rungs"]:
+        low, high = entry.get("kendall_interval") or (None, None)
         rows.append({
-            **{key: value for key, value in of.items() if key not in ("flips", "top", "kendall_interval")},
+            **{key: value for key, value in entry.items() if key not in ("flips", "top", "kendall_interval")},
             "kendall_low": low, "kendall_high": high,
-            **{f"top_{top['k']}_{key}": top[key] for top in of.get("top", []) for key in ("shared", "by_chance")},
-            "flips": "; ".join(" and ".join(pair) for pair in of["flips"]),
+            **{f"top_{top['k']}_{key}": top[key] for top in entry.get("top", []) for key in ("shared", "by_chance")},
+            "flips": "; ".join(" and ".join(pair) for pair in entry["flips"]),
         })  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def split_words(found: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Its sentences: those on how rungs foretold each other, and the others."""
-    starts = tuple(f"{of['before']} to {of['after']}, " for of in found["rungs"]) + ("Only what a rung let go on",)
-    of_rungs = [line for line in found["words"] if line.startswith(starts)]
-    return of_rungs, [line for line in found["words"] if line not in of_rungs]
+def split_words(evidence: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Return evidence.json's sentences in two parts: those on how rungs predicted each other, and the others."""
+    steps = (f"{entry['before']} to {entry['after']}, " for entry in evidence["rungs"])
+    starts = (*steps, "Only what a rung let go on")
+    of_rungs = [line for line in evidence["words"] if line.startswith(starts)]
+    return of_rungs, [line for line in evidence["words"] if line not in of_rungs]
 
 
-def body(words: Iterable[str]) -> str:
+def paragraphs(words: Iterable[str]) -> str:
     return "".join(f"<p>{html.escape(line)}</p>" for line in words)
 
 
 def differences_plot(table: pd.DataFrame, objective: str) -> go.Figure:
-    """What the finalists are above the best in the objective, with the 95% interval of the paired difference."""
+    """Draw how far the finalists are above the best in the objective, with the 95% interval of the paired
+    difference."""
     others = table.dropna(subset=[f"{objective}_minus_best"])
     figure = palette.new_figure(120 + 28 * len(others))
     figure.add_scatter(
@@ -101,23 +100,23 @@ def differences_plot(table: pd.DataFrame, objective: str) -> go.Figure:
     )  # fmt: skip
     figure.add_vline(0, line_color=palette.INK, line_width=1)
     figure.update_yaxes(type="category", autorange="reversed")  # the best of them on top
-    figure.update_xaxes(title_text=f"minus the best’s: {METRICS[objective]} (95% interval)")
+    figure.update_xaxes(title_text=f"{METRICS[objective].title} minus the best’s, with its 95% interval")
     return figure
 
 
 def controls_plot(table: pd.DataFrame) -> go.Figure:
-    """LM loss of the controls above their candidate's, with the 95% interval of the paired difference."""
+    """Draw the controls' LM loss above their candidate's, with the 95% interval of the paired difference."""
     rows = table.dropna(subset=["lm_loss_minus_candidate"])
     several = rows["architecture"].nunique() > 1
     figure = palette.new_figure(140 + 28 * len(rows))
     for arm, (name, (colour, symbol)) in ARMS.items():
-        of = rows[rows["arm"] == arm]
-        if len(of):
+        of_arm = rows[rows["arm"] == arm]
+        if len(of_arm):
             figure.add_scatter(
-                **_intervals(of, "lm_loss", "minus_candidate"),
-                y=[name + (f", {f.in_figure(which)}" if several else "") for which in of["architecture"]],
+                **_intervals(of_arm, "lm_loss", "minus_candidate"),
+                y=[name + (f", {f.in_figure(which)}" if several else "") for which in of_arm["architecture"]],
                 mode="markers", marker={"color": colour, "symbol": symbol, "size": 11}, name=name, showlegend=False,
-                customdata=of[["lm_loss", "lm_loss_p", "lm_loss_n"]],
+                customdata=of_arm[["lm_loss", "lm_loss_p", "lm_loss_n"]],
                 hovertemplate="%{y}: %{customdata[0]:.3f}<br>%{x:.4f} nats above the candidate<br>"
                 "p %{customdata[1]:.2g}, n %{customdata[2]}<extra></extra>",
             )  # fmt: skip
@@ -128,7 +127,7 @@ def controls_plot(table: pd.DataFrame) -> go.Figure:
 
 
 def _intervals(rows: pd.DataFrame, metric: str, name: str) -> dict[str, Any]:
-    """Values and the bars around them, which an interval need not have equal on both sides."""
+    """Return values and the bars around them; an interval need not be equal on both sides."""
     at = rows[f"{metric}_{name}"]
     bars = {"array": rows[f"{metric}_high"] - at, "arrayminus": at - rows[f"{metric}_low"]}
     return {"x": at, "error_x": {"type": "data", "symmetric": False, "thickness": 1.5, **bars}}
@@ -144,9 +143,9 @@ FEWEST = 3  # architectures; two cannot disagree with chance
 
 
 class AgreementInfo(NamedTuple):
-    """pairs: (before, after, rows) of every two neighbouring rungs that more than one architecture reached; a row per
-    architecture of both: `before` and `after` in `objective`, means over its seeds, `promoted`, `hover`.
-    tests: of `evidence.rungs`; empty while the run goes on."""
+    """What the card shows. pairs: (before, after, rows) for every two neighbouring rungs that more than one
+    architecture reached; a row per architecture of both: `before` and `after` in `objective`, means over its seeds,
+    `promoted`, `hover`. tests: those of `rungs`; empty while the run goes on."""
 
     objective: str
     pairs: tuple[tuple[str, str, pd.DataFrame], ...]
@@ -198,18 +197,18 @@ def agreement_plot(info: AgreementInfo, before: str, after: str, rows: pd.DataFr
                 marker={"color": colour, "symbol": symbol, "size": size}, hovertext=rows.loc[mask, "hover"],
                 hoverinfo="text",
             )  # fmt: skip
-    unit = METRICS[info.objective]
-    figure.update_xaxes(title_text=f"{before}: {unit}")
-    figure.update_yaxes(title_text=f"{after}: {unit}")
+    title = METRICS[info.objective].title
+    figure.update_xaxes(title_text=f"{title} at {before}")
+    figure.update_yaxes(title_text=f"{title} at {after}")
     return figure
 
 
 def agreement_html(info: AgreementInfo) -> str:
-    """A row per pair of rungs: what the run's own tests say, or, while it goes on, Kendall's tau alone."""
+    """Return a row per pair of rungs: what the run's own tests say, or, while it goes on, Kendall's tau alone."""
     if len(info.tests):
         lines = [_tested(row) for row in info.tests.to_dict("records")]
     else:
-        sign = -1 if info.objective == "winogrande_margin" else 1  # lower is better from here on
+        sign = METRICS[info.objective].sign  # lower is better from here on
         lines = [_untested(before, after, rows, sign) for before, after, rows in info.pairs]
     heads = ("from", "to", "architectures", "Kendall’s tau", "p", "best stayed best", "cost of the early choice",
              "pairs flipped")  # fmt: skip
@@ -250,5 +249,54 @@ def agreement_count(info: AgreementInfo) -> str:
         "the tests and intervals come when the search ends"  # fmt: skip
     return (
         f"n = up to {f.plural(n, 'architecture')} a pair of rungs, means over seeds; {interval}. The cost of the early "
-        f"choice is in {METRICS[info.objective].rpartition(', ')[2]}."
+        f"choice is in {METRICS[info.objective].unit}."
     )
+
+
+def evidence_card(run: RunData) -> Card:
+    title = "Ablations and controls"
+    read = (
+        "Paired differences: right of the line is worse than the winner on the same windows (for a margin, better); "
+        "where the interval crosses the line, it could be chance. The controls say what pruning by importance is "
+        "worth: same shape, same tokens, but no ranking or no weights (Figure 6 of 2408.11796)."
+    )
+    if not run.evidence:
+        return Card(title, read, reason="No evidence.json: the search has not ended.")
+    evidence, objective = run.evidence, run.evidence["objective"]
+    table, beside = finalists(evidence), controls(evidence)
+    panels = []
+    if len(beside) and beside["lm_loss_minus_candidate"].notna().any():
+        panels.append(Panel("controls", controls_plot(beside), beside, "Controls"))
+    if len(table) and table[f"{objective}_minus_best"].notna().any():
+        panels.append(Panel("finalists", differences_plot(table, objective), table, "Finalists"))
+    words = split_words(evidence)[1]
+    if not panels and not words:
+        return Card(title, read, reason="The search ended with one architecture and no controls: nothing to compare.")
+    return Card(title, read, sample(table), paragraphs(words), tuple(panels))
+
+
+def agreement_card(run: RunData) -> Card:
+    title = "Rank agreement"
+    read = (
+        "Each point is an architecture: an early rung to the right, the next one upwards. The closer the points are to "
+        "a rising line, the better the early rung predicted the later. Only what a rung let go on is ranked again, so "
+        "the points are alike and tau is lower than it would be over all architectures."
+    )
+    info = agreement_info(run)
+    if not info.pairs:
+        return Card(
+            title, read, reason="No two architectures have reached the same two rungs, so there is no order to compare."
+        )
+    panels = tuple(
+        Panel(
+            f"agreement_{place}",
+            agreement_plot(info, before, after, rows),
+            rows.drop(columns="hover"),
+            f"{before} to {after}",
+        )
+        for place, (before, after, rows) in enumerate(info.pairs)
+    )
+    data = (("rungs", info.tests),) if len(info.tests) else ()
+    words = split_words(run.evidence)[0] if run.evidence else []
+    body = paragraphs(words) + agreement_html(info)
+    return Card(title, read, agreement_count(info), body, panels, data)

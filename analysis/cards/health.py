@@ -10,6 +10,7 @@ import pandas as pd
 
 from analysis.cards.summary import at_chance
 from analysis.page import formatting as f
+from analysis.page.card import Card
 from analysis.run_data import CONTROLS, RunData, candidates, last_rungs
 
 # Events that somebody should know of, each a line with its time; and which of them are no trouble.
@@ -20,7 +21,7 @@ LINES = 200  # of incidents; what is beyond is counted, and in the CSV
 
 
 class Check(NamedTuple):
-    """What was looked for and what was found; `well`: None where it could not be looked at."""
+    """What was checked and what was found; `well` is None where it could not be checked."""
 
     name: str
     found: str
@@ -28,7 +29,8 @@ class Check(NamedTuple):
 
 
 class HealthInfo(NamedTuple):
-    """failed: (trial, message). incidents: time, event, what. events: a row per kind: count, first and last time."""
+    """What the card shows. failed: (trial, message). incidents: time, event, what. events: a row per kind with count,
+    first and last time."""
 
     statuses: dict[str, int]  # candidates of each
     checks: list[Check]
@@ -45,22 +47,23 @@ def health_info(run: RunData) -> HealthInfo:
     events["time"] = pd.to_numeric(events["time"], errors="coerce")
     kinds = events.groupby("event", sort=False)["time"].agg(count="size", first="min", last="max").reset_index()
     statuses = dict(Counter(candidates(last)["status"]))
-    waiting = [made for trial, made in run.made.items() if trial not in set(last["trial"])]
-    waiting = [made for made in waiting if made.get("arm") not in CONTROLS]  # in their first rung
+    waiting = [described for trial, described in run.made.items() if trial not in set(last["trial"])]
+    waiting = [described for described in waiting if described.get("arm") not in CONTROLS]  # in their first rung
     if waiting:
         statuses["running"] = statuses.get("running", 0) + len(waiting)
-    told = [(event.get("time"), event["event"], about(event)) for event in run.events if event["event"] in INCIDENTS]
-    incidents = pd.DataFrame(told, columns=["time", "event", "what"])
+    lines = [(event.get("time"), event["event"], about(event)) for event in run.events if event["event"] in INCIDENTS]
+    incidents = pd.DataFrame(lines, columns=["time", "event", "what"])
     return HealthInfo(statuses, checks(run, last, failed), failed, run.problems, incidents, kinds)
 
 
 def about(event: dict[str, Any]) -> str:
-    """The fields of an event besides its time and kind, in words."""
+    """Return the fields of an event besides its time and kind, in words."""
     return ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("time", "event"))
 
 
 def checks(run: RunData, last: pd.DataFrame, failed: list[tuple[str, str]]) -> list[Check]:
-    """Failures, losses that are no number, architectures paid for twice, metrics at chance, sessions, artifacts."""
+    """Check for failures, NaN losses, architectures trained twice, metrics at chance, killed sessions and unreadable
+    artifacts."""
     trained = last[last["status"] != "failed"]
     nameless = trained.loc[~np.isfinite(trained["lm_loss"]), "trial"]
     steps = run.steps.loc[~np.isfinite(run.steps["loss"]), "trial"]
@@ -68,9 +71,9 @@ def checks(run: RunData, last: pd.DataFrame, failed: list[tuple[str, str]]) -> l
     known = bool(len(last))
     return [
         Check("Failed trials", _of(len(failed), len(last), "trial"), not failed if known else None),
-        Check("LM loss that is no number", f"{f.plural(len(nameless), 'trial')}{_named(nameless)}",
+        Check("LM loss is not finite", f"{f.plural(len(nameless), 'trial')}{_named(nameless)}",
               not len(nameless) if known else None),
-        Check("Training steps whose loss is no number", f"{f.plural(len(steps), 'step')}{_named(steps.unique())}",
+        Check("Training loss is not finite", f"{f.plural(len(steps), 'step')}{_named(steps.unique())}",
               not len(steps) if len(run.steps) else None),
         _twice(run),
         _chance(run),
@@ -92,20 +95,20 @@ def _named(trials: Any) -> str:
 
 
 def _twice(run: RunData) -> Check:
-    """Trials of one arm, architecture and seed: the same work, paid for again."""
-    rows = [(made.get("arm"), made.get("architecture"), made.get("seed")) for made in run.made.values()]
+    """Look for trials of one arm, architecture and seed: the same work, paid for again."""
+    rows = [(trial.get("arm"), trial.get("architecture"), trial.get("seed")) for trial in run.made.values()]
     again = [(arm, name) for (arm, name, _), count in Counter(rows).items() if count > 1 and name]
     shapes = len({name for arm, name, _ in rows if arm not in CONTROLS and name})
-    found = f"{len(again):,} of {f.plural(shapes, 'architecture')}{_named(f'{name} ({arm})' for arm, name in again)}"
-    return Check("Architectures trained twice with one seed", found, not again if rows else None)
+    text = f"{len(again):,} of {f.plural(shapes, 'architecture')}{_named(f'{name} ({arm})' for arm, name in again)}"
+    return Check("Architectures trained twice with one seed", text, not again if rows else None)
 
 
 def _chance(run: RunData) -> Check:
     name = "Metrics on which the teacher is at chance"
-    found = at_chance(run)
-    if found is None:
-        return Check(name, "the teacher was not scored on Winogrande, or not yet", None)
-    return Check(name, f"{', '.join(found)}: reported, and no ground to rank by" if found else "none", not found)
+    metrics = at_chance(run)
+    if metrics is None:
+        return Check(name, "the teacher has not been scored on Winogrande", None)
+    return Check(name, f"{', '.join(metrics)}: reported, but not ranked by" if metrics else "none", not metrics)
 
 
 def _storage(counts: Counter) -> str:
@@ -115,18 +118,18 @@ def _storage(counts: Counter) -> str:
 
 
 def _sessions(counts: Counter) -> Check:
-    """A session that neither finished nor said why it failed was killed, or is this moment at work."""
+    """Count sessions. One that neither finished nor said why it failed was killed, or is at work at this moment."""
     begun, ended = counts["run_started"], counts["run_finished"] + counts["run_failed"]
     if not begun:
-        return Check("Sessions", "the log of events names none", None)
+        return Check("Sessions", "none in the event log", None)
     text = f"{f.plural(begun, 'session')}, {counts['run_finished']:,} finished, {counts['run_failed']:,} failed"
     if begun > ended:
-        text += f", {begun - ended:,} killed or still going"
+        text += f", {begun - ended:,} killed or still running"
     return Check("Sessions", text, not counts["run_failed"] and begun <= ended + 1)
 
 
 def span(events: pd.DataFrame) -> str:
-    """`2025-03-01 10:20 UTC, 14 min` from the first to the last event; "" without events."""
+    """Return `2025-03-01 10:20 UTC, 14 min`, from the first to the last event; "" without events."""
     if events.empty or f.missing(events["first"].min()):
         return ""
     return f"{moment(events['first'].min())}, {f.duration(events['last'].max() - events['first'].min())}"
@@ -138,7 +141,7 @@ def moment(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-MARKS = {True: ("well", "well"), False: ("look", "look"), None: ("unknown", "not known")}
+MARKS = {True: ("well", "ok"), False: ("look", "check this"), None: ("unknown", "not known")}
 
 
 def health_html(info: HealthInfo) -> str:
@@ -189,3 +192,16 @@ def _seconds(time: Any) -> float:
 def health_count(info: HealthInfo) -> str:
     statuses = ", ".join(f"{count} {status}" for status, count in info.statuses.items())
     return f"n = {f.plural(sum(info.statuses.values()), 'candidate')}{f' ({statuses})' if statuses else ''}."
+
+
+def health_card(run: RunData) -> Card:
+    info = health_info(run)
+    data = (("incidents", info.incidents),) if len(info.incidents) else ()
+    return Card(
+        "Health",
+        "What was checked and what was found; then what failed and why, and every incident with its time. A run still "
+        "in progress has running candidates.",
+        health_count(info),
+        health_html(info),
+        data=data,
+    )

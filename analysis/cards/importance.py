@@ -8,17 +8,18 @@ import plotly.graph_objects as go
 
 from analysis.page import formatting as f
 from analysis.page import palette
+from analysis.page.card import Card, Panel
 from analysis.run_data import RunData, best_candidate
 
 COLUMNS = 192  # of a heat map, and points of the hidden curve: more than a screen tells apart
 
 
 class ImportanceInfo(NamedTuple):
-    """Every axis sorted from most to least important; a figure's column is the mean of `width` neighbours.
+    """What the card shows. Every axis is sorted from most to least important; a figure's column is the mean of
+    neighbours.
 
-    bi:     (layers,) block importance of each single layer
-    hidden: (<= COLUMNS,)          mlp: (layers, <= COLUMNS)          heads: (layers, num_attention_heads)
-    sizes:  the teacher's full axes;  kept: the best candidate's, {} before there is one
+    bi: (layers,) block importance of each single layer. hidden: (<= COLUMNS,). mlp: (layers, <= COLUMNS). heads:
+    (layers, num_attention_heads). sizes: the teacher's full axes; kept: the best candidate's, {} before there is one.
     """
 
     bi: np.ndarray
@@ -34,12 +35,12 @@ class ImportanceInfo(NamedTuple):
 def importance_info(run: RunData) -> ImportanceInfo | None:
     if run.importance is None:
         return None
-    found = run.importance
+    arrays = run.importance
     best = best_candidate(run.trials)
     sizes = {
-        "hidden_size": found.hidden.size,
-        "intermediate_size": found.mlp.shape[1],
-        "num_attention_heads": found.heads.shape[1],
+        "hidden_size": arrays.hidden.size,
+        "intermediate_size": arrays.mlp.shape[1],
+        "num_attention_heads": arrays.heads.shape[1],
     }
     kept: dict[str, int] = {}
     dropped: tuple[int, ...] = ()
@@ -49,14 +50,14 @@ def importance_info(run: RunData) -> ImportanceInfo | None:
         if not f.missing(start) and not f.missing(length):
             dropped = tuple(range(int(start), int(start + length)))
     return ImportanceInfo(
-        bi=np.diagonal(found.block_bi, 1),
-        hidden=shrink(descending(found.hidden)[None], COLUMNS)[0],
-        mlp=shrink(descending(found.mlp), COLUMNS),
-        heads=shrink(descending(found.heads), COLUMNS),
+        bi=np.diagonal(arrays.block_bi, 1),
+        hidden=shrink(descending(arrays.hidden)[None], COLUMNS)[0],
+        mlp=shrink(descending(arrays.mlp), COLUMNS),
+        heads=shrink(descending(arrays.heads), COLUMNS),
         sizes=sizes,
         kept=kept,
         dropped=dropped,
-        metadata=found.metadata,
+        metadata=arrays.metadata,
     )
 
 
@@ -65,13 +66,13 @@ def descending(values: np.ndarray) -> np.ndarray:
 
 
 def shrink(rows: np.ndarray, columns: int) -> np.ndarray:
-    """(n, size) -> (n, <= columns): the means of equal neighbourhoods, the last of which may be shorter."""
+    """Average equal neighbourhoods, the last of which may be shorter: (n, size) -> (n, <= columns)."""
     width = -(-rows.shape[1] // columns)
     return np.stack([rows[:, at : at + width].mean(axis=1) for at in range(0, rows.shape[1], width)], axis=1)
 
 
 def places(columns: int, size: int) -> np.ndarray:
-    """Centre of each column, as a count of channels out of `size`."""
+    """Return the centre of each column, as a count of channels out of `size`."""
     width = -(-size // columns)
     starts = np.arange(columns) * width
     return (starts + np.minimum(starts + width, size)) / 2
@@ -120,7 +121,7 @@ def hidden_plot(info: ImportanceInfo) -> go.Figure:
 
 
 def heat_map_plot(info: ImportanceInfo, axis: str) -> go.Figure:
-    """`axis`: intermediate_size or num_attention_heads. Colour: log10 of importance over its layer's mean."""
+    """Draw the log10 of importance over its layer's mean. axis: intermediate_size or num_attention_heads."""
     values = info.mlp if axis == "intermediate_size" else info.heads
     what = "MLP neurons" if axis == "intermediate_size" else "attention heads"
     size = info.sizes[axis]
@@ -155,13 +156,13 @@ def heat_map_plot(info: ImportanceInfo, axis: str) -> go.Figure:
 
 
 def relative(values: np.ndarray) -> np.ndarray:
-    """Each layer's importances over their mean; a layer without any importance is 1 throughout."""
+    """Return each layer's importances over their mean; a layer without any importance is 1 throughout."""
     mean = values.mean(axis=1, keepdims=True)
     return np.divide(values, mean, out=np.ones_like(values), where=mean > 0)
 
 
 def ratio_ticks(reach: float) -> dict[str, list[float] | list[str]]:
-    """Ticks of a colour bar over log10 ratios -reach..reach, named by the ratio."""
+    """Return the ticks of a colour bar over log10 ratios -reach..reach, named by the ratio."""
     ratios = [
         ratio
         for ratio in (0.001, 0.01, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 10.0, 100.0, 1000.0)
@@ -199,16 +200,16 @@ def _mark_kept(figure: go.Figure, info: ImportanceInfo, axis: str, colour: str) 
 
 
 def importance_count(info: ImportanceInfo) -> str:
-    made = ", ".join(f"{key} {value}" for key, value in sorted(info.metadata.items()))
+    settings = ", ".join(f"{key} {value}" for key, value in sorted(info.metadata.items()))
     return (
         f"n = {info.bi.size} layers, {info.sizes['hidden_size']} hidden channels, "
         f"{info.sizes['intermediate_size']} neurons and {info.sizes['num_attention_heads']} heads a layer"
-        f"{f' ({made})' if made else ''}. BI is 1 − cosine, no unit; importance is in activations’ units."
+        f"{f' ({settings})' if settings else ''}. BI is 1 − cosine, no unit; importance is in activations’ units."
     )
 
 
 def heat_map_data(values: np.ndarray, size: int) -> pd.DataFrame:
-    """A row per layer and column of a heat map; its place is among `size`, its importance a mean."""
+    """Return a row per layer and column of a heat map; its place is among `size`, its importance a mean."""
     layers, columns = values.shape
     return pd.DataFrame(
         {
@@ -216,4 +217,38 @@ def heat_map_data(values: np.ndarray, size: int) -> pd.DataFrame:
             "place": np.tile(places(columns, size), layers),
             "importance": values.ravel(),
         }
+    )
+
+
+def importance_card(run: RunData) -> Card:
+    title = "Importance"
+    read = (
+        "A low bar is a layer that changes the residual stream little. Each row of a map is one layer, its neurons or "
+        "heads sorted by importance: a row that fades early has width to lose."
+    )
+    info = importance_info(run)
+    if info is None:
+        return Card(title, read, reason="No readable importance.safetensors: the stage has not finished.")
+    layers = pd.DataFrame({"layer": range(info.bi.size), "bi": info.bi})
+    hidden = heat_map_data(info.hidden[None], info.sizes["hidden_size"]).drop(columns="layer")
+    return Card(
+        title,
+        read,
+        importance_count(info),
+        panels=(
+            Panel("layer_importance", bi_plot(info), layers, "Layers"),
+            Panel("hidden_importance", hidden_plot(info), hidden, "Hidden channels"),
+            *(
+                Panel(
+                    name,
+                    heat_map_plot(info, axis),
+                    heat_map_data(values, info.sizes[axis]),
+                    f"{what}, relative to the layer’s mean",
+                )
+                for name, axis, values, what in (
+                    ("mlp_importance", "intermediate_size", info.mlp, "MLP neurons"),
+                    ("head_importance", "num_attention_heads", info.heads, "Attention heads"),
+                )
+            ),
+        ),
     )

@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 
 from analysis.page import formatting as f
 from analysis.page import palette
+from analysis.page.card import Card, Panel
 from analysis.run_data import CONTROLS, RunData, candidates, common_rung, last_rungs
 
 FAR = {
@@ -24,7 +25,7 @@ MOST = 0.75  # of the candidates are inside the axis whatever they are
 
 
 class Axis(NamedTuple):
-    """A column of the trials table as a cost: how it is called and shown, and whether more of it is better."""
+    """A column of the trials table as a cost: how it is named and shown, and whether more of it is better."""
 
     column: str
     name: str
@@ -42,10 +43,9 @@ AXES = (
 
 
 class ParetoInfo(NamedTuple):
-    """points: last scored rung of every trial: rows of the trials table, and its hover label
-    level:      the candidates' rows of `rung`, at equal tokens: what fronts are made of
-    diverged:   trials whose last rung has no finite LM loss
-    """
+    """What the card shows. points: the last scored rung of every trial, rows of the trials table with a hover label.
+    level: the candidates' rows of `rung`, at equal tokens, which fronts are made of. diverged: how many trials have no
+    finite LM loss at their last rung."""
 
     points: pd.DataFrame
     level: pd.DataFrame
@@ -65,7 +65,7 @@ def pareto_info(run: RunData) -> ParetoInfo:
 
 
 def pareto_front(rows: pd.DataFrame, axis: Axis = AXES[0]) -> pd.DataFrame:
-    """Rows that no other row equals or beats in both `axis` and `lm_loss`, cheapest first."""
+    """Return the rows that no other row equals or beats in both `axis` and `lm_loss`, cheapest first."""
     rows = rows[np.isfinite(rows[axis.column])].sort_values(
         [axis.column, "lm_loss"], ascending=[not axis.more_is_better, True]
     )
@@ -73,7 +73,7 @@ def pareto_front(rows: pd.DataFrame, axis: Axis = AXES[0]) -> pd.DataFrame:
 
 
 def measured_axes(info: ParetoInfo) -> list[Axis]:
-    """Those that a candidate has a number on."""
+    """Return the axes on which a candidate has a number."""
     searched = candidates(info.points)
     return [axis for axis in AXES if np.isfinite((searched if len(searched) else info.points)[axis.column]).any()]
 
@@ -148,8 +148,8 @@ def _add_points(
 
 
 def _keep_in_focus(figure: go.Figure, axis: Axis, points: pd.DataFrame) -> None:
-    """The axes are those of most candidates: what lies far off (an untrained trim by nats, the teacher by its size) is
-    named at the edge it lies beyond, and a double click shows all."""
+    """Fit the axes to most candidates: what lies far off (an untrained trim by nats, the teacher by its size) is named
+    at the edge it lies beyond, and a double click shows all."""
     near = points[~points["arm"].isin([*FAR, "teacher"])]
     if near.empty:
         return
@@ -163,12 +163,12 @@ def _keep_in_focus(figure: go.Figure, axis: Axis, points: pd.DataFrame) -> None:
     above = int((y > high).sum())
     if len(far) or above:
         figure.update_yaxes(range=[low - 0.16 * span, high + 0.24 * span])
-    said = [(x.mean(), f"{f.plural(above, 'candidate')} above, up to {f.fixed(y.max(), 2)} ↑", "")] if above else []
-    said += [
+    note = [(x.mean(), f"{f.plural(above, 'candidate')} above, up to {f.fixed(y.max(), 2)} ↑", "")] if above else []
+    note += [
         (row[axis.column] / axis.unit, f"{FAR[row['arm']]} at {f.fixed(row['lm_loss'], 2)} ↑", row["hover"])
         for row in far.to_dict("records")
     ]
-    for line, (at, text, hover) in enumerate(said):  # those of one shape are above each other
+    for line, (at, text, hover) in enumerate(note):  # those of one shape are above each other
         figure.add_annotation(
             x=at, y=1, yref="y domain", yanchor="top", yshift=-16 * line, showarrow=False, text=text,
             bgcolor=palette.SURFACE, font={"color": palette.INK, "size": 12}, **({"hovertext": hover} if hover else {}),
@@ -205,7 +205,7 @@ def pareto_count(info: ParetoInfo) -> str:
 
 
 def pareto_data(info: ParetoInfo, axis: Axis = AXES[0]) -> pd.DataFrame:
-    """A row per point, and one per row of the front that its trial has since left behind."""
+    """Return a row per point, and one per row of the front that its trial has since left behind."""
     front = pareto_front(info.level, axis)
     on_front = set(zip(front["trial"], front["rung"], strict=True))
     last = set(zip(info.points["trial"], info.points["rung"], strict=True))
@@ -216,3 +216,26 @@ def pareto_data(info: ParetoInfo, axis: Axis = AXES[0]) -> pd.DataFrame:
         on_front=[pair in on_front for pair in zip(rows["trial"], rows["rung"], strict=True)],
         control=rows["arm"].isin(CONTROLS),
     )
+
+
+def pareto_card(run: RunData) -> Card:
+    title = "Pareto fronts"
+    read = (
+        "Lower is better, and so is further left (for speed, further right). Compare points of one colour and shape: "
+        "they saw equal tokens. The line is the front: at its tokens, no candidate is both cheaper and better than a "
+        "point on it."
+    )
+    info = pareto_info(run)
+    if info.points.empty:
+        return Card(title, read, reason="No trial has finished a rung with a finite LM loss yet.")
+    panels = tuple(
+        Panel(
+            f"pareto_{axis.column}",
+            pareto_plot(info, axis),
+            pareto_data(info, axis),
+            axis.name,
+            columns=6 if axis == AXES[0] else 2,
+        )
+        for axis in measured_axes(info)
+    )
+    return Card(title, read, pareto_count(info), panels=panels)

@@ -11,6 +11,7 @@ from scipy import stats
 
 from analysis.page import formatting as f
 from analysis.page import palette
+from analysis.page.card import Card, Panel
 from analysis.run_data import RunData, candidates
 from minitron_search.records.directory import AXES
 
@@ -21,8 +22,9 @@ THIRDS = (("lowest third", palette.BLUE), ("middle third", palette.SKY), ("highe
 
 
 class AxesInfo(NamedTuple):
-    """rows: the candidates of one rung with a finite LM loss, one per architecture: means over its seeds.
-    varied: those of `AXES` that differ among them; the layers, where blocks of them are dropped, by the block."""
+    """What the card shows. rows: the candidates of one rung with a finite LM loss, one per architecture, means over its
+    seeds. varied: those of `AXES` that differ among them; dropped layers are counted by their block where blocks are
+    dropped."""
 
     rows: pd.DataFrame
     rung: float
@@ -30,8 +32,8 @@ class AxesInfo(NamedTuple):
 
 
 def axes_info(run: RunData) -> AxesInfo | None:
-    """Of the lowest rung that was trained to, if `FEWEST` reached it: later ones have only the best of an earlier one.
-    Else of the lowest. None before a candidate was scored."""
+    """Return the candidates of the lowest trained rung that `FEWEST` reached, because later rungs hold only the best of
+    an earlier one; otherwise those of the lowest rung. None before a candidate was scored."""
     scored = candidates(run.trials)
     scored = scored[np.isfinite(scored["lm_loss"])]
     if scored.empty:
@@ -53,7 +55,7 @@ def axes_info(run: RunData) -> AxesInfo | None:
 
 
 def parallel_plot(info: AxesInfo) -> go.Figure:
-    """A line a candidate over every axis, each from its lowest value to its highest; drawn in SVG, as every other
+    """Draw a line a candidate over every axis, each from its lowest value to its highest; in SVG, as every other
     figure, where Plotly's own needs WebGL."""
     shown = [*info.varied, "params", "lm_loss"]
     rows = info.rows.sort_values("lm_loss", ignore_index=True)
@@ -101,13 +103,14 @@ def parallel_plot(info: AxesInfo) -> go.Figure:
 
 
 def _spread(values: np.ndarray) -> np.ndarray:
-    """To 0..1; what does not vary lies in the middle."""
+    """Scale values to 0..1; what does not vary lies in the middle."""
     low, high = np.nanmin(values), np.nanmax(values)
     return np.full(len(values), 0.5) if high == low else (values - low) / (high - low)
 
 
 def _labels(row: pd.Series, shown: Sequence[str]) -> list[str]:
-    """One a point; the whole shape where the line ends: at every point, it would be a tenth of a page of 500."""
+    """Return a label a point, with the whole shape where the line ends: at every point, it would be a tenth of a page
+    of 500."""
     name = f"<b>{f.in_figure(row['architecture'])}</b>"
     score = f"{f.millions(row['params'])} parameters, LM loss {f.fixed(row['lm_loss'], 3)}"
     whole = f"{name}<br>{f.architecture(row)}<br>{score}"
@@ -126,9 +129,9 @@ def _heading(name: str) -> str:
 
 
 def importances(info: AxesInfo) -> pd.DataFrame:
-    """A row per varied axis, most important first: `importance`, the share PED-ANOVA gives it, and `spearman`, its rank
-    correlation with the LM loss (below 0: more of it goes with a lower loss); each with its range (`_low`, `_high`)
-    over `RESAMPLES` resamples of the candidates."""
+    """Return a row per varied axis, most important first: `importance`, the share PED-ANOVA gives it, and `spearman`,
+    its rank correlation with the LM loss (below 0: more of it goes with a lower loss); each with its range (`_low`,
+    `_high`) over `RESAMPLES` resamples of the candidates."""
     rows, axes = info.rows, info.varied
     generator = np.random.default_rng(0)
     draws = [rows.iloc[generator.integers(0, len(rows), len(rows))] for _ in range(RESAMPLES)]
@@ -136,26 +139,26 @@ def importances(info: AxesInfo) -> pd.DataFrame:
         "importance": (ped_anova(rows, axes), [ped_anova(draw, axes) for draw in draws]),
         "spearman": (spearman(rows, axes), [spearman(draw, axes) for draw in draws]),
     }
-    found = pd.DataFrame({"axis": axes})
+    table = pd.DataFrame({"axis": axes})
     for name, (values, resampled) in measured.items():
-        found[name] = values
-        found[[f"{name}_low", f"{name}_high"]] = np.array(
+        table[name] = values
+        table[[f"{name}_low", f"{name}_high"]] = np.array(
             [np.nanmin(resampled, axis=0), np.nanmax(resampled, axis=0)]
         ).T
-    return found.sort_values("importance", ascending=False, ignore_index=True)
+    return table.sort_values("importance", ascending=False, ignore_index=True)
 
 
 def ped_anova(rows: pd.DataFrame, axes: Sequence[str]) -> list[float]:
-    """Optuna's own measure and default (arXiv:2304.10255): how far the values of the best tenth of the candidates, or
-    the best `BEST`, are from those of all, shares of 1. It asks about the shapes that were tried, which a budget ties
-    together, and not about shapes outside of it, as fANOVA would."""
+    """Return the shares of importance, of 1, by PED-ANOVA, Optuna's default (arXiv:2304.10255): how far the values of
+    the best tenth of the candidates, or the best `BEST`, are from those of all. It is about the shapes that were tried,
+    which a budget ties together, and not about shapes outside it, as fANOVA would be."""
     import optuna  # takes seconds to import, and most reports of a run that is going need it not
 
     known = {axis: _where_it_is(rows, axis) for axis in axes}
     ranges = {
-        axis: optuna.distributions.IntDistribution(int(of[axis].min()), int(of[axis].max()))
-        for axis, of in known.items()
-        if of[axis].nunique() > 1
+        axis: optuna.distributions.IntDistribution(int(known_rows[axis].min()), int(known_rows[axis].max()))
+        for axis, known_rows in known.items()
+        if known_rows[axis].nunique() > 1
     }
     if not ranges:  # a resample of one candidate
         return [float("nan")] * len(axes)
@@ -174,35 +177,36 @@ def ped_anova(rows: pd.DataFrame, axes: Sequence[str]) -> list[float]:
 
 
 def spearman(rows: pd.DataFrame, axes: Sequence[str]) -> list[float]:
-    found = []
+    """Return each axis's rank correlation with the LM loss."""
+    correlations = []
     for axis in axes:
-        of = _where_it_is(rows, axis)
-        varies = of[axis].nunique() > 1 and of["lm_loss"].nunique() > 1
-        found.append(float(stats.spearmanr(of[axis], of["lm_loss"]).statistic) if varies else float("nan"))
-    return found
+        known = _where_it_is(rows, axis)
+        varies = known[axis].nunique() > 1 and known["lm_loss"].nunique() > 1
+        correlations.append(float(stats.spearmanr(known[axis], known["lm_loss"]).statistic) if varies else float("nan"))
+    return correlations
 
 
 def _where_it_is(rows: pd.DataFrame, axis: str) -> pd.DataFrame:
-    """A block starts somewhere only where one is dropped."""
+    """Return the rows in which an axis means something: a block starts somewhere only where one is dropped."""
     return rows[rows["drop_block_length"] > 0] if axis == "drop_block_start" else rows
 
 
-def importances_plot(found: pd.DataFrame) -> go.Figure:
-    return _bars(found, "importance", "share of the importance (PED-ANOVA), of 1", [0, 1])
+def importances_plot(table: pd.DataFrame) -> go.Figure:
+    return _bars(table, "importance", "share of the importance (PED-ANOVA), of 1", [0, 1])
 
 
-def directions_plot(found: pd.DataFrame) -> go.Figure:
-    figure = _bars(found, "spearman", "Spearman’s rank correlation with LM loss", [-1, 1])
+def directions_plot(table: pd.DataFrame) -> go.Figure:
+    figure = _bars(table, "spearman", "Spearman’s rank correlation with LM loss", [-1, 1])
     figure.add_vline(0, line_color=palette.INK, line_width=1)
     return figure
 
 
-def _bars(found: pd.DataFrame, name: str, title: str, reach: list[float]) -> go.Figure:
-    figure = palette.new_figure(110 + 34 * len(found))
+def _bars(table: pd.DataFrame, name: str, title: str, reach: list[float]) -> go.Figure:
+    figure = palette.new_figure(110 + 34 * len(table))
     figure.add_bar(
-        x=found[name], y=found["axis"], orientation="h", marker={"color": palette.BLUE}, showlegend=False,
-        error_x={"type": "data", "symmetric": False, "array": found[f"{name}_high"] - found[name],
-                 "arrayminus": found[name] - found[f"{name}_low"], "thickness": 1.5, "color": palette.MUTED},
+        x=table[name], y=table["axis"], orientation="h", marker={"color": palette.BLUE}, showlegend=False,
+        error_x={"type": "data", "symmetric": False, "array": table[f"{name}_high"] - table[name],
+                 "arrayminus": table[name] - table[f"{name}_low"], "thickness": 1.5, "color": palette.MUTED},
         hovertemplate="%{y}: %{x:.2f}<extra></extra>",
     )  # fmt: skip
     figure.update_yaxes(autorange="reversed", showgrid=False)
@@ -216,3 +220,33 @@ def axes_count(info: AxesInfo) -> str:
         f"n = {f.plural(len(info.rows), 'architecture')} at rung {info.rung:.0f} ({tokens} tokens each); bars are the "
         f"range over {RESAMPLES} resamples of them. Losses in nats per token; importance has no unit."
     )
+
+
+def axes_card(run: RunData) -> Card:
+    title = "Axes of the search"
+    read = (
+        "Each line is an architecture, from axis to axis; strong blue ones have the lowest LM loss. An axis on which "
+        "they bunch together matters. Importance says how much, by PED-ANOVA (arXiv:2304.10255): how far the best "
+        "tenth of the shapes tried, or the best five, are from all of them. The correlation says in which direction: "
+        "left of zero, a larger value goes with a lower loss. A budget ties the axes together, so one may stand for "
+        "another."
+    )
+    info = axes_info(run)
+    if info is None:
+        return Card(title, read, reason="No candidate has been scored yet.")
+    if len(info.rows) < 2 or not info.varied:
+        return Card(title, read, reason="All scored candidates have one shape: no axis varies.")
+    panels = [Panel("parallel_coordinates", parallel_plot(info), info.rows, "Parallel coordinates", columns=6)]
+    body = ""
+    if len(info.rows) < FEWEST:
+        body = (
+            f"<p>Importance of the axes needs {FEWEST} scored architectures at one rung; "
+            f"there are {len(info.rows)}.</p>"
+        )
+    else:
+        table = importances(info)
+        panels += [
+            Panel("axis_importance", importances_plot(table), table, "Importance"),
+            Panel("axis_direction", directions_plot(table), table, "Direction"),
+        ]
+    return Card(title, read, axes_count(info), body, tuple(panels))

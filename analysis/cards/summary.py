@@ -8,14 +8,16 @@ import pandas as pd
 
 from analysis.page import formatting as f
 from analysis.page import palette
+from analysis.page.card import Card
 from analysis.run_data import RunData, best_candidate, of_arm
+from minitron_search.records.metrics import METRICS, scored
 
-NAMES = {"winogrande_acc": "Winogrande accuracy", "winogrande_margin": "Winogrande margin"}
 ONE_SIDED_95 = 1.645  # standard errors of a coin, above one half, before an accuracy is called above chance
 
 
 class SummaryInfo(NamedTuple):
-    """`rows` maps a column title to a row of the trials table; only the arms that exist yet are in it."""
+    """What the card shows. rows: column title -> row of the trials table; only the arms that exist yet. warning: ""
+    where the teacher's accuracy is clearly above chance, or was not measured."""
 
     rows: dict[str, pd.Series]
     colours: dict[str, str]
@@ -29,19 +31,19 @@ def summary_info(run: RunData) -> SummaryInfo:
     architecture = None if best is None else str(best[0]["architecture"])
     promoted = best is not None and best[1]
     best_title = "Best candidate" if promoted else "Leading candidate"
-    found = {
+    columns = {
         "Teacher": of_arm(run.trials, "teacher"),
         "Untrained trim": of_arm(run.trials, "untrained", architecture),
         best_title: None if best is None else best[0],
         "Retrained student": of_arm(run.trials, "retrained", architecture),
     }
-    rows = {title: row for title, row in found.items() if row is not None}
-    colours = dict(zip(found, (palette.INK, palette.PURPLE, palette.ORANGE, palette.GREEN), strict=True))
+    rows = {title: row for title, row in columns.items() if row is not None}
+    colours = dict(zip(columns, (palette.INK, palette.PURPLE, palette.ORANGE, palette.GREEN), strict=True))
     return SummaryInfo(
         rows=rows,
         colours=colours,
         outcome=outcome(
-            found["Teacher"], found["Untrained trim"], found[best_title], found["Retrained student"], promoted
+            columns["Teacher"], columns["Untrained trim"], columns[best_title], columns["Retrained student"], promoted
         ),
         warning=chance_warning(run),
     )
@@ -54,7 +56,7 @@ def outcome(
     retrained: pd.Series | None,
     promoted: bool,
 ) -> str:
-    """One or two sentences that a reader could repeat."""
+    """Say in one or two sentences, which a reader could repeat, what came of the run."""
     last = retrained if retrained is not None else best
     if last is None or f.missing(last["lm_loss"]):
         return "No candidate has been scored yet."
@@ -80,26 +82,26 @@ def outcome(
 
 
 def at_chance(run: RunData) -> list[str] | None:
-    """The metrics on which the teacher is no better than chance, as the run's own tests found; before they were made,
-    as a coin's standard error says of its accuracy. None where it has no accuracy."""
+    """Return the metrics on which the teacher is no better than chance, as the run's own tests found; before they are
+    made, by the standard error that a coin's accuracy would have. None where the teacher has no accuracy."""
     if tested := run.evidence.get("at_chance"):
-        return [NAMES.get(metric, metric) for metric, about in tested.items() if about["at_chance"]]
+        return [METRICS[metric].name for metric, test in tested.items() if test["at_chance"]]
     teacher = of_arm(run.trials, "teacher")
     if teacher is None or f.missing(teacher["winogrande_acc"]):
         return None
     bar = 0.5 + ONE_SIDED_95 * 0.5 / teacher["winogrande_n"] ** 0.5
-    return [] if teacher["winogrande_acc"] > bar else [NAMES["winogrande_acc"]]
+    return [] if teacher["winogrande_acc"] > bar else [METRICS["winogrande_acc"].name]
 
 
 def chance_warning(run: RunData) -> str:
     teacher = of_arm(run.trials, "teacher")
-    if teacher is None or NAMES["winogrande_acc"] not in (at_chance(run) or ()):
+    if teacher is None or METRICS["winogrande_acc"].name not in (at_chance(run) or ()):
         return ""
     accuracy = f.plus_minus(teacher["winogrande_acc"], teacher["winogrande_acc_stderr"], 3)
     return (
         f"The teacher’s Winogrande accuracy, {accuracy} on {f.integer(teacher['winogrande_n'])} examples, is not "
-        "clearly above chance (0.5). Accuracy ranks nothing in this run; LM loss does, and the margin is the denser "
-        "reading of Winogrande."
+        "clearly above chance (0.5), so accuracy ranks nothing in this run. LM loss does; the margin is the finer "
+        "measure of Winogrande."
     )
 
 
@@ -119,9 +121,21 @@ def speed_up(row: pd.Series, teacher: pd.Series | None, column: str) -> str:
     return f"{row[column] / teacher[column]:.2f}× the teacher"
 
 
-Cell = tuple[str, str, Callable[[pd.Series], str], Callable[[pd.Series, pd.Series | None], str] | None]
+Line = tuple[str, str, Callable[[pd.Series], str], Callable[[pd.Series, pd.Series | None], str] | None]
+
+
+def _metric_line(name: str) -> Line:
+    metric = METRICS[name]
+    return (
+        metric.name,
+        metric.unit,
+        lambda row: f.plus_minus(row[name], row[metric.error], 3),
+        (lambda row, teacher: gap(row, teacher, name)) if name == "lm_loss" else None,
+    )
+
+
 # Label, unit, the value, and the small line under it.
-LINES: tuple[Cell, ...] = (
+LINES: tuple[Line, ...] = (
     ("Parameters", "", lambda r: f.millions(r["params"]), lambda r, t: share(r, t, "params")),
     (
         "Non-embedding",
@@ -129,25 +143,7 @@ LINES: tuple[Cell, ...] = (
         lambda r: f.millions(r["non_embedding_params"]),
         lambda r, t: share(r, t, "non_embedding_params"),
     ),
-    (
-        "LM loss",
-        "nats per token",
-        lambda r: f.plus_minus(r["lm_loss"], r["lm_loss_stderr"], 3),
-        lambda r, t: gap(r, t, "lm_loss"),
-    ),
-    ("KL to the teacher", "nats per token", lambda r: f.plus_minus(r["kl"], r["kl_stderr"], 3), None),
-    (
-        "Winogrande accuracy",
-        "share right",
-        lambda r: f.plus_minus(r["winogrande_acc"], r["winogrande_acc_stderr"], 3),
-        None,
-    ),
-    (
-        "Winogrande margin",
-        "nats per example",
-        lambda r: f.plus_minus(r["winogrande_margin"], r["winogrande_margin_stderr"], 3),
-        None,
-    ),
+    *map(_metric_line, scored()),
     (
         "Speed",
         "tokens per second",
@@ -185,5 +181,15 @@ def summary_count(info: SummaryInfo) -> str:
     row = next(iter(info.rows.values()))
     return (
         f"n = {f.integer(row['lm_loss_n'])} validation windows and {f.integer(row['winogrande_n'])} "
-        "Winogrande examples; ± is one standard error."
+        "Winogrande questions; ± is one standard error."
     )
+
+
+def summary_card(run: RunData) -> Card:
+    title = "Summary"
+    read = "Left to right: the teacher, what trimming broke, what the search found, and what retraining made of it."
+    info = summary_info(run)
+    if not info.rows:
+        return Card(title, read, reason="No model has been scored yet: the trials table has no rows.")
+    data = pd.DataFrame(list(info.rows.values())).assign(model=list(info.rows))
+    return Card(title, read, summary_count(info), summary_html(info), data=(("summary", data),))

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import pandas as pd
 
 from analysis.page import formatting as f
+from analysis.page.card import Card
 from analysis.run_data import RunData, last_rungs
+from minitron_search.records.metrics import METRICS, scored
 
 NUMBER = ' class="number"'
 Format = Callable[[pd.Series], str]
@@ -17,8 +19,8 @@ def _fixed(column: str, digits: int) -> Format:
     return lambda row: f.fixed(row[column], digits)
 
 
-def _pair(column: str, digits: int) -> Format:
-    return lambda row: f.plus_minus(row[column], row[f"{column}_stderr"], digits)
+def _with_error(metric: str, digits: int) -> Format:
+    return lambda row: f.plus_minus(row[metric], row[METRICS[metric].error], digits)
 
 
 def _integer(column: str) -> Format:
@@ -32,10 +34,7 @@ COLUMNS: tuple[tuple[str, str, str, Format | None], ...] = (
     ("status", "status", "", None),
     ("tokens", "tokens", "", lambda row: f.tokens(row["tokens"])),
     ("rung", "rung", "", _integer("rung")),
-    ("lm_loss", "LM loss", "nats/token", _pair("lm_loss", 3)),
-    ("kl", "KL", "nats/token", _pair("kl", 3)),
-    ("winogrande_acc", "Winogrande", "accuracy", _pair("winogrande_acc", 3)),
-    ("winogrande_margin", "margin", "nats/example", _pair("winogrande_margin", 3)),
+    *((name, METRICS[name].name, METRICS[name].unit, _with_error(name, 3)) for name in scored()),
     ("bi", "BI", "dropped block", _fixed("bi", 3)),
     ("params", "parameters", "", lambda row: f.millions(row["params"])),
     ("non_embedding_params", "non-embedding", "", lambda row: f.millions(row["non_embedding_params"])),
@@ -56,7 +55,7 @@ COLUMNS: tuple[tuple[str, str, str, Format | None], ...] = (
 
 
 class TrialsTableInfo(NamedTuple):
-    """rows: each trial's last rung. all_rungs: the whole trials table."""
+    """What the card shows. rows: each trial's last rung. all_rungs: the whole trials table."""
 
     rows: pd.DataFrame
     all_rungs: pd.DataFrame
@@ -67,15 +66,15 @@ def trials_table_info(run: RunData) -> TrialsTableInfo:
 
 
 def trials_table_of(runs: Sequence[RunData]) -> TrialsTableInfo:
-    """Of several, one after the other, with a column `run`."""
+    """Return the tables of several runs, one after the other, with a column `run`."""
     tables = [table for table in (run.trials.assign(run=run.name) for run in runs) if len(table)]
     last = [last_rungs(table) for table in tables]
     empty = runs[0].trials.iloc[:0]
-    return TrialsTableInfo(*(pd.concat(each, ignore_index=True) if each else empty for each in (last, tables)))
+    return TrialsTableInfo(*(pd.concat(frames, ignore_index=True) if frames else empty for frames in (last, tables)))
 
 
 def trials_table_html(info: TrialsTableInfo, of: str = "") -> str:
-    """`of`: the heading of the column `run`, where there are several."""
+    """Return the table. of: the heading of the column `run`, where there are several."""
     columns = (*COLUMNS[:1], ("run", of, "", None), *COLUMNS[1:]) if of else COLUMNS
     heads = "".join(
         f'<th scope="col" aria-sort="none"{NUMBER if text else ""}><button type="button">{heading}</button>'
@@ -106,3 +105,18 @@ def _cell(row: pd.Series, column: str, text: Format | None) -> str:
 def trials_table_count(info: TrialsTableInfo) -> str:
     rows = f.plural(len(info.all_rungs), "row")
     return f"n = {f.plural(len(info.rows), 'trial')}, {rows} over all rungs in the CSV; ± is one standard error."
+
+
+def trials_card(run: RunData) -> Card:
+    title = "Trials"
+    read = "One row per trial at its last rung. Click a heading to sort; compare trials of one rung only."
+    info = trials_table_info(run)
+    if info.rows.empty:
+        return Card(title, read, reason="No trial has a row yet.")
+    return Card(
+        title,
+        read,
+        trials_table_count(info),
+        trials_table_html(info),
+        data=(("trials", info.all_rungs),),
+    )

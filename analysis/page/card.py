@@ -7,8 +7,8 @@ import plotly.graph_objects as go
 
 
 class Panel(NamedTuple):
-    """One figure of a card and the data behind it, which the page offers as `<name>.csv`. `columns`: of the six
-    that the card is wide; a card with one figure gives it all."""
+    """One figure of a card and the data behind it, which the page offers as `<name>.csv`. columns: how many of the
+    card's six it takes; a card with one figure gives it all."""
 
     name: str
     figure: go.Figure
@@ -18,7 +18,8 @@ class Panel(NamedTuple):
 
 
 class Card(NamedTuple):
-    """sample: n and units. body: HTML with every word from the run escaped. reason: why there is no more."""
+    """One part of a report. sample: n and units. body: HTML in which every word from the run is escaped. reason: why
+    there is nothing more."""
 
     title: str
     how_to_read: str

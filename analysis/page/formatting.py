@@ -15,6 +15,7 @@ def missing(value: float | None) -> bool:
 
 
 def fixed(value: float, digits: int) -> str:
+    """Return a number with so many digits."""
     return MISSING if missing(value) else f"{value:.{digits}f}".replace("-", "−")
 
 
@@ -23,7 +24,7 @@ def integer(value: float) -> str:
 
 
 def plus_minus(value: float, stderr: float, digits: int) -> str:
-    """`3.214 ± 0.052`; without the second half where no standard error is known."""
+    """Return `3.214 ± 0.052`, without the second half where no standard error is known."""
     if missing(value) or missing(stderr):
         return fixed(value, digits)
     return f"{fixed(value, digits)} ± {stderr:.{digits}f}"
@@ -34,7 +35,7 @@ def millions(value: float) -> str:
 
 
 def tokens(value: float) -> str:
-    """32768 -> 32.8K, 256000 -> 256K, 4e9 -> 4B."""
+    """Return a count in short: 32768 -> 32.8K, 256000 -> 256K, 4e9 -> 4B."""
     if missing(value):
         return MISSING
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
@@ -63,14 +64,14 @@ def duration(seconds: float) -> str:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10, ... from the decade of `low` to that of `high`; powers of ten where those are many."""
+    """Return 1, 2, 5, 10, ... from the decade of `low` to that of `high`; powers of ten where there are many."""
     decades = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
     digits = (1, 2, 5) if len(decades) < 4 else (1,)
     return [digit * 10.0**decade for decade in decades for digit in digits]
 
 
 def number(value: Any) -> float:
-    """A number of a JSON file, where null stands for none."""
+    """Return a number of a JSON file; NaN for null."""
     return float("nan") if value is None else float(value)
 
 
@@ -78,13 +79,18 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def capitalised(text: str) -> str:
+    """Return a name as the first word of a heading."""
+    return text[:1].upper() + text[1:]
+
+
 def in_figure(text: object) -> str:
-    """Text of a run for a Plotly label, which reads a few HTML tags: none of them may come from the run."""
+    """Escape text of a run for a Plotly label, which reads a few HTML tags: none of them may come from the run."""
     return html.escape(str(text), quote=False)
 
 
 def architecture(row: Mapping[str, Any]) -> str:
-    """Every axis of one row of the trials table under its Hugging Face name, in two lines of a label."""
+    """Return every axis of one row of the trials table under its Hugging Face name, in two lines of a label."""
     axes = [f"{axis} {integer(row[axis])}" for axis in AXES if not axis.startswith("drop_block")]
     lines = [", ".join(axes[:3]), ", ".join(axes[3:])]
     length, start = row["drop_block_length"], row["drop_block_start"]
@@ -94,7 +100,7 @@ def architecture(row: Mapping[str, Any]) -> str:
 
 
 def hover(row: Mapping[str, Any]) -> str:
-    """Hover label of one row of the trials table: which trial, which architecture, how far, how good."""
+    """Return the hover label of one row of the trials table: which trial, which architecture, how far, how good."""
     return "<br>".join(
         [
             f"<b>{in_figure(row['trial'])}</b> · {in_figure(row['arm'])} · {in_figure(row['status'])}",

@@ -22,7 +22,7 @@ TEMPLATE = Path(__file__).with_name("report_template.html")
 
 
 def page(name: str, facts: list[str], cards: list[Card], made: str, kind: str = "report of a run") -> str:
-    """`facts` are short lines under the name; `made` one sentence for the foot. All are plain text."""
+    """Return the HTML. facts: short lines under the name; made: one sentence for the foot; all plain text."""
     template = fill(TEMPLATE.read_text(encoding="utf-8"), {"plotly": get_plotlyjs().replace("\r\n", "\n")})
     sections = [(f"card-{place}", card) for place, card in enumerate(cards, 1)]
     return fill(
@@ -47,7 +47,7 @@ def fill(template: str, values: Mapping[str, str]) -> str:
 
 
 def policy(template: str) -> str:
-    """Content security policy: the template's own scripts by their hash, inline style, no request at all."""
+    """Return the content security policy: the template's own scripts by their hash, inline style, no request at all."""
     scripts = re.findall(r"<script>(.*?)</script>", template, re.DOTALL)
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
@@ -84,12 +84,12 @@ def panel_html(panel: Panel) -> str:
 
 
 def embedded(text: str) -> str:
-    """JSON that an HTML parser reads as data whatever is in it."""
+    """Return JSON that an HTML parser reads as data whatever is in it."""
     return text.replace("<", "\\u003c")
 
 
 def csv_link(name: str, data: pd.DataFrame) -> str:
-    """A download of `data`, in which no text of the run is a spreadsheet's formula."""
+    """Return a link that downloads `data`, in which no text of the run can be a spreadsheet's formula."""
     safe = data.copy()
     for column in safe.columns:
         if not pd.api.types.is_numeric_dtype(safe[column]):

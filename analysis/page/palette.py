@@ -52,7 +52,7 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, s
 
 
 def new_figure(height: int, **layout: Any) -> go.Figure:
-    """An empty figure, `height` pixels high, transparent, in the report's type and grid."""
+    """Return an empty figure, `height` pixels high, transparent, in the report's type and grid."""
     axis = {
         "gridcolor": GRID,
         "linecolor": GRID,
@@ -94,7 +94,7 @@ def new_figure(height: int, **layout: Any) -> go.Figure:
 
 
 def colour_scale() -> list[tuple[float, str]]:
-    """`SEQUENTIAL` as a Plotly colour scale over 0..1."""
+    """Return `SEQUENTIAL` as a Plotly colour scale over 0..1."""
     return [(place / (len(SEQUENTIAL) - 1), colour) for place, colour in enumerate(SEQUENTIAL)]
 
 
@@ -104,11 +104,11 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 
 
 def series(place: int) -> tuple[str, str]:
-    """Colour and dash of the `place`-th of several."""
+    """Return the colour and dash of the `place`-th of several runs or arms."""
     return SERIES[place % len(SERIES)], DASHES[place // len(SERIES) % len(DASHES)]
 
 
 def faint(colour: str) -> str:
-    """A colour to fill a band with."""
+    """Return a colour to fill a band with."""
     red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
     return f"rgba({red},{green},{blue},0.18)"

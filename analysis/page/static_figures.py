@@ -47,13 +47,14 @@ SCRIPT = """
 
 
 def browser() -> str | None:
-    """The first of the browsers found; one elsewhere is named by BROWSER_PATH, as kaleido has it."""
+    """Return the first browser found; BROWSER_PATH names one elsewhere, as for kaleido."""
     named = os.environ.get("BROWSER_PATH")
-    return named or next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    return named or next((program for name in BROWSERS if (program := shutil.which(name))), None)
 
 
 def write_beside(report: Path, cards: Iterable[Card]) -> None:
-    """Every figure of `report` into the folder `<report>_figures` beside it; says what was written, or why nothing."""
+    """Write every figure of `report` into the folder `<report>_figures` beside it, and say what was written, or why
+    nothing was."""
     folder = report.with_name(f"{report.stem}_figures")
     drawn, reason = write_figures(cards, folder)
     if drawn:
@@ -63,7 +64,8 @@ def write_beside(report: Path, cards: Iterable[Card]) -> None:
 
 
 def write_figures(cards: Iterable[Card], folder: Path) -> tuple[list[Path], str]:
-    """`<panel>.svg` and `.png` of every figure in `folder`: (files written, why there are none; '' where there are)."""
+    """Write `<panel>.svg` and `.png` of every figure into `folder`, and return (files written, why there are none; ''
+    where there are)."""
     panels = [panel for card in cards for panel in card.panels]
     if not panels:
         return [], "there is no figure to draw yet"
@@ -88,8 +90,8 @@ def write_figures(cards: Iterable[Card], folder: Path) -> tuple[list[Path], str]
         path.write_bytes(_bytes(html.unescape(address)))
         written.append(path)
     if not written:
-        said = done.stderr.strip().splitlines()
-        return [], f"{program} drew none{f': {said[-1]}' if said else ''}"
+        complaint = done.stderr.strip().splitlines()
+        return [], f"{program} drew none{f': {complaint[-1]}' if complaint else ''}"
     return written, ""
 
 
@@ -104,7 +106,7 @@ def _page(panels: Iterable[Panel]) -> str:
 
 
 def still(panel: Panel) -> dict[str, object]:
-    """A figure as it stands alone: with its heading, its legend, and paper under it."""
+    """Return a figure that stands alone: with its heading, its legend, and paper under it."""
     figure = json.loads(panel.figure.to_json())
     layout = figure["layout"]
     layout |= {"paper_bgcolor": palette.SURFACE, "plot_bgcolor": palette.SURFACE, "height": layout["height"] + 60}
@@ -116,6 +118,6 @@ def still(panel: Panel) -> dict[str, object]:
 
 
 def _bytes(address: str) -> bytes:
-    """Of a data: address, percent-encoded or base64."""
+    """Decode a data: address, percent-encoded or base64."""
     head, _, body = address.partition(",")
     return base64.b64decode(body) if head.endswith("base64") else urllib.parse.unquote_to_bytes(body)

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 
 
 def plain_table(heads: Sequence[str], lines: Iterable[Sequence[str]], text: Sequence[int] = (0,)) -> str:
-    """`text`: places of the columns that hold words; the others are numbers, to the right. The first heads its row."""
+    """Return a table. text: places of the columns that hold words; the others are numbers, to the right. The first cell
+    heads its row."""
 
     def cell(place: int, content: str, tag: str, scope: str) -> str:
         number = "" if place in text else ' class="number"'
@@ -15,5 +16,6 @@ def plain_table(heads: Sequence[str], lines: Iterable[Sequence[str]], text: Sequ
     rows = ""
     for line in lines:
         first = cell(0, line[0], "th", ' scope="row"')
-        rows += f"<tr>{first}{''.join(cell(place, each, 'td', '') for place, each in enumerate(line) if place)}</tr>"
+        others = "".join(cell(place, content, "td", "") for place, content in enumerate(line) if place)
+        rows += f"<tr>{first}{others}</tr>"
     return f'<div class="scroll"><table class="plain"><thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table></div>'

@@ -1,17 +1,17 @@
-"""An ablation: a YAML whose arms differ in keys of the configuration and are compared at equal tokens and seeds.
+"""Read an ablation: a YAML whose arms differ in keys of the configuration, compared at equal tokens and seeds.
 
     question: Is pruning by importance worth more than ...?
     figure: 2408.11796, Figure 6
     base: smollm2.yaml          # optional: a configuration in the folder of this file, under the keys of this one
-    architecture: width         # of all arms: sizes, or a rule (`ablation_shapes.shaped`)
+    architecture: width         # of all arms: sizes, or a rule (`shapes.shaped`)
     baseline: pruned            # the arm that the others are compared with; the first unless given
     search: {rungs: [0, 4K, 16K], seeds: 3}         # and any other key of the configuration, for all arms
     before: {middle: {...}}     # optional: ordinary runs, made first in <output>/before/<name>; an arm may name what
                                 # they leave, as in teacher: {model: "{output}/before/middle/best"}
     arms: {random: {distillation: {initialization: random}}, pruned: {}}
 
-Every arm is an ordinary run of one architecture, in <output>/<arm>. It says what it changes; what comparing takes for
-granted (`SHARED`) it may not.
+Every arm is an ordinary run of one architecture, in <output>/<arm>. It says what it changes; it may not change what
+the comparison relies on (`SHARED`).
 """
 
 import re
@@ -28,7 +28,7 @@ from minitron_search.config import loading
 from minitron_search.config.schema import Config
 from minitron_search.models.sources import is_stored
 from minitron_search.planning.prepare import Prepared, check
-from minitron_search.records.bucket import mirror_of
+from minitron_search.records.bucket import bucket_copy
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.paths import inside, is_uri, working_folder
 from minitron_search.search.schedule import whole_batches
@@ -53,8 +53,11 @@ _SECTIONS = {key.partition(".")[0] for key, _ in loading.keys() if "." in key}
 
 @dataclass(frozen=True)
 class Ablation:
-    """`values`: the keys of the configuration for all arms. `changes`, `before`: what each arm, and each run that is
-    made first, has over them; `architecture` among them. `output`: a folder or an address."""
+    """One ablation.
+
+    `values`: the keys of the configuration for all arms. `changes`, `before`: the keys that each arm, and each run that
+    is made first, sets over them; `architecture` is one of them. `output`: a folder or an address.
+    """
 
     name: str
     output: str
@@ -67,17 +70,17 @@ class Ablation:
 
     @property
     def root(self) -> Path:
-        """Where it is worked on."""
+        """The folder that the ablation is worked on in."""
         return working_folder(self.output) if is_uri(self.output) else Path(self.output)
 
     def address(self, place: str) -> str:
-        """The output of one of its runs."""
+        """Return the output of one of its runs."""
         return inside(self.output, place)
 
     def config(self, arm: str) -> Config:
-        """Of one arm. Raises ValueError that names it."""
+        """Return the configuration of one arm. Raises ValueError that names the arm."""
         with_changes = _merged(self.values, self.changes[arm])
-        with _of(f"arms.{arm}"):
+        with _naming(f"arms.{arm}"):
             config = self._parsed(with_changes, arm)
             block = config.space.axes.drop_block
             stages = ["importance", *(["depth"] if block and block.seeds == "sweep" else []), "search"]
@@ -87,8 +90,8 @@ class Ablation:
             return loading.parse_config({**given, "stages": stages})
 
     def config_before(self, name: str) -> Config:
-        """Of a run that is made first: an ordinary one, which leaves its student in best/."""
-        with _of(f"{BEFORE}.{name}"):
+        """Return the configuration of a run that is made first: an ordinary one, which leaves its student in best/."""
+        with _naming(f"{BEFORE}.{name}"):
             config = self._parsed(_merged(self.values, self.before[name]), f"{BEFORE}/{name}")
             return loading.parse_config({**config.dump(), "stages": ["importance", "search", "retrain"]})
 
@@ -112,18 +115,18 @@ class Ablation:
         tokens = {"retraining": {"tokens": config.search.rungs[-1], **values.get("retraining", {})}}
         return loading.parse_config(_merged(values, tokens))
 
-    def waits(self, name: str, of: Mapping[str, Any]) -> bool:
-        """Whether a model that it names is still to be made."""
-        values = _substituted(_merged(self.values, of), self.output)
+    def waits(self, name: str, changes: Mapping[str, Any]) -> bool:
+        """Return whether a model that an arm names is still to be made."""
+        values = _substituted(_merged(self.values, changes), self.output)
         named = (values.get("teacher", {}).get("model"), values.get("distillation", {}).get("teacher"))
         if is_uri(self.output):
             start = self.address(f"{BEFORE}/").partition("?")[0]
             return any(not is_stored(model) for model in named if model and model.startswith(start))
-        made_here = [Path(model) for model in named if model and Path(model).is_relative_to(self.root / BEFORE)]
-        return any(not model.exists() for model in made_here)
+        ours = [Path(model) for model in named if model and Path(model).is_relative_to(self.root / BEFORE)]
+        return any(not model.exists() for model in ours)
 
     def about(self) -> dict[str, Any]:
-        """What ablation.json holds."""
+        """Return what ablation.json holds."""
         shared = loading.parse_config({
             "seed": self.values.get("seed", 0),
             "search": {"seeds": SEEDS, **_only(self.values, "search", "seeds", "rungs")},
@@ -142,14 +145,12 @@ class Ablation:
         }
 
 
-def is_ablation(file: str | None) -> bool:
-    """Whether a YAML has arms. Raises ValueError as `config.load` does."""
-    return file is not None and "arms" in loading.read_yaml(file)
-
-
 def load(file: str, overrides: list[str]) -> Ablation:
-    """The ablation of a YAML with dotted overrides on top, which hold for all arms but for what an arm says itself
-    (`--arms.NAME.KEY` changes that). Raises ValueError with the key, its value and a valid alternative."""
+    """Return the ablation of a YAML with dotted overrides on top.
+
+    An override holds for all arms, except for keys that an arm sets itself, which `--arms.NAME.KEY` changes. Raises
+    ValueError with the key, its value and a valid alternative.
+    """
     values = loading.read_yaml(file)
     base = values.pop("base", None)
     loading.override(values, overrides)
@@ -173,13 +174,13 @@ def load(file: str, overrides: list[str]) -> Ablation:
                                  f"{_folder_name(str(arm))!r}")  # fmt: skip
             if not isinstance(changes or {}, Mapping):
                 raise ValueError(f"{key}.{arm}: {changes!r}; valid: keys of the configuration, or {{}}")
-            with _of(f"{key}.{arm}"):
+            with _naming(f"{key}.{arm}"):
                 _check_sections(changes or {})
     for arm, changes in arms.items():
         _check_arm(arm, changes or {})
     baseline = own["baseline"] or next(iter(arms))
     if baseline not in arms:
-        raise ValueError(f"baseline: {baseline!r} is no arm; valid: {', '.join(map(str, arms))}")
+        raise ValueError(f"baseline: {baseline!r} is not an arm; valid: {', '.join(map(str, arms))}")
     if not own["question"]:
         raise ValueError("question: none; valid: what the arms are to answer, in a sentence")
     output = str(values.pop("output", None) or f"runs/{name}")
@@ -196,10 +197,10 @@ def load(file: str, overrides: list[str]) -> Ablation:
 
 
 def checked(ablation: Ablation, resume: bool) -> dict[str, tuple[Config, SearchSpace]]:
-    """Every run that can be looked at before it starts, by its folder in the output: those made first, then arms that
-    wait for none of them. The quick checks of each, and that arms are alike in what they are compared at.
+    """Do the quick checks of every run that can be checked now; return (configuration, space) by folder in the output.
 
-    Raises ValueError that names the arm.
+    Those are the runs made first, then the arms that wait for none of them. Arms have to be alike in what they are
+    compared at. Raises ValueError that names the arm.
     """
     found = {}
     for name in ablation.before:
@@ -208,21 +209,22 @@ def checked(ablation: Ablation, resume: bool) -> dict[str, tuple[Config, SearchS
         if not ablation.waits(arm, changes):
             found[arm] = check_arm(ablation, arm, resume)
         else:
-            with _of(f"arms.{arm}"):
+            with _naming(f"arms.{arm}"):
                 values = _merged(ablation.values, changes)
                 loading.parse_config({key: values[key] for key in values if key != "architecture"})
     return found
 
 
 def begun(output: str) -> bool:
-    """Whether there is a run to be continued; one in storage is here then."""
-    run = RunDirectory(output)
-    if mirror := mirror_of(output, run):
-        mirror.pull()
-    return run.config.exists()
+    """Return whether there is a run to continue; one in storage has been copied here then."""
+    run_dir = RunDirectory(output)
+    if bucket := bucket_copy(output, run_dir):
+        bucket.pull()
+    return run_dir.config.exists()
 
 
 def check_arm(ablation: Ablation, arm: str, resume: bool) -> tuple[Config, SearchSpace]:
+    """Do the quick checks of one arm; return its configuration and its space, which has to be one architecture."""
     config, space = _checked(ablation.config(arm), f"arms.{arm}", resume)
     about, block = ablation.about(), config.space.axes.drop_block
     if (tokens := whole_batches(config, config.search.rungs[-1])) != about["tokens"]:
@@ -236,7 +238,7 @@ def check_arm(ablation: Ablation, arm: str, resume: bool) -> tuple[Config, Searc
 
 
 def check_text(arm: str, changes: Mapping[str, Any], prepared: Prepared, baseline: Prepared) -> None:
-    """Arms are scored on the same windows, and distilled on the same unless they change just that."""
+    """Raise ValueError if an arm is scored on other windows, or trained on others without changing just that."""
     ours, theirs = prepared.corpus, baseline.corpus
     if not np.array_equal(ours.validation, theirs.validation):
         raise ValueError(f"arms.{arm}: its teacher has another tokenizer than the baseline's, so that its losses are "
@@ -249,12 +251,12 @@ def check_text(arm: str, changes: Mapping[str, Any], prepared: Prepared, baselin
 
 
 def _checked(config: Config, name: str, resume: bool) -> tuple[Config, SearchSpace]:
-    with _of(name):
+    with _naming(name):
         return config, check(config, resume and begun(config.output))[1]
 
 
 def _check_shared(values: Mapping[str, Any]) -> None:
-    """What an ablation sets itself is not asked of it."""
+    """Raise ValueError for a key that every ablation sets itself."""
     for key in _dotted(values):
         if key in SET:
             raise ValueError(f"{key}: an ablation sets it: every arm is one architecture, which runs importance and "
@@ -262,7 +264,7 @@ def _check_shared(values: Mapping[str, Any]) -> None:
 
 
 def _check_sections(values: Mapping[str, Any]) -> None:
-    """What is merged key by key has keys."""
+    """Raise ValueError for a section that has a value instead of keys."""
     for key, value in values.items():
         if key != "architecture" and (value is None or (not isinstance(value, Mapping) and key in _SECTIONS)):
             loading.parse_config({key: value})  # which says so
@@ -279,8 +281,8 @@ def _check_arm(arm: str, changes: Mapping[str, Any]) -> None:
                              f"valid: {key} beside arms, for all of them")  # fmt: skip
 
 
-class _of:
-    """What is wrong with a configuration is said of the arm that has it."""
+class _naming:
+    """While the block runs, let errors in a configuration name the arm that has it."""
 
     def __init__(self, name: str):
         self.name = name
@@ -294,15 +296,15 @@ class _of:
 
 
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Mappings key by key; of anything else the one that is over."""
-    found = deepcopy(dict(under))
+    """Return `under` with `over` on top: mappings are merged key by key, anything else is replaced."""
+    merged = deepcopy(dict(under))
     for key, value in over.items():
-        inner = found.get(key)
+        inner = merged.get(key)
         if isinstance(value, Mapping) and isinstance(inner, Mapping) and key != "architecture":
-            found[key] = _merged(inner, value)
+            merged[key] = _merged(inner, value)
         else:
-            found[key] = deepcopy(value)
-    return found
+            merged[key] = deepcopy(value)
+    return merged
 
 
 def _only(values: Mapping[str, Any], section: str, *keys: str) -> dict[str, Any]:
@@ -335,7 +337,7 @@ def _substituted(values: Any, output: str) -> Any:
         return {key: _substituted(value, output) for key, value in values.items()}
     if not isinstance(values, str):
         return values
-    return re.sub(r"\{output\}(?:/([\w./-]+))?", lambda of: inside(output, of[1]) if of[1] else output, values)
+    return re.sub(r"\{output\}(?:/([\w./-]+))?", lambda match: inside(output, match[1]) if match[1] else output, values)
 
 
 def _folder_name(text: str) -> str:

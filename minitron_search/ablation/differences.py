@@ -1,4 +1,4 @@
-"""What an ablation found: every arm against its baseline, paired, at every rung: ablation.parquet, and a table."""
+"""Compare every arm of an ablation with its baseline, paired, at every rung: ablation.parquet, and a table."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +12,7 @@ from rich.table import Table
 from minitron_search.evaluation.paired_scores import Row, Scores, against
 from minitron_search.evaluation.statistics import LEVEL, holm, mean_and_error
 from minitron_search.records.directory import ABLATION_TABLE, RunDirectory, write_table
+from minitron_search.records.metrics import scored
 from minitron_search.records.summary import with_error
 
 # One row per arm (but the baseline), rung and metric: the arm minus the baseline, of means over the seeds both have.
@@ -23,38 +24,39 @@ SCHEMA = pa.schema([
     *((name, pa.float64()) for name in ("difference", "stderr", "low", "high", "p", "p_holm")), ("n", pa.int64()),
     *((f"seeds_{name}", pa.float64()) for name in ("stderr", "low", "high", "p", "p_holm")),
 ])  # fmt: skip
-METRICS = ("lm_loss", "kl", "winogrande_margin", "winogrande_acc")
 
 
 def read_arms(root: Path, arms: Sequence[str]) -> tuple[dict[str, list[Row]], Scores]:
-    """By arm, the rows of its trials that have not failed; and the scores of all of them. A trial is called
-    <arm>/<trial>: two arms may have one of the same id."""
+    """Return, by arm, the rows of its trials that have not failed; and the scores of all of them.
+
+    A trial is called <arm>/<trial>: two arms may have one of the same id.
+    """
     rows: dict[str, list[Row]] = {}
     scores: dict[tuple[str, int], Mapping[str, Any]] = {}
     for arm in arms:
-        run = RunDirectory(root / arm)
+        run_dir = RunDirectory(root / arm)
         rows[arm] = [
-            {**row, "trial": f"{arm}/{row['trial']}"} for row in run.read_trials()
+            {**row, "trial": f"{arm}/{row['trial']}"} for row in run_dir.read_trials()
             if row["arm"] == "search" and row["status"] != "failed" and row["lm_loss"] is not None
         ]  # fmt: skip
-        scores |= {(f"{arm}/{trial}", rung): logged for (trial, rung), logged in run.scores().items()}
+        scores |= {(f"{arm}/{trial}", rung): logged for (trial, rung), logged in run_dir.scores().items()}
     return rows, scores
 
 
 def differences(rows: Mapping[str, Sequence[Row]], scores: Scores, baseline: str) -> list[dict[str, Any]]:
-    """The rows of `SCHEMA`."""
-    found = []
+    """Return the rows of `SCHEMA`: every arm but the baseline, at every rung, in every metric."""
+    compared = []
     for rung in sorted({row["rung"] for row in rows[baseline]}):
-        here = {arm: [row for row in of if row["rung"] == rung] for arm, of in rows.items()}
+        here = {arm: [row for row in trials if row["rung"] == rung] for arm, trials in rows.items()}
         tests = {arm: against(here[baseline], here[arm], scores) for arm in rows if arm != baseline and here[arm]}
-        for metric in METRICS:
+        for metric in scored():
             tested = {arm: test[metric] for arm, test in tests.items() if metric in test}
             by_window = holm([test["p"] for test in tested.values()])
             several = {arm: test["over_seeds"]["p"] for arm, test in tested.items() if "over_seeds" in test}
             by_seed = dict(zip(several, holm(list(several.values())), strict=True))
             for (arm, test), p_holm in zip(tested.items(), by_window, strict=True):
                 over_seeds = test.get("over_seeds", {})
-                found.append({
+                compared.append({
                     "arm": arm, "baseline": baseline, "metric": metric, "rung": rung,
                     "tokens": here[arm][0]["tokens"], "value": _mean(here[arm], metric),
                     "baseline_value": _mean(here[baseline], metric), "seeds": test["seeds"],
@@ -63,15 +65,18 @@ def differences(rows: Mapping[str, Sequence[Row]], scores: Scores, baseline: str
                     **{f"seeds_{name}": over_seeds.get(name) for name in ("stderr", "low", "high", "p")},
                     "seeds_p_holm": by_seed.get(arm),
                 })  # fmt: skip
-    return found
+    return compared
 
 
-def write_differences(root: Path, found: Sequence[dict[str, Any]]) -> None:
-    write_table(root / ABLATION_TABLE, pa.Table.from_pylist(list(found), schema=SCHEMA))
+def write_differences(root: Path, compared: Sequence[dict[str, Any]]) -> None:
+    """Write the rows of `differences` into ablation.parquet."""
+    write_table(root / ABLATION_TABLE, pa.Table.from_pylist(list(compared), schema=SCHEMA))
 
 
-def shown(about: Mapping[str, Any], rows: Mapping[str, Sequence[Row]], found: Sequence[Mapping[str, Any]]) -> Table:
-    """LM loss of every arm as it begins and ends, and its difference from the baseline at the end."""
+def shown(
+    about: Mapping[str, Any], rows: Mapping[str, Sequence[Row]], compared: Sequence[Mapping[str, Any]]
+) -> Table:  # fmt: skip
+    """Return a table: every arm's LM loss as it begins and ends, and its difference from the baseline at the end."""
     table = Table(
         title=f"{about['question']}\nLM loss, nats per token, {len(about['seeds'])} seeds; (standard error over them) "
         f"in the last digits\n95% intervals of arm - {about['baseline']}; p after Holm's correction for the arms",
@@ -87,8 +92,8 @@ def shown(about: Mapping[str, Any], rows: Mapping[str, Sequence[Row]], found: Se
             table.add_row(arm, "failed")
             continue
         first, last = [row for row in mine if not row["tokens"]], _last(mine)
-        test = next((of for of in found if of["arm"] == arm and of["metric"] == "lm_loss"
-                     and of["rung"] == last[0]["rung"]), None)  # fmt: skip
+        test = next((row for row in compared if row["arm"] == arm and row["metric"] == "lm_loss"
+                     and row["rung"] == last[0]["rung"]), None)  # fmt: skip
         table.add_row(
             arm, f"{last[0]['params'] / 1e6:.1f}M", f"{_mean(first, 'lm_loss'):.3f}" if first else "",
             _with_error(last), *(_against(test) if test else ("", "", "", "")),

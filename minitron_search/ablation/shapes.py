@@ -1,4 +1,4 @@
-"""Which one architecture an arm of an ablation is of: sizes that are given, or what a rule picks for the budget."""
+"""Choose the one architecture of an ablation's arm: by sizes that are given, or by a rule for the budget."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 from minitron_search.config.schema import Config
 from minitron_search.config.space import Anchor, Axes, Axis, DropBlock, SpaceConfig
-from minitron_search.importance.pca import rotated_config
+from minitron_search.importance.methods import trimmed_config
 from minitron_search.models.families import whole
 from minitron_search.models.sources import teacher_config
 from minitron_search.search.space import SearchSpace
@@ -20,29 +20,27 @@ LAYERS = tuple(name for name in get_args(DropBlock.model_fields["seeds"].annotat
 RULES = ("width", *(f"depth_{name}" for name in LAYERS))
 
 
-def shaped(asked: Any, config: Config) -> dict[str, Any]:
-    """The keys of `space` that leave one architecture, the first that the search of `config` proposes.
+def shaped(architecture: Any, config: Config) -> dict[str, Any]:
+    """Return the keys of `space` that leave one architecture, the first that the search of `config` proposes.
 
-    asked: a mapping of sizes, of which those left out are the teacher's, with drop_block [start, length] or
+    architecture: a mapping of sizes, of which those left out are the teacher's, with drop_block [start, length] or
     {lengths: [n], seeds: bi}; or a rule. width: all heads and layers, hidden_size and intermediate_size shrunk as alike
     as comes near the budget's parameters. depth_<seeds>: all widths, and as many layers as come nearest to them;
     which ones, `space.axes.drop_block.seeds` says. Raises ValueError for anything else.
     """
-    if isinstance(asked, Mapping):
-        return _given(asked)
-    if asked not in RULES:
-        raise ValueError(f"architecture: {asked!r} is no rule; valid: {', '.join(RULES)}, or sizes such as "
+    if isinstance(architecture, Mapping):
+        return _given(architecture)
+    if architecture not in RULES:
+        raise ValueError(f"architecture: {architecture!r} is no rule; valid: {', '.join(RULES)}, or sizes such as "
                          "{hidden_size: 448, intermediate_size: 1184}")  # fmt: skip
     if config.space.budget.params is None:
-        raise ValueError(f"architecture: {asked} comes near space.budget.params, which is not given; valid: "
+        raise ValueError(f"architecture: {architecture} comes near space.budget.params, which is not given; valid: "
                          "space.budget: {params: {target: 90M, tolerance: 0.03}}")  # fmt: skip
-    teacher = teacher_config(config.teacher.model)
-    if config.importance.method == "pca":
-        teacher = rotated_config(teacher)
-    if asked == "width":
+    teacher = trimmed_config(config.importance.method, teacher_config(config.teacher.model))
+    if architecture == "width":
         return _given(_shrunk_alike(config, teacher))
     length = _layers_to_drop(config, teacher)
-    return {"axes": {"drop_block": {"lengths": [length], "seeds": asked.removeprefix("depth_")}}}
+    return {"axes": {"drop_block": {"lengths": [length], "seeds": architecture.removeprefix("depth_")}}}
 
 
 def _given(sizes: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,7 +62,7 @@ def _given(sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shrunk_alike(config: Config, teacher: PretrainedConfig) -> dict[str, int]:
-    """The papers' own choice for width (2408.11796, section 4.2): heads and depth stay."""
+    """Return the papers' own choice for width (2408.11796, section 4.2): heads and depth stay."""
     target, full = config.space.budget.params, whole(teacher)
     assert target is not None
     hidden, mlp = full.hidden_size, full.intermediate_size

@@ -1,23 +1,24 @@
-"""Joining or starting Ray, and leaving it: the one place that decides where a run's processes live."""
+"""Join or start Ray, and leave it: the one module that decides where a run's processes live."""
 
 import logging
 import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private.state import state  # the public API lists no draining nodes
 from ray.exceptions import RayTaskError
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train import WorkerGroupError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from minitron_search.cluster.ray_internals import LOOPBACK_ONLY, draining_nodes, quiet_start
 from minitron_search.config.training import ResourcesConfig
+from minitron_search.records.console import say
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.paths import cache_folder
 
@@ -32,13 +33,13 @@ ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1200",  # a group waits as long as a cluster takes to add a node
     "RAY_TRAIN_METRICS_ENABLED": "0",
     # where a searcher proposes them Tune has one trial at a time wait for its process: slots would start one after
-    # another (16 of them 29 rungs a minute for 49), and a cluster be asked for one node at a time; `search.Proposals`
+    # another (16 of them 29 rungs a minute for 49), and a cluster be asked for one node at a time; `tuner.Proposals`
     # hands out no more than there is room for
     "TUNE_MAX_PENDING_TRIALS_PG": "1000",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # the run directory is the truth; Tune's own state is never restored
     "RAY_AIR_NEW_OUTPUT": "0",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the objective is computed from the row, by `Ruling`
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the objective is computed from the row, by `RungScheduler`
     "RAY_worker_niceness": "0",  # at Ray's 15 any other process of the machine starves a trial tenfold
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -50,16 +51,15 @@ PLACE_S, PROGRESS_S = 1200.0, 30.0  # a spot node is there in some ten minutes, 
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Join the cluster that `RAY_ADDRESS` names, else start Ray inside this process on all of this machine.
+    """Join the cluster that `RAY_ADDRESS` names; without one, start Ray inside this process on all of this machine.
 
-    An embedded Ray listens on loopback only and is gone when the block ends; a cluster is left as it was. Inside
-    another such block it is the same.
+    An embedded Ray listens on loopback only and is gone when the block ends; a cluster is left as it was. A block
+    inside another one changes nothing.
     """
     if ray.is_initialized():
         yield
         return
-    # Ray says at every start that its own authentication is on, as it should be
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    quiet_start()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
@@ -70,9 +70,9 @@ def joined() -> Iterator[None]:
         ray.init(
             address="local",
             include_dashboard=False,  # nothing here asks the state API: trials end themselves, none is killed
-            _node_ip_address="127.0.0.1",
             logging_level=logging.WARNING,
             log_to_driver=False,
+            **LOOPBACK_ONLY,
         )
     try:
         yield
@@ -81,16 +81,16 @@ def joined() -> Iterator[None]:
 
 
 class UnfitError(ValueError):
-    """The cluster cannot run what was asked; nothing was written."""
+    """The cluster cannot run the configuration; nothing was written."""
 
 
 def blind_node(folder: Path) -> str | None:
-    """The name of a node that does not see what is written to `folder` here; None where all do, or there is but one."""
+    """Return the name of a node that does not see what is written to `folder` here; None if all nodes see it."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) < 2:
         return None
     look = ray.remote(num_cpus=0)(os.path.exists)
-    made = not folder.exists()
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(prefix=".shared-", dir=folder) as marker:
         seen = {
@@ -99,15 +99,18 @@ def blind_node(folder: Path) -> str | None:
             ).remote(marker.name)
             for node in nodes
         }
-        blind = [name for name, found in seen.items() if not ray.get(found)]
-    if made:
+        blind = [name for name, visible in seen.items() if not ray.get(visible)]
+    if is_new:
         folder.rmdir()
     return blind[0] if blind else None
 
 
-def words_of(error: BaseException) -> str:
-    """What `error` has to tell. Where the system refused a task or a worker something, a full disk say, its words:
-    Ray's are a traceback, which is for faults of the program."""
+def message_of(error: BaseException) -> str:
+    """Return what `error` has to tell a user.
+
+    If the system refused a task or a worker something, such as space on a full disk, it is the system's message; Ray's
+    own message is a traceback, which is for faults of the program.
+    """
     inner = error
     while isinstance(inner, (RayTaskError, WorkerGroupError)):
         inner = inner.cause if isinstance(inner, RayTaskError) else next(iter(inner.worker_failures.values()))
@@ -115,9 +118,11 @@ def words_of(error: BaseException) -> str:
 
 
 @contextmanager
-def watched(run: RunDirectory, progress: Callable[[str], None]) -> Iterator[None]:
-    """While the block runs, nodes that come and go are events of `run` and are told: `node_joined`, `node_leaving`
-    after a notice (clusters/spot_notice.py), `node_lost`."""
+def watched(run_dir: RunDirectory) -> Iterator[None]:
+    """While the block runs, log and say which nodes come and go.
+
+    The events are `node_joined`, `node_leaving` (after a notice, as clusters/spot_notice.py gives it) and `node_lost`.
+    """
     leaving: set[str] = set()
     over, known = threading.Event(), {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
@@ -126,14 +131,14 @@ def watched(run: RunDirectory, progress: Callable[[str], None]) -> Iterator[None
         while not over.wait(LOOK_S):
             nodes = {node["NodeID"]: node for node in ray.nodes()}
             alive = {name for name, node in nodes.items() if node["Alive"]}
-            told = {name for name in draining() if name in nodes} - leaving
-            leaving.update(told)
-            changes = ("node_lost", known - alive), ("node_joined", alive - known), ("node_leaving", told)
+            warned = {name for name in draining_nodes() if name in nodes} - leaving
+            leaving.update(warned)
+            changes = ("node_lost", known - alive), ("node_joined", alive - known), ("node_leaving", warned)
             for kind, changed in changes:
                 for name in sorted(changed):
-                    about = _about(nodes[name])
-                    run.event(kind, **about)
-                    progress(f"cluster: {kind.replace('_', ' ')}: {about['node']}")
+                    fields = _event_fields(nodes[name])
+                    run_dir.event(kind, **fields)
+                    say(f"cluster: {kind.replace('_', ' ')}: {fields['node']}")
             known = alive
 
     watch = threading.Thread(target=look, daemon=True)
@@ -145,22 +150,17 @@ def watched(run: RunDirectory, progress: Callable[[str], None]) -> Iterator[None
         watch.join()
 
 
-def draining() -> dict[str, int]:
-    """Nodes that take no more work, by id: until when, in Unix milliseconds, 0 where nobody said."""
-    return state.get_draining_nodes()
-
-
-def _about(node: dict[str, Any]) -> dict[str, Any]:
-    about = {"node": node["NodeManagerAddress"], "node_id": node["NodeID"]}
+def _event_fields(node: dict[str, Any]) -> dict[str, Any]:
+    fields = {"node": node["NodeManagerAddress"], "node_id": node["NodeID"]}
     if not node["Alive"]:
-        return {**about, "message": node["DeathReasonMessage"]}
-    return {**about, **{name: node["Resources"].get(name, 0) for name in ("CPU", "GPU")}}
+        return {**fields, "message": node["DeathReasonMessage"]}
+    return {**fields, **{name: node["Resources"].get(name, 0) for name in ("CPU", "GPU")}}
 
 
-def wait_for_place(resources: ResourcesConfig, progress: Callable[[str], None]) -> None:
-    """Until one trial fits: a cluster that scales from zero adds a node for what it is asked.
+def wait_for_place(resources: ResourcesConfig) -> None:
+    """Wait until one trial fits: a cluster that scales from zero adds a node for what is requested.
 
-    Raises UnfitError where none has come within `PLACE_S`, or could: an embedded Ray has this machine and no other.
+    Raises UnfitError if none has come within `PLACE_S`, and at once if none can: an embedded Ray has this machine only.
     """
     if not os.environ.get("RAY_ADDRESS"):
         slots(resources)
@@ -171,17 +171,17 @@ def wait_for_place(resources: ResourcesConfig, progress: Callable[[str], None]) 
         if time.monotonic() - began > PLACE_S:
             remove_placement_group(wanted)
             raise _unfit(resources, f"has found no place within {PLACE_S / 60:.0f} minutes, in")
-        progress(f"cluster: waiting for a place for {_described(resources)}")
+        say(f"cluster: waiting for a place for {_described(resources)}")
     remove_placement_group(wanted)
 
 
 def slots(resources: ResourcesConfig) -> int:
-    """How many trials the cluster can run at once, as it is now. A worker has what it needs on one node; the workers of
-    a trial may be on several.
+    """Return how many trials the cluster can run at once, as it is now.
 
-    Raises UnfitError when not even one fits.
+    A worker has what it needs on one node; the workers of a trial may be on several. Raises UnfitError if not even one
+    trial fits.
     """
-    going = draining()
+    going = draining_nodes()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node.get("NodeID") not in going]
     fitting = sum(_workers(node, resources.of_worker()) for node in nodes) // resources.workers_per_trial
     if fitting < 1:
@@ -189,10 +189,10 @@ def slots(resources: ResourcesConfig) -> int:
     return fitting
 
 
-def _workers(node: dict[str, float], asked: dict[str, float]) -> int:
-    """How many workers fit a node: those that share a GPU are on one, a worker of several has whole ones."""
-    fitting = min(int(node.get(name, 0) / share) for name, share in asked.items() if name != "GPU")
-    if gpus := asked.get("GPU"):
+def _workers(node: dict[str, float], worker: dict[str, float]) -> int:
+    """Return how many workers fit a node: those that share a GPU are on one, a worker of several has whole ones."""
+    fitting = min(int(node.get(name, 0) / share) for name, share in worker.items() if name != "GPU")
+    if gpus := worker.get("GPU"):
         has = int(node.get("GPU", 0))
         fitting = min(fitting, has * int(1 / gpus + 1e-6) if gpus < 1 else int(has // gpus))  # 1 // 0.1 is 9
     return fitting
@@ -214,18 +214,21 @@ def _unfit(resources: ResourcesConfig, how: str) -> UnfitError:
 
 
 class Room:
-    """How many trials may run at once: as many as the cluster holds, as nodes come and go; on a cluster that was asked
-    for a number, that many, since what waits for a place is what such a cluster adds nodes for."""
+    """The number of trials that may run at once, as nodes come and go.
 
-    def __init__(self, asked: int | str, resources: ResourcesConfig):
-        self.asked, self.resources = asked, resources
+    `concurrency`: `search.concurrency`. With "auto" it is as many as the cluster holds. A cluster that is given a
+    number runs that many, because such a cluster adds nodes for the trials that wait for a place.
+    """
+
+    def __init__(self, concurrency: int | str, resources: ResourcesConfig):
+        self.concurrency, self.resources = concurrency, resources
         self.looked, self.now = -LOOK_S, 1
 
     def __call__(self) -> int:
-        if isinstance(self.asked, int) and os.environ.get("RAY_ADDRESS"):
-            return self.asked
+        if isinstance(self.concurrency, int) and os.environ.get("RAY_ADDRESS"):
+            return self.concurrency
         if time.monotonic() - self.looked >= LOOK_S:
             self.looked = time.monotonic()
             with suppress(UnfitError):  # the nodes that held one have gone: it waits for others
                 self.now = slots(self.resources)
-        return self.now if self.asked == "auto" else min(int(self.asked), self.now)
+        return self.now if self.concurrency == "auto" else min(int(self.concurrency), self.now)

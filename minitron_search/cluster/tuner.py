@@ -1,7 +1,6 @@
-"""Ray Tune runs what the search asks for, slot by slot; then the best are promoted."""
+"""Run the search's trials with Ray Tune, slot by slot; then promote the best."""
 
 import errno
-import logging
 import os
 import time
 from collections.abc import Callable
@@ -14,82 +13,92 @@ from ray.tune.error import TuneError
 from ray.tune.search import Searcher
 
 from minitron_search.cluster.launchers import tune_function
-from minitron_search.cluster.ray_internals import kept_actors
-from minitron_search.cluster.schedulers import ruling
+from minitron_search.cluster.ray_internals import kept_actors, quiet_tune
+from minitron_search.cluster.schedulers import rung_scheduler
 from minitron_search.cluster.worker_groups import close_groups, free_groups, make_room
 from minitron_search.evaluation.evidence import evidence
 from minitron_search.models.architecture import Architecture
+from minitron_search.records.console import say
 from minitron_search.records.directory import FINISHED
 from minitron_search.search.schedule import search_phases
-from minitron_search.search.state import Search
+from minitron_search.search.state import SearchState
 from minitron_search.search.study import LiveStudy
 from minitron_search.trials.trial import Trial
 
 TRIAL_RESTARTS = 1  # of a trial whose process died
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or a user's share of it
+# What a user reads of a decision; `complete` is the last rung.
+DECISIONS = {"stop": "stopped", "continue": "continues", "complete": "complete"}
 TRIAL_MEMORY = 300 * 2**20  # a Tune trial that only waits for its workers asks for memory, not for a CPU
 
 
-def run_search(
-    search: Search, materials: ray.ObjectRef, room: Callable[[], int], progress: Callable[[str], None]
-) -> list[Architecture]:
-    """Run what is left of the search, `room()` trials at once; returns the promoted architectures, best first.
+def run_search(search: SearchState, inputs: ray.ObjectRef, room: Callable[[], int]) -> list[Architecture]:
+    """Run what is left of the search, `room()` trials at once; return the promoted architectures, best first.
 
-    Raises KeyboardInterrupt after Ctrl-C, with every finished row kept, and OSError where nothing can be written.
+    `inputs`: the `TrialInputs` of every trial. Raises KeyboardInterrupt after Ctrl-C, with every finished row kept, and
+    OSError if nothing can be written.
     """
-    config, run = search.config, search.run
-    study = LiveStudy(run.study, config.name, search.space, config.search.objectives)
+    study = LiveStudy(search.run.study, search.config.name, search.space, search.config.search.objectives)
     first = search.next_trial()
     if first is not None:
-        resources: dict[str, float] = {"memory": TRIAL_MEMORY}
-        if config.resources.launcher == "inline":
-            resources = config.resources.of_worker()
         proposals = Proposals(search, first, room)
-        # Tune looks for result files that nobody here writes, and says so for every trial; of a trial that fails its
-        # controller prints thirty lines, and `Bookkeeping` the one that says why
-        logging.getLogger("ray.tune").setLevel(logging.ERROR)
-        logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)
-        tuner = tune.Tuner(
-            tune.with_resources(tune_function(materials, run, config.resources), resources),
-            tune_config=tune.TuneConfig(
-                search_alg=proposals,
-                scheduler=ruling(search),
-                num_samples=-1,
-                reuse_actors=True,
-                trial_name_creator=_id_of,
-                trial_dirname_creator=_id_of,
-            ),
-            run_config=tune.RunConfig(
-                name="search",
-                storage_path=run.ray_storage,
-                failure_config=tune.FailureConfig(max_failures=TRIAL_RESTARTS),
-                callbacks=[Bookkeeping(search, study, progress)],
-                verbose=0,
-            ),
-        )
-        try:
-            with kept_actors():
-                tuner.fit()
-        except TuneError as error:
-            raise _cause_of(error) from None
+        _run_to_the_end(_tuner(search, inputs, proposals, study))
         free_groups()
         if not proposals.ended:
             raise KeyboardInterrupt  # Tune returns quietly when it is interrupted
+    return _promote_the_best(search, study)
+
+
+def _tuner(search: SearchState, inputs: ray.ObjectRef, proposals: "Proposals", study: LiveStudy) -> tune.Tuner:
+    config, run_dir = search.config, search.run
+    resources: dict[str, float] = {"memory": TRIAL_MEMORY}
+    if config.resources.launcher == "inline":
+        resources = config.resources.of_worker()
+    return tune.Tuner(
+        tune.with_resources(tune_function(inputs, run_dir, config.resources), resources),
+        tune_config=tune.TuneConfig(
+            search_alg=proposals,
+            scheduler=rung_scheduler(search),
+            num_samples=-1,
+            reuse_actors=True,
+            trial_name_creator=_id_of,
+            trial_dirname_creator=_id_of,
+        ),
+        run_config=tune.RunConfig(
+            name="search",
+            storage_path=run_dir.ray_storage,
+            failure_config=tune.FailureConfig(max_failures=TRIAL_RESTARTS),
+            callbacks=[Bookkeeping(search, study)],
+            verbose=0,
+        ),
+    )
+
+
+def _run_to_the_end(tuner: tune.Tuner) -> None:
+    quiet_tune()
+    try:
+        with kept_actors():
+            tuner.fit()
+    except TuneError as error:
+        raise _cause_of(error) from None
+
+
+def _promote_the_best(search: SearchState, study: LiveStudy) -> list[Architecture]:
     best = search.best()
     chosen = {architecture.id for architecture in best}
     promoted = frozenset(t.id for t in search.trials.values() if t.architecture.id in chosen)
     for architecture in best:
-        run.event("promoted", architecture=architecture.id)
+        search.run.event("promoted", architecture=architecture.id)
     search.write_tables(promoted)
-    run.write_evidence(evidence(run, config.search.ranks_by))
+    search.run.write_evidence(evidence(search.run, search.config.search.ranks_by))
     study.refresh(search.observed(), at_once=True)
     return best
 
 
 class Proposals(Searcher):
-    """Hands Tune the search's next trial; where that depends on trials that are running, Tune asks again."""
+    """Hands Tune the search's next trial. If that depends on trials that are running, Tune asks again."""
 
-    def __init__(self, search: Search, first: Trial, room: Callable[[], int]):
+    def __init__(self, search: SearchState, first: Trial, room: Callable[[], int]):
         super().__init__(metric="objective", mode="min")
         self.search, self.ahead, self.room, self.ended = search, [first], room, False
 
@@ -118,15 +127,15 @@ class Proposals(Searcher):
 class Bookkeeping(tune.Callback):
     """Tables, events and a line of progress for everything that happens to a trial."""
 
-    def __init__(self, search: Search, study: LiveStudy, progress: Callable[[str], None]):
-        self.search, self.study, self.progress = search, study, progress
-        self.began = 0.0  # to train: rungs at 0 tokens come before
-        self.tokens = 0
+    def __init__(self, search: SearchState, study: LiveStudy):
+        self.search, self.study = search, study
+        self.began = 0.0  # when the first training began: rungs at 0 tokens come before
+        self.tokens = 0  # trained on since then, by all trials together
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         ours: Trial = trial.config["trial"]
         self.search.run.event("trial_started", trial=ours.id)
-        self.progress(f"{self._place(ours)} starts: {ours.architecture}")
+        say(f"{self._place(ours)} starts: {ours.architecture}")
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any) -> None:
         if "trial" not in result:
@@ -136,10 +145,11 @@ class Bookkeeping(tune.Callback):
         self.search.write_tables()
         self.study.refresh(self.search.observed())
         self.search.run.event("rung_finished", trial=ours.id, rung=row["rung"], tokens=row["tokens"])
-        ruling = self.search.decisions[ours.id].get(row["rung"], "complete")
-        self.progress(
-            f"{self._place(ours)} rung {row['rung']} at {row['tokens']:,} tokens: LM loss {row['lm_loss']:.3f} "
-            f"+- {row['lm_loss_stderr']:.3f}, KL {row['kl']:.3f}, {self._pace(row)} -> {ruling}"
+        decision = DECISIONS[self.search.decisions[ours.id].get(row["rung"], "complete")]
+        at = f"after {row['tokens']:,} tokens" if row["tokens"] else "untrained"
+        say(
+            f"{self._place(ours)} rung {row['rung']}, {at}: LM loss {row['lm_loss']:.3f} "
+            f"+- {row['lm_loss_stderr']:.3f}, KL {row['kl']:.3f}: {decision}{self._pace(row)}"
         )
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
@@ -149,7 +159,7 @@ class Bookkeeping(tune.Callback):
         self.search.run.event("trial_finished", trial=ours.id, status=self.search.status(ours.id))
         self.search.write_tables()
         if ours.id in self.search.failures:
-            self.progress(f"{self._place(ours)} failed: {self.search.failures[ours.id]}")
+            say(f"{self._place(ours)} failed: {self.search.failures[ours.id]}")
 
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
         # at every step, some ten a second: Ray ends a group a while after it was killed
@@ -158,10 +168,10 @@ class Bookkeeping(tune.Callback):
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         ours: Trial = trial.config["trial"]
         message = _cause(trial)
-        if any(os.strerror(full) in message for full in FULL):  # no fault of the trial's: it would fail, and others too
+        if any(os.strerror(full) in message for full in FULL):  # not the trial's fault: it would fail again, as others
             raise OSError(f"{message}; {ours.id} could not go on")
         self.search.run.event("trial_restarted", trial=ours.id, message=message)
-        self.progress(f"{self._place(ours)} is started again: {message}")
+        say(f"{self._place(ours)} starts again: {message}")
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         ours: Trial = trial.config["trial"]
@@ -170,22 +180,24 @@ class Bookkeeping(tune.Callback):
         self.search.failures[ours.id] = message
         self.search.run.event("trial_failed", trial=ours.id, message=message)
         self.search.write_tables()
-        self.progress(f"{self._place(ours)} failed: {message}")
+        say(f"{self._place(ours)} failed: {message}")
 
     def _pace(self, row: dict[str, Any]) -> str:
-        """Training speed of all trials together, and the time left at it in the plain case."""
+        """Return the training speed of all trials together and the time left at it, if no trial takes more or less."""
         if not row["tokens"]:
-            return "as it is"
+            return ""
         if not self.tokens:
             self.began = time.monotonic() - row["seconds"]
         before = self.search.rows[row["trial"]].get(row["rung"] - 1, {"tokens": 0})
         self.tokens += row["tokens"] - before["tokens"]
         speed = self.tokens / (time.monotonic() - self.began)
+        return f" ({speed:.0f} tokens/s over all trials, about {self._tokens_left() / speed / 60:.0f} min left)"
+
+    def _tokens_left(self) -> int:
         phases = search_phases(self.search.config, self.search.config.search.trials)
-        left = max(0, sum(phase.trials * phase.tokens for phase in phases) - sum(
-            max((row["tokens"] for row in rows.values()), default=0) for rows in self.search.rows.values()
-        ))  # fmt: skip
-        return f"{speed:.0f} tokens/s in all, about {left / speed / 60:.0f} min left"
+        planned = sum(phase.trials * phase.tokens for phase in phases)
+        reached = (max((row["tokens"] for row in rows.values()), default=0) for rows in self.search.rows.values())
+        return max(0, planned - sum(reached))
 
     def _place(self, trial: Trial) -> str:
         done = sum(self.search.status(other) in FINISHED for other in self.search.trials)
@@ -199,14 +211,14 @@ def _id_of(trial: Any) -> str:
 
 
 def _cause_of(error: BaseException) -> BaseException:
-    """What `Bookkeeping` died of: Tune raises it in errors of its own, whose messages are tracebacks."""
+    """Return what `Bookkeeping` raised: Tune wraps it in errors of its own, whose messages are tracebacks."""
     while isinstance(error, TuneError) and (inner := error.__cause__ or error.__context__):
         error = inner
     return error
 
 
 def _cause(trial: Any) -> str:
-    """The last line of what a trial died of; Tune has written it to a file by now, and not yet to storage."""
+    """Return the last line of a trial's error, which Tune has written to a file by now, and not yet to storage."""
     error = Path(trial.error_file)
     lines = error.read_text().strip().splitlines() if error.is_file() else []
     return lines[-1].strip() if lines else "its process died"

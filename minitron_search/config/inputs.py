@@ -8,11 +8,13 @@ from minitron_search.config.types import AutoCount, Count, CountOrZero, LayersOr
 
 
 class Section(BaseModel):
+    """A section of the configuration: frozen, and a key that it does not know is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class CorrectionConfig(Section):
-    """Light fine-tuning of the model that teaches, on the distillation's text, plain LM loss (2408.11796, section 3).
+    """Light fine-tuning of the teaching model on the distillation's text with the LM loss (2408.11796, section 3).
 
     learning_rate: auto is a fifth of retraining.learning_rate. tokens: auto is retraining.tokens.
     warmup_steps: auto is the paper's 120, and a tenth of all steps where that is fewer.
@@ -29,7 +31,11 @@ class CorrectionConfig(Section):
 
 
 class TeacherConfig(Section):
-    """prune: which weights students are cut from; auto is corrected where the pruned model is corrected before."""
+    """The model that is pruned.
+
+    model: the embedded default's name, a folder (here or in storage), or a Hub name. prune: which weights students are
+        cut from; auto is the corrected ones, if the pruned model is corrected before distillation.
+    """
 
     model: str = "smollm2-135m"
     correction: CorrectionConfig = CorrectionConfig()
@@ -37,7 +43,10 @@ class TeacherConfig(Section):
 
 
 class CorpusConfig(Section):
-    """calibration: what importance is measured on; null is the train source. random: uniform random tokens."""
+    """The text that calibrates, trains and validates.
+
+    calibration: the source that importance is measured on; null is the train source, `random` uniform random tokens.
+    """
 
     train: str = "docstrings"
     validation: str = "docstrings"
@@ -48,36 +57,34 @@ class CorpusConfig(Section):
 
 
 class WinograndeConfig(Section):
+    """The Winogrande questions, and how many worked examples precede each (`shots`)."""
+
     source: str = "embedded"
     limit: Annotated[Count, Field(ge=2)] | None = None
     shots: CountOrZero = 0
 
 
 class ImportanceConfig(Section):
-    """How width elements are ranked; `batch` and `sequence` aggregate activations.
+    """How width elements are ranked. `batch` and `sequence` say how activations are aggregated.
 
+    method: a name in `importance.methods.METHODS`, which this package does not import; `planning` checks it.
     seed: of the calibration windows and of method `random`; null for the run's own.
     rounds: 1 ranks the teacher once; k ranks, trims towards the smallest candidate and ranks again, k times in all.
     samples: how many of the calibration windows are read; null is all. Where it is given, `seed` draws them, and the
         run's own seed draws the windows: then neither changes the text that students are distilled on.
     """
 
-    method: Literal["activation", "random", "magnitude", "taylor", "wanda", "pca"] = "activation"
+    method: str = "activation"
     batch: Literal["l1", "l2", "mean", "variance"] = "l2"
     sequence: Literal["mean", "l2", "variance"] = "mean"
     seed: CountOrZero | None = None
     rounds: Count = 1
     samples: Count | None = None
 
-    @model_validator(mode="after")
-    def _a_rotation_is_no_order(self) -> "ImportanceConfig":
-        if self.method == "pca" and self.rounds > 1:
-            raise ValueError(f"importance.rounds: {self.rounds} with method pca, whose rounds are rotations of each "
-                             "other's channels and make no one order of them; valid: 1")  # fmt: skip
-        return self
-
 
 class DepthConfig(Section):
+    """The sweep over contiguous blocks: their lengths (layers, or a fraction of the depth) and metrics."""
+
     lengths: Annotated[tuple[LayersOrFraction, ...], BeforeValidator(as_list), Field(min_length=1)] = (
         1,
         2,

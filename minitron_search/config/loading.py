@@ -13,7 +13,7 @@ from minitron_search.config.schema import Config
 
 
 def load_config(file: str | None, overrides: list[str]) -> Config:
-    """The configuration of a YAML file (or the embedded default) with dotted overrides on top.
+    """Load the configuration of a YAML file (or the embedded default) with dotted overrides on top.
 
     Raises ValueError with one message that names every wrong key, its value and a valid alternative.
     """
@@ -26,13 +26,13 @@ def load_config(file: str | None, overrides: list[str]) -> Config:
 
 
 def override(values: dict[str, Any], overrides: list[str]) -> None:
-    """Set `--KEY.SUBKEY VALUE` in `values`. Raises ValueError for what is no option, or has no value."""
+    """Set `--KEY.SUBKEY VALUE` in `values`. Raises ValueError for an argument that is not an option or has no value."""
     for key, text in dict(_pairs(overrides)).items():
         _set(values, key, _value(text))
 
 
 def parse_config(values: Mapping[str, Any]) -> Config:
-    """Raises ValueError as `load` does."""
+    """Check plain values and return the configuration they make. Raises ValueError as `load_config` does."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -40,7 +40,7 @@ def parse_config(values: Mapping[str, Any]) -> Config:
 
 
 def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """`key: left value, right value` for every leaf in which two dumped configurations differ."""
+    """Yield `key: left value, right value` for every leaf in which two dumped configurations differ."""
     for key in [*left, *(key for key in right if key not in left)]:
         a, b = left.get(key), right.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
@@ -50,7 +50,7 @@ def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str =
 
 
 def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted key with its default: what a misspelt key is compared with."""
+    """Yield every dotted key with its default; a misspelt key is compared with them."""
     for name, field in model.model_fields.items():
         yield prefix + name, field.default
         if section := _section(field.annotation):
@@ -62,6 +62,11 @@ def _section(annotation: Any) -> type[BaseModel] | None:
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
     return None
+
+
+def is_ablation(file: str) -> bool:
+    """Tell whether a YAML file defines an ablation, which has arms. Raises ValueError as `load_config` does."""
+    return "arms" in read_yaml(file)
 
 
 def read_yaml(file: str) -> dict[str, Any]:

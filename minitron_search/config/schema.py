@@ -1,4 +1,4 @@
-"""The one configuration: YAML + dotted overrides, validated, dumped resolved.
+"""The one configuration, and the checks that concern several of its sections.
 
 Numbers may be written as people write them: `8K`, `90M`, `4.5B` (decimal suffixes), `1e-4`. Every error names
 the key, the value given and what would have been valid.
@@ -31,6 +31,8 @@ from minitron_search.records.paths import SCHEMES
 
 
 class Config(Section):
+    """Every key of a run, resolved and checked."""
+
     name: Annotated[str, Field(coerce_numbers_to_str=True, min_length=1)] = "smollm2-135m"
     output: Annotated[str, Field(coerce_numbers_to_str=True)] = ""
     seed: CountOrZero = 0
@@ -59,8 +61,8 @@ class Config(Section):
         scheme = re.match(r"([a-z0-9]+)://", self.output)
         if scheme and scheme[1] not in ("file", *SCHEMES):
             known = ", ".join(f"{name}://" for name in SCHEMES)
-            raise ValueError(f"output: {self.output!r}: {scheme[1]} is no file system of pyarrow's; valid: a folder, "
-                             f"as in runs/{self.name}, or {known}...")  # fmt: skip
+            raise ValueError(f"output: {self.output!r}: {scheme[1]} is not a file system that pyarrow knows; valid: a "
+                             f"folder, as in runs/{self.name}, or {known}...")  # fmt: skip
         return self
 
     @model_validator(mode="after")
@@ -140,10 +142,10 @@ class Config(Section):
 
     @property
     def prunes_corrected(self) -> bool:
-        """Whether students are cut from the corrected teacher, rather than only taught by it."""
+        """Tell whether students are cut from the corrected teacher, rather than only taught by it."""
         before = self.teacher.correction.method != "none" and not self.teacher.correction.parallel
         return before and self.distillation.teacher is None and self.teacher.prune != "original"
 
     def dump(self) -> dict[str, Any]:
-        """Plain values, as written to the run directory's config.yaml."""
+        """Return plain values, as written to the run directory's config.yaml."""
         return self.model_dump(mode="json")

@@ -10,6 +10,8 @@ from minitron_search.config.types import Count, CountOrZero, Positive, Share, as
 
 
 class Target(Section):
+    """A value to reach, and how far from it a candidate may be, as a share of it."""
+
     target: Positive
     tolerance: Share = 0.05
 
@@ -22,15 +24,21 @@ class MemoryTarget(Target):
 
 
 class SpeedTarget(Target):
-    """Of one forward pass of body and head over batch_size x context_length tokens (prefill), as a one-layer model of
-    every width takes it where trials run."""
+    """A budget on one forward pass of body and head over batch_size x context_length tokens (prefill).
+
+    It is measured where trials run, on one-layer models of every width.
+    """
 
     batch_size: Count = 1
     context_length: Count = 2048
 
 
 class Budget(Section):
-    """Several are ANDed. latency_ms: wall milliseconds of a pass; tokens_per_second: its tokens by its time."""
+    """The limits that a candidate meets, all of them at once.
+
+    params, non_embedding_params: counts. memory_bytes: bytes. latency_ms: wall milliseconds of a forward pass.
+    tokens_per_second: the tokens of that pass divided by its time.
+    """
 
     params: Target | None = None
     non_embedding_params: Target | None = None
@@ -46,8 +54,11 @@ class Budget(Section):
 
 
 class Axis(Section):
-    """`low`, `high` and either `step` (low, low + step, ... up to high) or `divisor` (its multiples from low to high);
-    or `choices`."""
+    """The values of one axis: `choices`, or a range.
+
+    A range has `low`, `high` and either `step` (low, low + step, ... up to high) or `divisor` (its multiples from low
+    to high).
+    """
 
     low: Count | None = None
     high: Count | None = None
@@ -69,11 +80,12 @@ class Axis(Section):
         elif self.low > self.high:
             raise ValueError(f"low {self.low} is above high {self.high}; valid: low at most {self.high}")
         elif self.divisor is not None and not self.values():
-            raise ValueError(f"no multiple of divisor {self.divisor} lies from low {self.low} to high {self.high}; "
+            raise ValueError(f"low {self.low} to high {self.high} holds no multiple of divisor {self.divisor}; "
                              f"valid: high at least {math.ceil(self.low / self.divisor) * self.divisor}")  # fmt: skip
         return self
 
     def values(self) -> tuple[int, ...]:
+        """Return every value of the axis, in ascending order."""
         if self.choices is not None:
             return tuple(sorted(set(self.choices)))
         assert self.low and self.high
@@ -85,11 +97,11 @@ class Axis(Section):
 
 
 class DropBlock(Section):
-    """A contiguous block of layers to drop: its length; where it starts is free.
+    """The contiguous block of layers that a candidate drops: its length; the search chooses where it starts.
 
-    seeds: what the search first proposes for every length. sweep: the best block that the depth sweep found. bi: the
-        block of least BI. one_by_one: the layers of least BI each, which need not lie together (ShortGPT,
-        arXiv:2403.03853). laco: all but the layers that LaCo merges the others into (`layer_merge.py`).
+    seeds: what the search proposes first for every length. sweep: the best block that the depth sweep found. bi: the
+        block of least BI. one_by_one: the layers of least BI each, which need not be neighbours (ShortGPT,
+        arXiv:2403.03853). laco: all layers but those that LaCo merges the others into (`pruning/laco.py`).
     """
 
     lengths: Annotated[tuple[CountOrZero, ...], BeforeValidator(as_list), Field(min_length=1)] = (0,)
@@ -97,7 +109,7 @@ class DropBlock(Section):
 
 
 class Axes(Section):
-    """An axis left out keeps the teacher's value, or follows the axis that decides it.
+    """The axes of the search. An axis that is left out keeps the teacher's value, or follows the axis that decides it.
 
     num_attention_heads alone drops heads inside every group (whole groups where a group is one head);
     num_key_value_heads alone drops whole groups. Where a family's heads make up hidden_size, either gives the other.
@@ -111,7 +123,7 @@ class Axes(Section):
 
 
 class Anchor(Section):
-    """An architecture that is always evaluated; what is left out keeps the teacher's value."""
+    """An architecture that the search always evaluates. What is left out keeps the teacher's value."""
 
     hidden_size: Count | None = None
     intermediate_size: Count | None = None
@@ -121,6 +133,8 @@ class Anchor(Section):
 
 
 class SpaceConfig(Section):
+    """What is searched: the legal architectures inside the budget, and those that are evaluated in any case."""
+
     budget: Budget = Budget(params=Target(target=90e6, tolerance=0.05))
     axes: Axes = Axes(
         hidden_size=Axis(low=384, high=576, step=64),

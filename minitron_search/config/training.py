@@ -18,12 +18,7 @@ from minitron_search.config.types import (
     off_for_false,
     one_or_several,
 )
-
-# what a search can minimise (the margin: maximise): what is measured, and what is known from an architecture's shape
-MEASURED = ("lm_loss", "kl", "winogrande_margin")
-
-
-OF_SHAPE = ("params", "non_embedding_params", "memory_bytes")
+from minitron_search.records.metrics import objectives, ranking_objectives
 
 
 class SearchConfig(Section):
@@ -40,7 +35,7 @@ class SearchConfig(Section):
     """
 
     trials: Count = 12
-    sampler: Literal["tpe", "random", "grid", "nsga2", "nsga3", "gp"] = "tpe"
+    sampler: str = "tpe"  # a key of `search.samplers.SAMPLERS`, which the run's checks hold it to
     objective: Annotated[str | tuple[str, ...], BeforeValidator(one_or_several)] = "lm_loss"
     rungs: Annotated[tuple[CountOrZero, ...], BeforeValidator(as_list), Field(min_length=1)] = (0, 4_000, 12_000)
     reduction_factor: Annotated[int, BeforeValidator(as_number), Field(ge=2)] = 3
@@ -64,18 +59,15 @@ class SearchConfig(Section):
     @model_validator(mode="after")
     def _objectives_are_known(self) -> "SearchConfig":
         asked = self.objectives
-        listed, every = ",".join(asked), (*MEASURED, *OF_SHAPE)
+        listed, every = ",".join(asked), objectives()
         if unknown := [name for name in asked if name not in every]:
             raise ValueError(f"search.objective: {unknown[0]!r} is no objective; valid: {', '.join(every)}")
         if len(set(asked)) < len(asked):
             raise ValueError(f"search.objective: {listed} names one twice; valid: {','.join(dict.fromkeys(asked))}")
-        if not asked or asked[0] not in MEASURED:
+        if not asked or asked[0] not in ranking_objectives():
             valid = ",".join(dict.fromkeys(("lm_loss", *asked)))
             raise ValueError(f"search.objective: {listed or 'empty'}: rungs rank by the first, one of "
-                             f"{', '.join(MEASURED)}; valid: {valid}")  # fmt: skip
-        if self.sampler in ("nsga2", "nsga3") and len(asked) == 1:
-            raise ValueError(f"search.sampler: {self.sampler} with the one objective {listed}, whose Pareto front is "
-                             f"one architecture; valid: tpe, or search.objective {listed},params")  # fmt: skip
+                             f"{', '.join(ranking_objectives())}; valid: {valid}")  # fmt: skip
         return self
 
     @model_validator(mode="after")
@@ -146,14 +138,6 @@ class DistillationConfig(Section):
             raise ValueError(f"distillation.teacher_cache: topk with loss {self.loss} at temperature "
                              f"{self.temperature:g}, which needs more of the teacher than its most probable tokens; "
                              "valid: teacher_cache hidden, or loss kld or clm+kld at temperature 1")  # fmt: skip
-        return self
-
-    @model_validator(mode="after")
-    def _logits_have_no_temperature(self) -> "DistillationConfig":
-        if self.temperature != 1 and self.loss.removeprefix("clm+") in ("mse", "cosine"):
-            raise ValueError(f"distillation.temperature: {self.temperature:g} with loss {self.loss}, which compares "
-                             "logits, not probabilities; valid: 1, or distillation.loss kld, reverse_kld, js or tv "
-                             "(also as clm+kld, ...)")  # fmt: skip
         return self
 
 

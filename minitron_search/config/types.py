@@ -7,10 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-Loss = Literal[
-    "kld", "reverse_kld", "js", "tv", "mse", "cosine", "ce",
-    "clm+kld", "clm+reverse_kld", "clm+js", "clm+tv", "clm+mse", "clm+cosine",
-]  # fmt: skip
+Loss = str  # ce, a divergence, or clm+ a divergence; losses.divergences has them, planning.checks refuses others
 
 
 Precision = Literal["float32", "bfloat16"]
@@ -26,9 +23,9 @@ SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 def as_number(value: Any) -> Any:
-    """`4.5B`, `8K`, `1e-4` -> number; anything else is left for the field's own type to refuse."""
+    """Read `4.5B`, `8K` or `1e-4` as a number; leave anything else for the field's own type to refuse."""
     if isinstance(value, bool):
-        raise ValueError("true and false are no numbers; valid: 16, 8K, 4.5B or 1e-4")
+        raise ValueError("true and false are not numbers; valid: 16, 8K, 4.5B or 1e-4")
     match = re.fullmatch(r"\s*([+-]?[\d_]*\.?\d+(?:e[+-]?\d+)?)\s*([kmbt]?)\s*", str(value), re.IGNORECASE)
     if not match:
         return value
@@ -40,27 +37,28 @@ def as_number(value: Any) -> Any:
 
 
 def as_list(value: Any) -> Any:
-    """`a,b` on the command line is the list [a, b], and a single value a list of one."""
+    """Read `a,b` as the list [a, b], and a single value as a list of one."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",")]
     return [value] if isinstance(value, int | float) else value
 
 
 def one_or_several(value: Any) -> Any:
-    """`a,b` is the list [a, b], and a list of one is its name."""
+    """Read `a,b` as the list [a, b], and a list of one as its only value."""
     listed = as_list(value) if value and not isinstance(value, Mapping) else value
     return listed[0] if isinstance(listed, list | tuple) and len(listed) == 1 else listed
 
 
 def same_in_every_layer(value: Any) -> Any:
+    """Refuse a list of sizes for every layer; return anything else as it is."""
     if isinstance(value, list | tuple) and any(isinstance(each, list | tuple) for each in value):
-        raise ValueError("a size for every layer is no axis: a stock configuration of these families holds one for all "
-                         "layers; valid: choices: [768, 1024]")  # fmt: skip
+        raise ValueError("an axis takes one size for all layers, as a stock configuration of these families does, not "
+                         "a size for every layer; valid: choices: [768, 1024]")  # fmt: skip
     return value
 
 
 def off_for_false(value: Any) -> Any:
-    """YAML 1.1 reads `off` as false."""
+    """Return `off` for false, which is what YAML 1.1 makes of it."""
     return "off" if value is False else value
 
 

@@ -16,8 +16,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from minitron_search.records.directory import replace_text
-from minitron_search.records.paths import cache_folder
+from minitron_search.records import cache
 
 # Required dependencies, direct or through one of ours, so that every installation has the same text. Not
 # torch, transformers, ray, plotly or sympy: parsing those takes 2 to 11 s each, all of these together 6.
@@ -30,32 +29,30 @@ TESTS = {"test", "tests", "testing"}
 
 
 def documents() -> list[str]:
-    """The documents in an order that mixes the libraries; the same for the same versions of the packages.
+    """Return the documents in an order that mixes the libraries; the same for the same versions of the packages.
 
-    Read from the cache when these versions were read before by this code. Raises RuntimeError when no
+    Read from the cache when these versions were read before. Raises RuntimeError when no
     distribution has a list of files (packages installed without metadata).
     """
     versions = {name: importlib.metadata.version(name) for name in DISTRIBUTIONS if _python_files(name)}
     if not versions:
         raise RuntimeError(
             "corpus.train: 'docstrings' finds no package whose metadata lists its files; valid: packages "
-            "installed by pip or uv, or a .txt, .jsonl or .parquet file"
+            "installed by pip or uv, or a file of your own"
         )
-    # The rule's own source is part of the key: a cache made by another rule is another cache.
-    key = hashlib.sha256(json.dumps(versions).encode() + Path(__file__).read_bytes()).hexdigest()[:16]
-    cached = cache_folder() / "docstrings" / f"{key}.json"
-    if not cached.exists():
-        replace_text(cached, json.dumps(_mixed(_collected(versions))))
-    return json.loads(cached.read_text())
+    kept = cache.entry("docstrings", cache.content_id([cache.FORMULA["docstrings"], versions]), ".json")
+    cache.make_once(kept, lambda into: into.write_text(json.dumps(_mixed(_collected(versions)))), durable=True)
+    return json.loads(kept.read_text())
 
 
 def is_prose(text: str) -> bool:
+    """Return True where at least half of the characters stand on lines of prose."""
     lines = [line for line in text.splitlines() if line.strip()]
     return 2 * sum(len(line) for line in lines if _is_prose_line(line)) >= sum(len(line) for line in lines)
 
 
 def docstrings(source: bytes) -> Iterator[str]:
-    """The dedented docstrings of a file's module, classes, functions and methods; nothing is imported."""
+    """Yield the dedented docstrings of a file's module, classes, functions and methods; nothing is imported."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # other people's invalid escapes
         waiting: list[ast.AST] = [ast.parse(source)]
@@ -70,7 +67,7 @@ def docstrings(source: bytes) -> Iterator[str]:
 
 
 def distinct(texts: Iterator[str]) -> list[str]:
-    """The first of each group of texts that differ in white space and case only."""
+    """Keep the first of each group of texts that differ in white space and case only."""
     kept: dict[str, str] = {}
     for text in texts:
         kept.setdefault(" ".join(text.lower().split()), text)
@@ -88,12 +85,12 @@ def _collected(distributions: dict[str, str]) -> list[str]:
 
 
 def _mixed(texts: list[str]) -> list[str]:
-    """Ordered by a hash of the text: a shuffle that no other document's coming or going changes."""
+    """Order texts by their hashes: a shuffle that no other document's coming or going changes."""
     return sorted(texts, key=lambda text: hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
 
 
 def _python_files(distribution: str) -> list[Path]:
-    """Sorted; empty when the distribution is not installed or has no list of files."""
+    """List a distribution's files, sorted; none when it is not installed or has no list of files."""
     try:
         files = importlib.metadata.files(distribution) or []
     except importlib.metadata.PackageNotFoundError:

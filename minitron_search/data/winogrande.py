@@ -1,11 +1,4 @@
-"""Winogrande examples -> option scores: accuracy, margin, standard errors.
-
-The arithmetic is lm-eval's `winogrande` task (partial scoring, Trinh and Le 2018): the blank is filled with
-either option and the text after the blank is scored given the text before it. The cost is lower: all option
-sequences become prefix trees, several trees share a row, and a common beginning (the shots, the sentence up
-to the blank, the other sentence of a twin pair) is computed once. A tree is stored in preorder with, for
-every token, where its subtree ends, so that "a token sees its own ancestors" is one comparison.
-"""
+"""Load Winogrande examples: the embedded ones, those of a file, or those of the Hub."""
 
 import difflib
 import json
@@ -28,18 +21,18 @@ class Example:
 
     @property
     def beginnings(self) -> tuple[str, str]:
-        """The text before the blank followed by either option."""
+        """Return the text before the blank followed by either option."""
         before = self.sentence[: self.sentence.index("_")]
         return before + self.option1, before + self.option2
 
     @property
     def ending(self) -> str:
-        """The text after the blank: what is scored."""
+        """Return the text after the blank: what is scored."""
         return self.sentence[self.sentence.index("_") + 1 :].strip()
 
 
 def load_examples(source: str, limit: int | None = None) -> list[Example]:
-    """The first `limit` examples (all when None) of `source`, in order.
+    """Return the first `limit` examples (all when None) of `source`, in order.
 
     `source` is `embedded`, a `.jsonl` file of `{"sentence", "option1", "option2", "answer"}` records, or
     `allenai/winogrande` (the validation split of winogrande_xl). Raises ValueError for a source that cannot
@@ -53,13 +46,13 @@ def load_examples(source: str, limit: int | None = None) -> list[Example]:
     elif source.endswith(".jsonl"):
         examples = _from_file(Path(source))
     else:
-        raise ValueError(f"winogrande.source: {source!r} is none of: embedded, a .jsonl file, {HUB}")
+        raise ValueError(f"winogrande.source: {source!r} is not valid; valid: embedded, a .jsonl file, {HUB}")
     if not examples:
-        raise ValueError(f"winogrande.source: {source} holds no examples; give a file with at least one")
+        raise ValueError(f"winogrande.source: {source} holds no examples; valid: a file with at least one")
     if limit is not None and not 1 <= limit <= len(examples):
         raise ValueError(
             f"winogrande.limit: {limit} is outside 1..{len(examples)}, the number of examples in {source}; "
-            "null takes all"
+            "valid: null, for all"
         )
     return examples[:limit]
 

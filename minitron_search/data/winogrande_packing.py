@@ -1,4 +1,11 @@
-"""Pack Winogrande options into rows: shared beginnings once, no option seeing another."""
+"""Pack Winogrande options into rows: shared beginnings once, no option seeing another.
+
+The arithmetic is lm-eval's `winogrande` task (partial scoring, Trinh and Le 2018): the blank is filled with
+either option and the text after the blank is scored given the text before it. The cost is lower: all option
+sequences become prefix trees, several trees share a row, and a common beginning (the shots, the sentence up
+to the blank, the other sentence of a twin pair) is computed once. A tree is stored in preorder with, for
+every token, where its subtree ends, so that "a token sees its own ancestors" is one comparison.
+"""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -12,7 +19,7 @@ from minitron_search.data.winogrande import FEWSHOT_SEED, Example
 
 
 def shot_texts(examples: Sequence[Example], shots: int) -> list[str]:
-    """The few-shot text before every example: `shots` answered others, joined by blank lines.
+    """Return the few-shot text before every example: `shots` answered others, joined by blank lines.
 
     Exactly what lm-eval builds for a `winogrande` task whose only split is `examples`: one generator
     (seed 1234) walks over the examples in order and draws shots + 1 of them for each, of which the example
@@ -63,7 +70,7 @@ class PackedOptions:
     twin: np.ndarray
 
     def batches(self, batch_tokens: int) -> list[slice]:
-        """Consecutive rows of about `batch_tokens` tokens together, at least one row each."""
+        """Split the rows into consecutive ones of about `batch_tokens` tokens together, at least one row each."""
         batches, start = [], 0
         while start < len(self.row_lengths):
             width = int(self.row_lengths[start])  # the first row is the widest
@@ -80,7 +87,7 @@ def pack(
     row_length: int = 256,
     max_length: int = 2048,
 ) -> PackedOptions:
-    """Tokenises as lm-eval does and packs the trees into rows of `row_length` tokens, first-fit decreasing.
+    """Tokenise as lm-eval does and pack the trees into rows of `row_length` tokens, first-fit decreasing.
 
     `max_length` is the model's `max_position_embeddings`: a longer sequence loses tokens on its left, as in
     lm-eval. A tree longer than `row_length` gets a row of its own length. Special tokens (Gemma's BOS) are
@@ -98,18 +105,7 @@ def pack(
 
     trees = [_Tree(sequences, options) for options in _group(sequences, row_length)]
     trees.sort(key=lambda tree: len(tree.tokens), reverse=True)
-    rows: list[list[_Tree]] = []
-    free: list[int] = []
-    for tree in trees:
-        size = len(tree.tokens)
-        fits = next((row for row, left in enumerate(free) if left >= size), None)
-        if fits is None:
-            rows.append([tree])
-            free.append(row_length - size)
-        else:
-            rows[fits].append(tree)
-            free[fits] -= size
-    rows.sort(key=lambda row: sum(len(tree.tokens) for tree in row), reverse=True)
+    rows = _filled_rows(trees, row_length)
 
     row_lengths = np.array([sum(len(tree.tokens) for tree in row) for row in rows])
     input_ids = np.zeros((len(rows), row_lengths[0]), np.int64)
@@ -139,10 +135,27 @@ def pack(
     )
 
 
+def _filled_rows(trees: Sequence["_Tree"], row_length: int) -> list[list["_Tree"]]:
+    """Put each tree, the largest first, into the first row with room for it; longest rows first."""
+    rows: list[list[_Tree]] = []
+    free: list[int] = []
+    for tree in trees:
+        size = len(tree.tokens)
+        fits = next((row for row, left in enumerate(free) if left >= size), None)
+        if fits is None:
+            rows.append([tree])
+            free.append(row_length - size)
+        else:
+            rows[fits].append(tree)
+            free[fits] -= size
+    rows.sort(key=lambda row: sum(len(tree.tokens) for tree in row), reverse=True)
+    return rows
+
+
 def _encode(
     examples: Sequence[Example], shots: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Context and continuation tokens of every option, two per example: lm-eval's `_encode_pair`."""
+    """Return context and continuation tokens of every option, two per example: lm-eval's `_encode_pair`."""
     contexts, wholes = [], []
     for example, shot in zip(examples, shots, strict=True):
         for beginning in example.beginnings:
@@ -155,12 +168,12 @@ def _encode(
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
+    """Return the length of the longest common prefix."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def _group(sequences: Sequence[tuple[int, ...]], row_length: int) -> list[list[int]]:
-    """Options that make a tree together: an example's two, and those of twins while they fit in a row."""
+    """Group options that make a tree together: an example's two, and those of twins while they fit in a row."""
     examples = sorted(range(len(sequences) // 2), key=lambda example: sequences[2 * example])
     groups: list[list[int]] = []
     for example in examples:

@@ -1,8 +1,6 @@
-"""The sweep in pieces: what a worker computes at once, keeps on disk and never computes twice."""
+"""Split the sweep into pieces: what a worker computes at once, keeps on disk and never computes twice."""
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,12 +15,10 @@ from minitron_search.data.winogrande_packing import PackedOptions
 from minitron_search.depth import sweep as depth
 from minitron_search.depth.sweep import Cut, Values
 from minitron_search.evaluation.winogrande import by_example
-from minitron_search.models.architecture import digest
-from minitron_search.models.layerwise import Walk
-from minitron_search.records.transfer import Depot
-
-FORMULA = 1  # part of every key: raise it when the same inputs give other values
-
+from minitron_search.models.layerwise import LayerwiseModel
+from minitron_search.records import cache
+from minitron_search.records.cache import content_id
+from minitron_search.records.transfer import NodeTransfer
 
 TEXT, TAYLOR, CHOICES = "text", "taylor", "winogrande"
 
@@ -32,7 +28,8 @@ METRIC = {TEXT: "lm_loss", TAYLOR: "taylor", CHOICES: CHOICES}  # of a kind's cu
 
 @dataclass(frozen=True)
 class Job:
-    """What every piece of a sweep shares. `threads` and `device` are part of the key: they change rounding."""
+    """The inputs that every piece of a sweep shares. `threads` and `device` are part of the key: they change
+    rounding."""
 
     folder: Path
     fingerprint: str  # of the teacher's weights
@@ -48,7 +45,7 @@ class Job:
     device: str = "cpu"
     weights: str = "auto"
     memory_bytes: float = float("inf")  # of one worker
-    depot: Depot | None = None
+    transfer: NodeTransfer | None = None
 
     def chunks(self, kind: str) -> list[slice]:
         device = torch.device(self.device)
@@ -58,12 +55,14 @@ class Job:
 
     def key(self, kind: str, rows: slice) -> str:
         arrays = _row_arrays(self.packed) if kind == CHOICES else (self.windows,)
-        content = hashlib.sha256(b"".join(np.ascontiguousarray(array[rows]).tobytes() for array in arrays))
+        read = [array[rows] for array in arrays]
         if kind == CHOICES:
-            for array in (self.packed.column, self.packed.target, self.packed.option, self.packed.row - rows.start):
-                content.update(np.ascontiguousarray(array[_scored(self.packed, rows)]).tobytes())
-        made_from = [FORMULA, self.fingerprint, self.precision, self.device, self.threads, torch.__version__, kind]
-        return digest([*made_from, content.hexdigest()])
+            scored = _scored(self.packed, rows)
+            of_tokens = (self.packed.column, self.packed.target, self.packed.option, self.packed.row - rows.start)
+            read += [array[scored] for array in of_tokens]
+        content = content_id(b"".join(array.tobytes() for array in read), digits=64)
+        settings = [self.fingerprint, self.precision, self.device, self.threads, torch.__version__, kind]
+        return content_id([cache.FORMULA["depth_pieces"], *settings, content])
 
     def cuts_at_once(self, kind: str, rows: slice) -> int:
         width = int(self.packed.row_lengths[rows.start]) if kind == CHOICES else self.windows.shape[1]
@@ -80,7 +79,8 @@ class Piece(NamedTuple):
 def missing_pieces(
     job: Job, wanted: dict[str, tuple[Sequence[Cut], Sequence[Cut]]], workers: int
 ) -> list[Piece]:  # fmt: skip
-    """By chunk, and by cut too where there are more workers than chunks or the cuts' streams need more memory."""
+    """List the pieces that are not kept yet: by chunk, and by cut too where there are more workers than chunks or the
+    cuts' streams need more memory."""
     pieces = []
     for kind, (cuts, bi_blocks) in wanted.items():
         chunks = job.chunks(kind) if cuts or bi_blocks else []
@@ -94,46 +94,46 @@ def missing_pieces(
             if kind == TAYLOR:
                 parts = 1  # one backward pass gives every layer's
             for part in range(parts):  # every parts-th: parts of equal work
-                asked, bi = tuple(left[part::parts]), bi_left if part == 0 else ()
-                if asked or bi:
-                    pieces.append(Piece(kind, rows, asked, bi))
+                own, bi = tuple(left[part::parts]), bi_left if part == 0 else ()
+                if own or bi:
+                    pieces.append(Piece(kind, rows, own, bi))
     return pieces
 
 
 def compute(job: Job, piece: Piece) -> tuple[Piece, dict[str, np.ndarray]]:
-    """One piece."""
-    if job.depot is not None:
-        job.depot.fetch(job.folder)
+    """Compute one piece; return it with its arrays by name."""
+    if job.transfer is not None:
+        job.transfer.fetch(job.folder)
     torch.set_num_threads(job.threads)
     found: Values
     if piece.kind == TEXT:
-        walk = _walk(job.folder, job.precision, job.device, _streamed(job))
-        found = depth.text_values(walk, job.windows[piece.rows], piece.cuts, piece.bi_blocks)
+        model = _layerwise(job.folder, job.precision, job.device, _streamed(job))
+        found = depth.text_values(model, job.windows[piece.rows], piece.cuts, piece.bi_blocks)
     elif piece.kind == TAYLOR:
         teacher = _teacher(job.folder, job.device)
         found = {"taylor": depth.taylor_values(teacher, job.windows[piece.rows], job.precision)}
     else:
-        walk = _walk(job.folder, job.precision, job.device, _streamed(job))
+        model = _layerwise(job.folder, job.precision, job.device, _streamed(job))
         options = _options(job.packed, piece.rows)
-        sums = depth.winogrande_values(walk, job.packed, piece.rows, piece.cuts)
+        sums = depth.winogrande_values(model, job.packed, piece.rows, piece.cuts)
         found = {CHOICES: {cut: values[options] for cut, values in sums.items()}}
     return piece, {f"{metric} {json.dumps(cut)}": array for metric, of in found.items() for cut, array in of.items()}
 
 
 def keep(job: Job, piece: Piece, named: dict[str, np.ndarray]) -> None:
-    """On disk when this returns."""
-    job.pieces.mkdir(parents=True, exist_ok=True)
-    path = job.pieces / f"{job.key(piece.kind, piece.rows)}-{digest(sorted(named))}.npz"
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        np.savez(file, **named)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write a piece's arrays; they are on disk when this returns."""
+
+    def write(into: Path) -> None:
+        with open(into, "wb") as file:
+            np.savez(file, **named)  # type: ignore[arg-type]
+
+    name = f"{job.key(piece.kind, piece.rows)}-{content_id(sorted(named))}.npz"
+    cache.replace(job.pieces / name, write, durable=True)
 
 
 def read(job: Job, kind: str) -> Values:
-    """Every value that all chunks have, chunks in order: a window's or, for Winogrande, (examples, 2) of a cut."""
+    """Return every value that all chunks have, chunks in order: by window or, for Winogrande, (examples, 2) of a
+    cut."""
     of_chunks = [(rows, _read_chunk(job, kind, rows)) for rows in job.chunks(kind)]
     found: Values = {}
     for metric in of_chunks[0][1]:
@@ -172,20 +172,20 @@ def _choice_metrics(job: Job) -> Values:
 
 
 @lru_cache(maxsize=1)
-def _walk(folder: Path, precision: str, device: str, streamed: bool) -> Walk:
-    """Kept between the pieces that one process computes."""
-    return Walk(folder, precision, device, streamed)
+def _layerwise(folder: Path, precision: str, device: str, streamed: bool) -> LayerwiseModel:
+    """Return the model, kept between the pieces that one process computes."""
+    return LayerwiseModel(folder, precision, device, streamed)
 
 
 @lru_cache(maxsize=1)
 def _teacher(folder: Path, device: str) -> PreTrainedModel:
-    """Whole, float32, for a backward pass; kept as the walk is."""
+    """Return the whole model, float32, for a backward pass; kept between pieces too."""
     teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return torch.nn.Module.to(teacher, device).eval()
 
 
 def _streamed(job: Job) -> bool:
-    """Automatic: where the teacher's weights would take more than half of what this worker may use."""
+    """Return True where weights are read layer by layer: by default, where they need over half of a worker's memory."""
     if job.weights != "auto":
         return job.weights == "streamed"
     have = torch.cuda.mem_get_info()[1] if job.device == "cuda" else job.memory_bytes
@@ -201,5 +201,5 @@ def _scored(packed: PackedOptions, rows: slice) -> np.ndarray:
 
 
 def _options(packed: PackedOptions, rows: slice) -> Any:
-    """The options scored in these rows: a tree is in one row, so no other rows score them."""
+    """Return the options scored in these rows: a tree is in one row, so no other rows score them."""
     return np.unique(packed.option[_scored(packed, rows)])

@@ -1,4 +1,4 @@
-"""Which block to drop, by each metric, how certain that is, and where the metrics disagree: depth.json.
+"""Recommend which block to drop, by each metric, how certain that is, and where the metrics disagree: depth.json.
 
 Certainty is a paired test: two cuts are scored on the same windows (or Winogrande examples), so what is tested is the
 mean of their differences, by Fisher's randomisation: under "no difference" each difference is as likely to have the
@@ -12,23 +12,8 @@ import numpy as np
 
 from minitron_search.depth.sweep import OF_BLOCKS, TEACHER, Cut, Values, block
 from minitron_search.evaluation.statistics import LEVEL, chance_bar, mean_and_error, paired
+from minitron_search.records.metrics import METRICS
 
-LOWER_IS_BETTER = {
-    "lm_loss": True,
-    "bi": True,
-    "angular": True,
-    "taylor": True,
-    "winogrande_acc": False,
-    "winogrande_margin": False,
-}
-NAMES = {
-    "lm_loss": ("LM loss", "nats per token"),
-    "winogrande_acc": ("Winogrande accuracy", "of 1"),
-    "winogrande_margin": ("Winogrande margin", "nats"),
-    "bi": ("BI", "1 - cosine"),
-    "angular": ("angular distance", "of pi"),
-    "taylor": ("Taylor", "nats"),
-}
 RANKING = (
     "lm_loss",
     "winogrande_margin",
@@ -39,7 +24,7 @@ RANKING = (
 
 
 def recommendation(values: Values, lengths: Sequence[int], depth: int, sets: Mapping[int, Cut]) -> dict[str, Any]:
-    """What depth.json holds.
+    """Return what depth.json holds.
 
     metrics -> the teacher's value; at_chance: whether the teacher's Winogrande accuracy is at chance (null where it
     was not measured); by_length -> per metric the best block, its runner-up and the paired test between them, the
@@ -59,7 +44,7 @@ def recommendation(values: Values, lengths: Sequence[int], depth: int, sets: Map
 
 
 def best_blocks(found: Mapping[str, Any], objective: str) -> dict[int, int]:
-    """Length -> start of the best block for a search's `objective`, from what depth.json holds."""
+    """Return length -> start of the best block for a search's `objective`, from what depth.json holds."""
     metric = "winogrande_margin" if objective == "winogrande_margin" else "lm_loss"
     of_lengths = found["by_length"].items()
     return {int(length): of["best"][metric]["start"] for length, of in of_lengths if metric in of["best"]}
@@ -71,7 +56,7 @@ def _of_length(
     best: dict[str, Any] = {}
     against_set: dict[str, Any] = {}
     for metric, of in values.items():
-        sign = 1 if LOWER_IS_BETTER[metric] else -1
+        sign = METRICS[metric].sign
         cuts = [cut for start in range(depth - length + 1) if (cut := block(start, length)) in of]
         order = sorted(cuts, key=lambda cut: (sign * of[cut].mean(), cut))
         if not order:
@@ -108,8 +93,8 @@ def _words(length: int, found: dict[str, Any], starts: Mapping[str, int], truste
     for metric, best in found["best"].items():
         if metric == "winogrande_acc" and not trusted:
             continue
-        name, unit = NAMES[metric]
-        text = f"{layers}, by {name}: drop {_range(best)} ({_plus_minus(best)} {unit}, n = {best['n']})"
+        value = f"{_plus_minus(best)} {METRICS[metric].unit}".rstrip()
+        text = f"{layers}, by {METRICS[metric].name}: drop {_range(best)} ({value}, n = {best['n']})"
         if "runner_up" in best:
             test = best["against_runner_up"]
             certain = "told apart from" if test["p"] < LEVEL else "not told apart from"
@@ -123,15 +108,15 @@ def _words(length: int, found: dict[str, Any], starts: Mapping[str, int], truste
         which = "worse than" if test["difference"] > 0 else "better than"
         if test["p"] >= LEVEL:
             which = "not told apart from"
-        lines.append(f"{layers} chosen one by one ({_list(of_set['layers'])}): {NAMES[metric][0]} "
+        lines.append(f"{layers} chosen one by one ({_list(of_set['layers'])}): {METRICS[metric].name} "
                      f"{_plus_minus(of_set)}, {which} the best block (difference "
                      f"{_plus_minus(test, 'difference')}, p = {test['p']:.2g}, n = {test['n']}).")  # fmt: skip
     if not found["agree"]:
-        says = ", ".join(f"{NAMES[metric][0]} at layer {start}" for metric, start in starts.items())
+        says = ", ".join(f"{METRICS[metric].name} at layer {start}" for metric, start in starts.items())
         lines.append(f"{layers}: the metrics disagree on where the block starts: {says}.")
     if found["recommended"]:
         chosen = found["recommended"]
-        lines.append(f"{layers}: drop {_range(chosen)}, by {NAMES[chosen['by']][0]}.")
+        lines.append(f"{layers}: drop {_range(chosen)}, by {METRICS[chosen['by']].name}.")
     return lines
 
 

@@ -11,7 +11,7 @@ import shutil
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from minitron_search.distillation.parallel import agreed, leads_node
 from minitron_search.distillation.settings import LoopSettings
 from minitron_search.distillation.training_log import TrainingLog
-from minitron_search.records.transfer import Depot
+from minitron_search.records.transfer import NodeTransfer
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
@@ -35,130 +35,186 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 
-def latest_checkpoint(folder: Path, depot: Depot | None = None) -> Path | None:
-    """The newest whole checkpoint that `train` wrote to `folder`, on whichever node; it is on this one now."""
-    if depot is None or not depot.travels(folder):
-        return max(folder.glob("step-????????"), default=None)
-    newest = max((folder / name for name in depot.names(folder)), default=None)
-    if newest is not None:
-        depot.fetch(newest)
-    return newest
+class CheckpointFolder(NamedTuple):
+    """One training's checkpoints: folders `step-00000012` of `path`, which `transfer` carries between nodes' disks."""
+
+    path: Path
+    transfer: NodeTransfer | None = None
+
+    def at(self, step: int) -> Path:
+        """Return the folder of the checkpoint after `step` steps."""
+        return self.path / f"step-{step:08d}"
+
+    def latest(self) -> Path | None:
+        """Return the newest whole checkpoint, on whichever node it was written; it is on this one now."""
+        if self.transfer is None or not self.transfer.travels(self.path):
+            return max(self.path.glob("step-????????"), default=None)
+        newest = max((self.path / name for name in self.transfer.names(self.path)), default=None)
+        if newest is not None:
+            self.transfer.fetch(newest)
+        return newest
+
+    def keep_newest(self, rank: int = 0) -> None:
+        """Delete all checkpoints but the newest; called by every process.
+
+        The first process cleans up its disk and storage; with a `transfer` every node's first one cleans up its disk.
+        """
+        if rank == 0 or (self.transfer is not None and leads_node()):
+            for old in sorted(self.path.glob("step-????????"))[:-1]:
+                shutil.rmtree(old)
+        if rank == 0 and self.transfer is not None and self.transfer.travels(self.path):
+            for name in self.transfer.names(self.path)[:-1]:
+                self.transfer.delete(self.path / name)
 
 
-def _fixed(settings: LoopSettings) -> dict[str, Any]:
-    """The settings that a continued run must share; cosine depends on where it ends."""
-    free = FREE_ON_RESUME - ({"total_tokens"} if settings.schedule == "cosine" else set())
-    return {key: value for key, value in json.loads(json.dumps(asdict(settings))).items() if key not in free}
+class TrainingState(NamedTuple):
+    """What a checkpoint holds of a training, besides the step."""
 
+    student: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    settings: LoopSettings
+    losses: TrainingLog
+    correction: Stateful | None = None  # of a teacher that is trained too, whole and alike in every process
 
-def save(
-    folder: Path, student: PreTrainedModel, optimizer: torch.optim.Optimizer, settings: LoopSettings,
-    step: int, losses: TrainingLog, teacher: Stateful | None = None, depot: Depot | None = None,
-) -> None:  # fmt: skip
-    """Appears whole or not at all. Called by every process of a sharded student, by one of a replicated one.
-    `teacher`: one that is trained too, whole and alike in every process. `depot`: where the nodes' disks are their own.
-    Of a sharded student each of them then puts there what its processes wrote, and keeps nothing: whoever goes on from
-    it fetches it whole.
+    @property
+    def sharded(self) -> bool:
+        """Return whether each process holds a share of the student."""
+        return isinstance(next(self.student.parameters()), DTensor)
 
-    One that is there is left: it is of the same step of the same training, and in the moment between its end and
-    that of its successor there would be none.
-    """
-    if depot is not None and not depot.travels(folder):
-        depot = None
-    together = _is_sharded(student)
-    apart = depot if together else None
-    there = apart.has(folder) if apart is not None else folder.exists()
-    if agreed(there) if together else there:
-        return
-    first = not together or dist.get_rank() == 0
-    makes = first or (apart is not None and leads_node())
-    partial = folder.with_name(f".{folder.name}.partial")
-    if makes:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    if together:
-        dist.barrier()
-    dcp.save(_tensors(student, optimizer), checkpoint_id=partial, no_dist=not together)
-    if first:
-        if teacher is not None:
-            torch.save(teacher.state_dict(), partial / "teacher.pt")
-        state = {
-            "step": step,
-            "first_losses": losses.first,
-            "last_loss": losses.last,
-            "settings": _fixed(settings),
+    def tensors(self) -> dict[str, Tensor]:
+        """Return student and optimizer by name, not copies: what is loaded into them is loaded."""
+        moments = {
+            f"{moment}.{name}": value
+            for name, parameter in self.student.named_parameters()
+            for moment, value in self.optimizer.state.get(parameter, {}).items()
         }
-        (partial / "state.json").write_text(json.dumps(state, indent=1))
-    if makes and apart is not None:
-        apart.put_files(folder, partial)
-        shutil.rmtree(partial)
-    elif makes:
+        return {**_weights(self.student), **moments}
+
+
+def save_checkpoint(folder: Path, state: TrainingState, step: int, transfer: NodeTransfer | None = None) -> None:
+    """Write a checkpoint, which appears whole or not at all.
+
+    Called by every process of a sharded student, by one of a replicated one. `transfer`: given where the nodes have
+    disks of their own. A checkpoint that is there is left: it is of the same step of the same training, and in the
+    moment between its end and that of its successor there would be none.
+    """
+    if transfer is not None and not transfer.travels(folder):
+        transfer = None
+    if not state.sharded:
+        _save_replica(folder, state, step, transfer)
+    elif transfer is None:
+        _save_shards(folder, state, step)
+    else:
+        _save_shards_in_storage(folder, state, step, transfer)
+
+
+def _save_replica(folder: Path, state: TrainingState, step: int, transfer: NodeTransfer | None) -> None:
+    if folder.exists():
+        return
+    partial = _empty_partial(folder)
+    dcp.save(state.tensors(), checkpoint_id=partial, no_dist=True)
+    _write_state(partial, state, step)
+    os.rename(partial, folder)
+    if transfer is not None:
+        transfer.put_files(folder)
+        transfer.mark(folder)
+
+
+def _save_shards(folder: Path, state: TrainingState, step: int) -> None:
+    """Write the shards of all processes to a disk that all of them see."""
+    if agreed(folder.exists()):
+        return
+    first, partial = dist.get_rank() == 0, _partial(folder)
+    if first:
+        _empty_partial(folder)
+    dist.barrier()
+    dcp.save(state.tensors(), checkpoint_id=partial, no_dist=False)
+    if first:
+        _write_state(partial, state, step)
         os.rename(partial, folder)
-        if depot is not None:
-            depot.put_files(folder)
-    if together:
-        dist.barrier()
-    if first and depot is not None:
-        depot.mark(folder)
+    dist.barrier()
 
 
-def load(
-    folder: Path,
-    student: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    settings: LoopSettings,
-    losses: TrainingLog,
-    teacher: Stateful | None = None,
-) -> int:
-    """Steps already taken. Called by every process. Raises ValueError where `settings` are not those of the
-    checkpoint."""
-    state = json.loads((folder / "state.json").read_text())
-    for key, value in _fixed(settings).items():
-        if state["settings"].get(key) != value:
-            raise ValueError(
-                f"{key}: {value!r}, but the checkpoint {folder} was trained with "
-                f"{state['settings'].get(key)!r}; valid: the same, or a run that begins anew"
-            )
+def _save_shards_in_storage(folder: Path, state: TrainingState, step: int, transfer: NodeTransfer) -> None:
+    """Put the shards of each node's processes into storage and keep none: a resumed training fetches all of them."""
+    if agreed(transfer.has(folder)):
+        return
+    first, partial = dist.get_rank() == 0, _partial(folder)
+    if first or leads_node():
+        _empty_partial(folder)
+    dist.barrier()
+    dcp.save(state.tensors(), checkpoint_id=partial, no_dist=False)
+    if first:
+        _write_state(partial, state, step)
+    if first or leads_node():
+        transfer.put_files(folder, partial)
+        shutil.rmtree(partial)
+    dist.barrier()
+    if first:
+        transfer.mark(folder)
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def _empty_partial(folder: Path) -> Path:
+    partial = _partial(folder)
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    partial.mkdir(parents=True)
+    return partial
+
+
+def _write_state(partial: Path, state: TrainingState, step: int) -> None:
+    if state.correction is not None:
+        torch.save(state.correction.state_dict(), partial / "teacher.pt")
+    content = {
+        "step": step,
+        "first_losses": state.losses.first,
+        "last_loss": state.losses.last,
+        "settings": _fixed(state.settings),
+    }
+    (partial / "state.json").write_text(json.dumps(content, indent=1))
+
+
+def load_checkpoint(folder: Path, state: TrainingState) -> int:
+    """Read checkpoint `folder` into `state` and return the steps already taken. Called by every process.
+
+    Raises ValueError where the settings are not those of the checkpoint.
+    """
+    content = json.loads((folder / "state.json").read_text())
+    _check_settings(folder, content["settings"], state.settings)
     kept = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    for name, parameter in student.named_parameters():
+    for name, parameter in state.student.named_parameters():
         if f"exp_avg.{name}" in kept:
             moments = {moment: torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
-    dcp.load(_tensors(student, optimizer), checkpoint_id=folder, no_dist=not _is_sharded(student))
-    if teacher is not None:
-        teacher.load_state_dict(torch.load(folder / "teacher.pt", map_location=student.device, weights_only=True))
-    losses.first, losses.last = state["first_losses"], state["last_loss"]
-    return int(state["step"])
+            state.optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+    dcp.load(state.tensors(), checkpoint_id=folder, no_dist=not state.sharded)
+    if state.correction is not None:
+        device = state.student.device
+        state.correction.load_state_dict(torch.load(folder / "teacher.pt", map_location=device, weights_only=True))
+    state.losses.first, state.losses.last = content["first_losses"], content["last_loss"]
+    return int(content["step"])
 
 
 def load_weights(folder: Path, student: PreTrainedModel) -> None:
-    """Put the weights of checkpoint `folder`, whoever wrote it, into a plain `student`."""
+    """Read the weights of checkpoint `folder`, whoever wrote it, into a plain `student`."""
     dcp.load(_weights(student), checkpoint_id=folder, no_dist=True)
 
 
-def keep_newest(folder: Path, depot: Depot | None = None) -> None:
-    """Of those on this node and, with `depot`, of those there."""
-    for old in sorted(folder.glob("step-????????"))[:-1]:
-        shutil.rmtree(old)
-    if depot is not None and depot.travels(folder):
-        for name in depot.names(folder)[:-1]:
-            depot.delete(folder / name)
+def _check_settings(folder: Path, trained_with: dict[str, Any], settings: LoopSettings) -> None:
+    for key, value in _fixed(settings).items():
+        if trained_with.get(key) != value:
+            raise ValueError(f"{key}: {value!r}, but the checkpoint {folder} was trained with "
+                             f"{trained_with.get(key)!r}; valid: the same, or a new run")  # fmt: skip
 
 
-def _is_sharded(student: PreTrainedModel) -> bool:
-    return isinstance(next(student.parameters()), DTensor)
+def _fixed(settings: LoopSettings) -> dict[str, Any]:
+    """Return the settings that a continued run must share; cosine depends on where it ends."""
+    free = FREE_ON_RESUME - ({"total_tokens"} if settings.schedule == "cosine" else set())
+    return {key: value for key, value in json.loads(json.dumps(asdict(settings))).items() if key not in free}
 
 
 def _weights(student: PreTrainedModel) -> dict[str, Tensor]:
     # named_parameters lists tied weights once
     return {f"student.{name}": parameter.detach() for name, parameter in student.named_parameters()}
-
-
-def _tensors(student: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything a checkpoint holds, by name; not copies: what is loaded into them is loaded."""
-    moments = {
-        f"{moment}.{name}": value
-        for name, parameter in student.named_parameters()
-        for moment, value in optimizer.state.get(parameter, {}).items()
-    }
-    return {**_weights(student), **moments}

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from minitron_search.distillation.loop import learning_rate_of, make_optimizer
 from minitron_search.distillation.objective import Objective
 from minitron_search.distillation.settings import LoopSettings, Method
-from minitron_search.distillation.teacher import Teacher, TeacherBatch
+from minitron_search.distillation.teacher import TeacherBatch, TeacherSource
 from minitron_search.models.output_head import output_head
 
 # The papers correct all weights; these are usual for peft, on all linear layers but the output head.
@@ -24,29 +24,32 @@ LORA_RANK, LORA_ALPHA = 16, 32
 
 
 def float32_of(folder: Path) -> PreTrainedModel:
-    """The model of a stock folder with weights of its own, to be trained."""
+    """Load the model of a stock folder in float32, to be trained."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def trainable(model: PreTrainedModel, method: Method, seed: int) -> PreTrainedModel:
-    """`model` itself, float32, of which only what `method` trains asks for gradients. LoRA's adapters are put into
-    its linear layers, beginning as nothing; `merged` takes them out."""
+    """Return `model` itself, float32, with gradients for only what `method` trains.
+
+    LoRA's adapters are put into its linear layers and begin as the identity; `merged` takes them out. Raises ValueError
+    as `norm_weights` does.
+    """
     if method == "norms":
         model.requires_grad_(False)
         for parameter in norm_weights(model):
             parameter.requires_grad_(True)
     if method == "lora":
-        from peft import LoraConfig, LoraModel  # takes seconds: only for who asks for it
+        from peft import LoraConfig, LoraModel  # takes seconds to import
 
-        asked = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules="all-linear", bias="none")
+        config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules="all-linear", bias="none")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            LoraModel(model, {"default": asked}, "default")  # works on the model in place
+            LoraModel(model, {"default": config}, "default")  # works on the model in place
     return model
 
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:
-    """The same function as plain weights: `model` itself, with LoRA's products added to the weights beside them."""
+    """Return `model` itself with plain weights: LoRA's products are added to the weights beside them."""
     for name, module in list(model.named_modules()):
         if hasattr(module, "base_layer"):  # a layer that peft has put around one of the model's
             module.merge()
@@ -55,33 +58,40 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def norm_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Gains and biases of every norm. Raises ValueError for a model whose norms have none."""
-    found = [p for module in model.modules() if "norm" in type(module).__name__.lower() for p in module.parameters()]
-    if not found:
+    """Return gains and biases of every norm. Raises ValueError for a model whose norms have none."""
+    norms = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
+    parameters = [parameter for norm in norms for parameter in norm.parameters()]
+    if not parameters:
         raise ValueError("teacher.correction.method: norms, but this teacher's norms have no weights; "
                          "valid: full or lora")  # fmt: skip
-    return found
+    return parameters
 
 
 def correcting_teacher(
-    live: Teacher, model: PreTrainedModel, settings: LoopSettings, *, share: int, steps: int, world_size: int = 1
-) -> Teacher:
-    """`live`, which runs `model` (float32, in place; see `trainable`), correcting it on every batch that it is asked
-    about.
+    live: TeacherSource, model: PreTrainedModel, settings: LoopSettings, *, share: int, steps: int, world_size: int = 1
+) -> TeacherSource:
+    """Return `live`, which runs `model` (float32, see `trainable`), correcting it in place on every batch that it is
+    asked about.
 
     `settings` are those of the teacher's own steps. `share`: windows of a step that this process is asked about, in
     parts; `steps` of the whole training. A step is taken when the next batch is asked for, so that the student's loss
     on this one meets the head that answered; its gradient is the mean over all processes, each of which takes it alike.
     """
-    made = Correcting(live, model, settings, share, steps, world_size)
-    return live._replace(ask=made.ask, correction=made)
+    corrected = CorrectedTeacher(live, model, settings, share, steps, world_size)
+    return live._replace(ask=corrected.ask, correction=corrected)
 
 
-class Correcting:
+class CorrectedTeacher:
     """A live teacher with an optimizer. Its state goes into the student's checkpoints."""
 
     def __init__(
-        self, live: Teacher, model: PreTrainedModel, settings: LoopSettings, share: int, steps: int, world_size: int
+        self,
+        live: TeacherSource,
+        model: PreTrainedModel,
+        settings: LoopSettings,
+        share: int,
+        steps: int,
+        world_size: int,
     ) -> None:
         self.live, self.model, self.settings = live, model, settings
         self.share, self.steps, self.world_size = share, steps, world_size
@@ -90,8 +100,9 @@ class Correcting:
         self.step, self.seen = 0, 0  # steps taken; windows of this step whose gradient is there
 
     def ask(self, indices: np.ndarray, tokens: np.ndarray) -> TeacherBatch:
+        """Answer as the live teacher does, and add this batch to the gradient of its own next step."""
         self._finish_step()
-        said = self.live.ask(indices, tokens)
+        answer = self.live.ask(indices, tokens)
         ids = torch.from_numpy(tokens.astype(np.int64)).to(self.model.device)
         loss, _ = self.objective(ids, None)
         (loss * (len(indices) / self.share)).backward()
@@ -101,7 +112,7 @@ class Correcting:
                 if parameter.grad is not None:
                     dist.all_reduce(parameter.grad)
                     parameter.grad /= self.world_size
-        return said
+        return answer
 
     def _finish_step(self) -> None:
         if self.seen < self.share:
@@ -116,15 +127,15 @@ class Correcting:
 
     @torch.no_grad()
     def _copy_head(self) -> None:
-        """The head that students' losses read is a copy in the dtype of the products."""
-        now = output_head(self.model)
+        """Update the head that students' losses read, a copy in the dtype of the products."""
+        head = output_head(self.model)
         assert self.live.head is not None
-        self.live.head.weight.copy_(now.weight)
-        if self.live.head.bias is not None and now.bias is not None:
-            self.live.head.bias.copy_(now.bias)
+        self.live.head.weight.copy_(head.weight)
+        if self.live.head.bias is not None and head.bias is not None:
+            self.live.head.bias.copy_(head.bias)
 
     def state_dict(self) -> dict[str, Any]:
-        """Between two steps of the student: what is left to do of the last one is done."""
+        """Return weights and optimizer between two steps of the student; finishes the teacher's own last step."""
         self._finish_step()
         assert self.seen == 0, self.seen
         trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
@@ -132,6 +143,7 @@ class Correcting:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put a checkpoint's weights and optimizer in place, and update the head that students' losses read."""
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(state["weights"][name])

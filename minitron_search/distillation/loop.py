@@ -1,51 +1,53 @@
 """The training loop of distillation, written once; it is placed elsewhere, and knows nothing of placement.
 
 `L = L_CLM + L_logits + alpha * L_is`, each switchable (2408.11796, section 2.3). The teacher is a source of hidden
-states, live or cached, and an output head. Same inputs and same thread count give the same numbers, bit for
-bit, on a CPU; so does a run continued from a checkpoint.
-
-Order of data: an endless stream of windows, epoch after epoch, each a permutation made from (seed, epoch).
-Batch k is the same windows whatever the number of processes, and every run with the same seed reads the same
-stream.
+states, live or cached, and an output head. The same inputs and thread count give the same numbers, bit for bit, on a
+CPU; so does a run continued from a checkpoint.
 """
 
 import math
 import time
-import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import PreTrainedModel, masking_utils
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from minitron_search.distillation import checkpoints, parallel
+from minitron_search.distillation import parallel
+from minitron_search.distillation.batches import BatchPlan, batch_plan
+from minitron_search.distillation.checkpoints import CheckpointFolder, TrainingState, load_checkpoint, save_checkpoint
 from minitron_search.distillation.objective import Objective
-from minitron_search.distillation.prefetch import feed
+from minitron_search.distillation.parallel import Processes
+from minitron_search.distillation.prefetch import MicroBatch, prefetch
 from minitron_search.distillation.settings import LoopSettings
-from minitron_search.distillation.teacher import Teacher
+from minitron_search.distillation.teacher import TeacherSource
 from minitron_search.distillation.training_log import TrainingLog
 from minitron_search.models.families import decoder_layers
-from minitron_search.records.transfer import Depot
+from minitron_search.models.patches import recompute_activations, windows_are_not_packed
 
 
 class Milestone(NamedTuple):
-    """Handed to `on_milestone` in every process. Every process calls `save(folder)`, which writes a checkpoint, or
-    none does; it may run in a thread of its own as long as it ends before `on_milestone` does."""
+    """The argument of `on_milestone`, in every process.
+
+    Every process calls `save(folder)`, which writes a checkpoint, or none does; it may run in a thread of its own as
+    long as it ends before `on_milestone` does.
+    """
 
     tokens: int  # as asked for in LoopSettings.milestones
     tokens_seen: int  # whole batches
     step: int
-    student: PreTrainedModel | None  # whole; of a sharded one a copy in the first process, None in the others
+    student: PreTrainedModel | None  # gathered; of a sharded one a copy in the first process, None in the others
     save: Callable[[Path], None]
 
 
 class TrainResult(NamedTuple):
+    """What `train` returns; `student` is the one that it was given."""
+
     student: PreTrainedModel
     step: int
     tokens: int
@@ -55,28 +57,27 @@ class TrainResult(NamedTuple):
     stopped: bool  # by on_milestone, before total_tokens
 
 
+@windows_are_not_packed()
 def train(
     student: PreTrainedModel,
     windows: np.ndarray,
     settings: LoopSettings,
-    teacher: Teacher | None,
+    teacher: TeacherSource | None,
     *,
     on_milestone: Callable[[Milestone], bool | None] = lambda milestone: None,
     log: Callable[[dict[str, float]], None] = lambda record: None,
-    checkpoint_folder: Path | None = None,
-    depot: Depot | None = None,
+    checkpoints: CheckpointFolder | None = None,
     resume: Path | None = None,
-    world_size: int = 1,
-    rank: int = 0,
+    processes: Processes = parallel.ALONE,
 ) -> TrainResult:
-    """Trains `student`, where it is (its device, in place), on `windows` (n, length) int32.
+    """Train `student`, where it is (its device, in place), on `windows` (n, length) int32.
 
     `teacher` may be None for the loss `ce`. `on_milestone` is called at every milestone and returns False to
     stop there. `log` gets a record per step, several steps at a time: step, tokens, loss, lm_loss, kl (nats
     per token; kl only with a teacher), learning_rate, gradient_norm, tokens_per_second and intermediate (L_is before
-    alpha; only where asked for). `resume` is a checkpoint; `depot` carries them between nodes.
+    alpha; only where asked for). `checkpoints` takes one every `checkpoint_tokens`; `resume` is one to go on from.
 
-    With `world_size` > 1, called by every process of an initialised torch.distributed group, each of which
+    With several `processes`, called by every one of an initialised torch.distributed group, each of which
     trains on its share of every batch; the loss and its gradient are the mean over the batch. `log` is called on
     rank 0. Under `ddp` rank 0's weights are everyone's; under `fsdp2` all have to bring the same, and `student`
     is left sharded, on the device of the run.
@@ -85,130 +86,152 @@ def train(
     and DivergedError when a loss is not finite, or, after the warm-up and 10 steps, is above 3 times the mean
     of the first 10 steps (taken as at least 1 nat).
     """
-    length = windows.shape[1]
-    batch = math.ceil(settings.batch_tokens / length)
-    if batch % world_size:
-        valid = math.ceil(batch / world_size) * world_size * length
-        raise ValueError(
-            f"distillation.batch_tokens: {settings.batch_tokens} is {batch} windows of {length} tokens, "
-            f"which {world_size} processes cannot share equally; valid: {valid}"
-        )
+    plan = batch_plan(settings, windows.shape[1], processes.world_size)
     assert teacher is not None or not settings.asks_teacher
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    began, shards = time.monotonic(), settings.shards(world_size)
-    teacher_tokens_before = teacher.forward_tokens() if teacher else 0
-    steps = math.ceil(settings.total_tokens / (batch * length))
-    milestones = {math.ceil(tokens / (batch * length)): tokens for tokens in sorted(settings.milestones)}
-    checkpoint_steps = math.ceil((settings.checkpoint_tokens or 0) / (batch * length))  # 0: none
+    began, asked_before = time.monotonic(), teacher.forward_tokens() if teacher else 0
 
+    objective = _objective(student, settings, teacher, processes.world_size)
+    losses = TrainingLog(settings, plan.batch_tokens, processes, log)
+    state = TrainingState(student, make_optimizer(student, settings), settings, losses, teacher and teacher.correction)
+    start = 0 if resume is None else load_checkpoint(resume, state)
+    training = _Training(objective, state, plan, processes, checkpoints, on_milestone, start)
+    stopped = training.run(windows, teacher if settings.asks_teacher else None)
+
+    asked = teacher.forward_tokens() - asked_before if teacher else 0
+    seconds = time.monotonic() - began
+    return TrainResult(student, training.step, training.step * plan.batch_tokens, losses.last, asked, seconds, stopped)
+
+
+@dataclass
+class _Training:
+    """The steps of a training in one process. `step` counts those taken."""
+
+    objective: nn.Module
+    state: TrainingState
+    plan: BatchPlan
+    processes: Processes
+    checkpoints: CheckpointFolder | None
+    on_milestone: Callable[[Milestone], bool | None]
+    step: int
+
+    def __post_init__(self) -> None:
+        self.student, self.settings = self.state.student, self.state.settings
+        self.device = self.student.device
+        self.shards = self.settings.shards(self.processes.world_size)
+
+    def run(self, windows: np.ndarray, teacher: TeacherSource | None) -> bool:
+        """Take every step that is left; return whether `on_milestone` stopped the training before the last."""
+        micro_batches = prefetch(self._indices(len(windows)), windows, teacher, self.device)
+        self.student.train()
+        # at the start this is 0 or the checkpoint's step: a training that was killed there calls back again
+        if self._at_milestone and self._reach_milestone():
+            return True
+        while self.step < self.plan.steps:
+            means = self._accumulate_gradients(micro_batches, teacher)
+            self._update_weights(means)
+            self._flush_log()
+            self._write_checkpoint()
+            if self._at_milestone and self._reach_milestone():
+                return True
+        return False
+
+    def _indices(self, windows: int) -> Iterator[np.ndarray]:
+        """Yield the window indices (n,) of every forward pass to come, in order."""
+        for step in range(self.step, self.plan.steps):
+            yield from self.plan.micro_batches(self.settings.seed, windows, step, self.processes.rank)
+
+    def _accumulate_gradients(self, micro_batches: Iterator[MicroBatch], teacher: TeacherSource | None) -> Tensor:
+        """Run this process's share of a batch forward and backward; return its mean [loss, ce, kl, intermediate]."""
+        torch.manual_seed(_step_seed(self.settings.seed, self.step, self.processes.rank))  # of dropout, if any
+        total = torch.zeros(4, device=self.device)
+        left = self.plan.share
+        while left:
+            batch = next(micro_batches)
+            left -= len(batch.indices)
+            weight = len(batch.indices) / self.plan.share
+            teacher_batch = batch.teacher
+            if teacher is not None and teacher_batch is None:
+                teacher_batch = teacher.ask(batch.indices, batch.tokens)
+            with parallel.gradients_kept(self.objective) if left else nullcontext():
+                loss, means = self.objective(batch.ids, teacher_batch)
+                (loss * weight).backward()
+            total += means * weight
+        return total
+
+    def _update_weights(self, means: Tensor) -> None:
+        learning_rate, optimizer = learning_rate_of(self.settings, self.step, self.plan.steps), self.state.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.settings.gradient_clip)
+        norm = parallel.gathered(norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.state.losses.add(self.step, means, norm, learning_rate)
+
+    @property
+    def _at_milestone(self) -> bool:
+        return self.step in self.plan.milestones
+
+    @property
+    def _at_checkpoint(self) -> bool:
+        return self.plan.checkpoint_steps > 0 and self.step % self.plan.checkpoint_steps == 0
+
+    def _flush_log(self) -> None:
+        """Log before anything of this step is kept: a diverged student is not."""
+        regular = self.step == self.plan.steps or self.step % self.settings.log_steps == 0
+        if self._at_milestone or self._at_checkpoint or regular:
+            self.state.losses.flush()
+
+    def _write_checkpoint(self) -> None:
+        if self._at_checkpoint and self.checkpoints is not None:
+            self._save(self.checkpoints.at(self.step))
+            self.checkpoints.keep_newest(self.processes.rank)
+
+    def _save(self, folder: Path) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # a thread begins with the machine's first
+        if self.processes.rank == 0 or self.shards:
+            save_checkpoint(folder, self.state, self.step, self.checkpoints and self.checkpoints.transfer)
+
+    def _reach_milestone(self) -> bool:
+        """Call back at the milestone of this step; return whether to stop before the last step."""
+        milestone = Milestone(
+            tokens=self.plan.milestones[self.step],
+            tokens_seen=self.step * self.plan.batch_tokens,
+            step=self.step,
+            student=parallel.gathered_student(self.student) if self.shards else self.student,
+            save=self._save,
+        )
+        # a compiled student is scored eagerly: scoring has shapes of its own
+        with torch.compiler.set_stance("force_eager") if self.settings.compile else nullcontext():
+            stops = self.on_milestone(milestone) is False
+        self.student.train()
+        self.state.losses.restart_clock()
+        return stops and self.step < self.plan.steps
+
+
+def _objective(
+    student: PreTrainedModel, settings: LoopSettings, teacher: TeacherSource | None, world_size: int
+) -> nn.Module:
+    """Return the objective, its student checkpointed, compiled and spread over processes as the settings say."""
     if settings.gradient_checkpointing:
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # transformers 6 gives it another name
-            student.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(student)
     if settings.compile:
         for layer in decoder_layers(student):
             layer.compile(dynamic=False)  # a graph a shape: which one runs does not depend on what ran before
     objective: nn.Module = Objective(student, settings, teacher and teacher.head)
-    if world_size > 1:
-        objective = parallel.sharded(objective, student) if shards else parallel.replicated(objective)
-    device = student.device
-    optimizer = make_optimizer(student, settings)
-    start, losses = 0, TrainingLog(settings, batch * length, world_size, rank, log)
-    corrected = teacher and teacher.correction
-    if resume is not None:
-        start = checkpoints.load(resume, student, optimizer, settings, losses, corrected)
-
-    def save(folder: Path) -> None:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # a thread begins with the machine's first
-        if rank == 0 or shards:
-            checkpoints.save(folder, student, optimizer, settings, step, losses, corrected, depot)
-
-    def reach() -> bool:
-        """Call back at the milestone of this step; whether to stop there."""
-        one = parallel.whole_student(student) if shards else student
-        reached = Milestone(milestones[step], step * batch * length, step, one, save)
-        eager = torch.compiler.set_stance("force_eager") if settings.compile else nullcontext()
-        with eager:  # it is scored in shapes of its own
-            ends = on_milestone(reached) is False
-        student.train()
-        losses.restart_clock()
-        return ends and step < steps
-
-    share = batch // world_size
-    micro = max(1, min(share, settings.micro_batch_tokens // length))
-
-    def parts(step: int) -> list[np.ndarray]:
-        """Windows of each forward pass of this process in the step after `step` steps."""
-        indices = stream(settings.seed, len(windows), step * batch + rank * share, share)
-        return [indices[at : at + micro] for at in range(0, share, micro)]
-
-    asked = teacher if settings.asks_teacher else None
-    coming = feed((part for step in range(start, steps) for part in parts(step)), windows, asked, device)
-    step, stopped = start, False
-    student.train()
-    if step in milestones:  # 0, or that of the checkpoint: whoever was cut off there hears of it again
-        stopped = reach()
-    while step < steps and not stopped:
-        torch.manual_seed(_step_seed(settings.seed, step, rank))  # dropout, where a model has it
-        total = torch.zeros(4, device=device)
-        left = share
-        while left:
-            part = next(coming)
-            left -= len(part.indices)
-            said = part.said
-            if asked and said is None:
-                said = asked.ask(part.indices, part.tokens)
-            with parallel.gradients_kept(objective) if left else nullcontext():
-                with _no_packing():
-                    loss, means = objective(part.ids, said)
-                (loss * (len(part.indices) / share)).backward()
-            total += means * (len(part.indices) / share)
-        learning_rate = learning_rate_of(settings, step, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        norm = parallel.whole(nn.utils.clip_grad_norm_(student.parameters(), settings.gradient_clip))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        losses.add(step, total, norm, learning_rate)
-        at_milestone = step in milestones
-        at_checkpoint = checkpoint_steps > 0 and step % checkpoint_steps == 0
-        if at_milestone or at_checkpoint or step == steps or step % settings.log_steps == 0:
-            losses.flush()  # before anything of this step is kept: a diverged student is not
-        if at_checkpoint and checkpoint_folder is not None:
-            save(checkpoint_folder / f"step-{step:08d}")
-            if rank == 0 or (depot is not None and parallel.leads_node()):
-                checkpoints.keep_newest(checkpoint_folder, depot if rank == 0 else None)
-        if at_milestone:
-            stopped = reach()
-    teacher_tokens = (teacher.forward_tokens() if teacher else 0) - teacher_tokens_before
-    seconds = time.monotonic() - began
-    return TrainResult(student, step, step * batch * length, losses.last, teacher_tokens, seconds, stopped)
-
-
-def stream(seed: int, windows: int, start: int, count: int) -> np.ndarray:
-    """Indices (count,) of places start..start+count-1 of the endless stream over `windows` windows."""
-    places = np.arange(start, start + count)
-    epochs = places // windows
-    return np.array(
-        [_epoch(seed, windows, epoch)[place % windows] for epoch, place in zip(epochs, places, strict=True)]
-    )
-
-
-@lru_cache(maxsize=2)
-def _epoch(seed: int, windows: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(windows)
-
-
-def _no_packing() -> AbstractContextManager:
-    """Every forward pass of transformers asks whether position ids begin anew inside a window, and waits for the
-    device to say no: ours never do."""
-    return patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    if world_size == 1:
+        return objective
+    if settings.shards(world_size):
+        return parallel.sharded(objective, student)
+    return parallel.replicated(objective)
 
 
 def make_optimizer(student: PreTrainedModel, settings: LoopSettings) -> torch.optim.AdamW:
-    """Norms and biases do not decay."""
+    """Return AdamW over all parameters; norms and biases do not decay."""
     matrices = [p for p in student.parameters() if p.dim() > 1]
     vectors = [p for p in student.parameters() if p.dim() <= 1]
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -222,7 +245,7 @@ def make_optimizer(student: PreTrainedModel, settings: LoopSettings) -> torch.op
 
 
 def learning_rate_of(settings: LoopSettings, step: int, steps: int) -> float:
-    """Of the step after `step` steps: linear warm-up, then constant or a cosine down to the last step."""
+    """Return the rate of the step after `step` steps: linear warm-up, then constant or a cosine to the last step."""
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":
@@ -233,5 +256,5 @@ def learning_rate_of(settings: LoopSettings, step: int, steps: int) -> float:
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
-    """A seed per step, so that no generator's state need be kept to continue a run exactly."""
+    """Return a seed for one step: no generator's state need be kept to continue a run exactly."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,5 +1,5 @@
-"""What a distillation minimises, `L_CLM + L_logits + alpha * L_is`, as one module: whoever wraps it
-(DistributedDataParallel) sees every gradient."""
+"""The objective of a distillation, `L_CLM + L_logits + alpha * L_is`, as one module: DistributedDataParallel and FSDP2,
+which wrap it, see every gradient."""
 
 import torch
 from torch import Tensor, nn
@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from minitron_search.distillation.settings import LoopSettings
 from minitron_search.distillation.teacher import TeacherBatch
+from minitron_search.losses.divergences import has_ce
 from minitron_search.losses.intermediate import LEAST, intermediate_loss, recorded
 from minitron_search.losses.output_loss import TopK, next_tokens, output_loss
 from minitron_search.models.device import autocast
@@ -29,10 +30,12 @@ class Objective(nn.Module):
         self.teacher_head = teacher_head
 
     def forward(self, ids: Tensor, teacher: TeacherBatch | None) -> tuple[Tensor, Tensor]:
-        """(loss, [loss, ce, kl, intermediate]) of `ids` (n, length), given what the teacher says of them.
-        The intermediate loss is before alpha."""
+        """Return (loss, [loss, ce, kl, intermediate]) of `ids` (n, length), given the teacher's answer about them.
+
+        The intermediate loss is before alpha.
+        """
         targets = {} if teacher is None else teacher.states
-        assert targets or not self.settings.intermediate, "a teacher without the states that L_is compares"
+        assert targets or not self.settings.intermediate, "the teacher gives no states for L_is to compare"
         with autocast(self.settings.precision, ids.device), recorded(self.student, targets) as states:
             hidden = final_hidden(self.student, ids)
             output = output_loss(
@@ -50,7 +53,7 @@ class Objective(nn.Module):
             intermediate = difference.detach()
             alpha: float | Tensor
             if self.settings.intermediate == "auto":
-                logits = loss.detach() - (output.ce if self.settings.loss.startswith("clm+") else 0)
+                logits = loss.detach() - (output.ce if has_ce(self.settings.loss) else 0)
                 alpha = logits / intermediate.clamp(min=LEAST)
             else:
                 alpha = self.settings.intermediate

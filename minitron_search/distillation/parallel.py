@@ -8,7 +8,7 @@ need, are one group, gathered for the whole forward and backward pass. Every pro
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,12 +26,23 @@ from minitron_search.models.loading import student_of
 Answer = TypeVar("Answer")
 
 
+class Processes(NamedTuple):
+    """The processes that train one student together, and which of them this is."""
+
+    world_size: int = 1
+    rank: int = 0
+
+
+ALONE = Processes()
+
+
 def replicated(objective: nn.Module) -> nn.Module:
+    """Return `objective`, its parameters whole in every process and its gradients averaged over them."""
     return DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def sharded(objective: nn.Module, student: PreTrainedModel) -> nn.Module:
-    """`objective`, whose parameters are those of `student` and are DTensors from now on, on the device of the run.
+    """Return `objective`, whose parameters, those of `student`, are DTensors from now on, on the device of the run.
 
     The student may come from host memory: layers move to the device one by one, and only a share of each stays.
     """
@@ -43,8 +54,10 @@ def sharded(objective: nn.Module, student: PreTrainedModel) -> nn.Module:
 
 
 def sharded_teacher(teacher: PreTrainedModel) -> PreTrainedModel:
-    """A frozen `teacher`, whose body is gathered layer by layer at every forward pass, which all processes make
-    together. Its output head, which every chunk of the loss reads, stays whole."""
+    """Return `teacher`, frozen, its body gathered layer by layer at every forward pass.
+
+    All processes make a forward pass together. The output head, which every chunk of the loss reads, stays whole.
+    """
     mesh = _mesh()
     teacher.requires_grad_(False)
     for layer in decoder_layers(teacher):
@@ -57,7 +70,7 @@ def sharded_teacher(teacher: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def gradients_kept(objective: nn.Module) -> Iterator[None]:
-    """A backward pass in here adds to this process's own gradients; the next one outside exchanges them all."""
+    """Make a backward pass inside add to this process's own gradients; the next one outside exchanges them all."""
     if isinstance(objective, DistributedDataParallel):
         with objective.no_sync():
             yield
@@ -69,31 +82,33 @@ def gradients_kept(objective: nn.Module) -> Iterator[None]:
         yield
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Of a sharded tensor all of it, of a sharded norm the norm over all; in every process."""
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """Return all of a sharded tensor, and of a sharded norm the norm over all, in every process."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_student(student: PreTrainedModel) -> PreTrainedModel | None:
-    """In the first process a plain copy of a sharded `student`, on the device of the run; None in the others, which
-    have to call this too. One weight at a time is whole in all of them."""
+def gathered_student(student: PreTrainedModel) -> PreTrainedModel | None:
+    """Return a plain copy of a sharded `student`, on the device of the run, in the first process; None in the others.
+
+    Called by every process. One weight at a time is whole in all of them.
+    """
     first, weights = dist.get_rank() == 0, {}
     for name, parameter in student.named_parameters():
-        weight = whole(parameter.detach())
+        weight = gathered(parameter.detach())
         if first:
             weights[name] = weight.cpu()
     return on_device(student_of(student.config, weights)) if first else None
 
 
 def agreed(answer: Answer) -> Answer:
-    """What the first process answers, in all of them: two that look at a shared file may see different ones."""
-    told = [answer]
-    dist.broadcast_object_list(told, src=0)
-    return told[0]
+    """Return the first process's answer in all of them: two that look at a shared file may see different ones."""
+    answers = [answer]
+    dist.broadcast_object_list(answers, src=0)
+    return answers[0]
 
 
 def leads_node() -> bool:
-    """Whether this process is the first of its node; so it is where there is no other process."""
+    """Return whether this process is the first of its node, as it is where there is no other."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 

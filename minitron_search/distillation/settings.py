@@ -1,4 +1,4 @@
-"""What a distillation is asked to do: plain data, which a process that trains nothing reads without torch."""
+"""The settings of a distillation and of a teacher correction: plain data, read without torch."""
 
 import math
 from dataclasses import dataclass, replace
@@ -9,7 +9,8 @@ from minitron_search.config.types import IntermediateLoss, Loss, Precision, Stra
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """Tokens count input positions. Milestones are rounded up to whole batches, batches to whole windows."""
+    """How one training runs. Tokens are input positions; milestones are rounded up to whole batches, batches to whole
+    windows."""
 
     total_tokens: int
     loss: Loss = "kld"
@@ -39,30 +40,28 @@ class LoopSettings:
 
     @property
     def asks_teacher(self) -> bool:
+        """Return whether the loss reads a teacher."""
         return self.loss != "ce" or self.intermediate != 0
 
     def shards(self, world_size: int) -> bool:
-        """Whether `world_size` processes hold a share each."""
+        """Return whether `world_size` processes hold a share each."""
         return self.strategy == "fsdp2" and world_size > 1
 
 
 Method = Literal["full", "lora", "norms"]
-
-
 METHODS: tuple[Method, ...] = ("full", "lora", "norms")
-
-
 # 2408.11796, section 3. A correction much shorter than the paper's 100B tokens would be over before 120 steps have
 # warmed it up: it takes a tenth of its steps.
 LEARNING_RATE, WARMUP_STEPS, WARMUP_SHARE = 1 / 5, 120, 1 / 10
-
-
-PREFIX = "corrected-"
+PREFIX = "corrected-"  # of a correcting trial's initialization
 
 
 @dataclass(frozen=True)
-class Correction:
-    """warmup_steps: None for `WARMUP_STEPS`, or `WARMUP_SHARE` of all steps where that is fewer."""
+class CorrectionSettings:
+    """How a teacher is corrected (2408.11796, section 3).
+
+    warmup_steps: None for `WARMUP_STEPS`, or `WARMUP_SHARE` of all steps where that is fewer.
+    """
 
     method: Method
     learning_rate: float
@@ -72,11 +71,12 @@ class Correction:
 
     @property
     def initialization(self) -> str:
-        """Of the trial that makes a correction: it begins with the teacher itself."""
+        """Return the initialization of the trial that makes a correction: it begins with the teacher itself."""
         return PREFIX + self.method
 
-    def settings(self, training: LoopSettings) -> LoopSettings:
-        """Of the teacher's steps in a training like `training`: plain LM loss, the same schedule from its own peak."""
+    def loop_settings(self, training: LoopSettings) -> LoopSettings:
+        """Return the settings of the teacher's steps in a training like `training`: plain LM loss, the same schedule
+        from its own peak."""
         steps = math.ceil(training.total_tokens / training.batch_tokens)
         warmup = min(WARMUP_STEPS, int(WARMUP_SHARE * steps)) if self.warmup_steps is None else self.warmup_steps
         low = min(self.min_learning_rate, self.learning_rate)
@@ -87,5 +87,5 @@ class Correction:
 
 
 def method_of(initialization: str) -> Method | None:
-    """The method of a trial that corrects the teacher; None for one that makes a student."""
+    """Return the method of a trial that corrects the teacher; None for one that makes a student."""
     return next((method for method in METHODS if initialization == PREFIX + method), None)

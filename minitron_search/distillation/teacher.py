@@ -1,4 +1,4 @@
-"""Where a distillation's teacher distribution comes from: the teacher itself, asked for every batch, or its cache."""
+"""Teacher sources: the teacher itself, asked for every batch, or a cache of its answers."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,14 +14,15 @@ from minitron_search.config.types import Precision
 from minitron_search.distillation.teacher_cache import CacheReader, teacher_hidden
 from minitron_search.losses.intermediate import recorded
 from minitron_search.losses.output_loss import TopK
-from minitron_search.models.output_head import OutputHead, frozen_head, output_head
+from minitron_search.models.output_head import OutputHead, output_head
 
 
 class TeacherBatch(NamedTuple):
-    """What the teacher says of n windows: its final normed hidden states (n, length, hidden), or the most probable
+    """A teacher's answer about n windows: its final normed hidden states (n, length, hidden), or the most probable
     tokens of every position, (n, length, k).
 
-    states: by the number of the student's state that each is compared with (`intermediate_loss`), (n, length, hidden).
+    states: what each of the student's states is compared with, by the student's number (`losses.intermediate`),
+        (n, length, hidden).
     """
 
     hidden: Tensor | None
@@ -29,12 +30,14 @@ class TeacherBatch(NamedTuple):
     states: Mapping[int, Tensor] = {}
 
 
-class Teacher(NamedTuple):
-    """`ask(indices, tokens)`: windows (n,), their ids (n, length) -> what it says of them.
+class TeacherSource(NamedTuple):
+    """Answers what a teacher says of windows.
 
-    `head` is None where it says more than hidden states. `forward_tokens()`: how many tokens it has put through the
-    teacher itself. `reads`: asking is reading, which a thread may do ahead of the step. `correction`: what a checkpoint
-    must hold of a teacher that is corrected meanwhile (`correction.Correcting`).
+    ask: `(indices, tokens) -> TeacherBatch`, of windows (n,) and their ids (n, length).
+    head: None where the answers are more than hidden states.
+    forward_tokens: returns how many tokens it has put through the teacher itself.
+    reads: asking is reading, which a thread may do ahead of the step.
+    correction: what a checkpoint must hold of a teacher that is corrected meanwhile (`correction.CorrectedTeacher`).
     """
 
     ask: Callable[[np.ndarray, np.ndarray], TeacherBatch]
@@ -44,29 +47,36 @@ class Teacher(NamedTuple):
     correction: Stateful | None = None
 
 
-def live_teacher(model: PreTrainedModel, precision: Precision, states: Mapping[int, int] | None = None) -> Teacher:
-    """Runs `model` for every batch. `states`: which it gives besides (`intermediate_loss.state_map`), in the dtype of
-    the products."""
-    counted, states = [0], states or {}
+def live_teacher(
+    model: PreTrainedModel, precision: Precision, states: Mapping[int, int] | None = None
+) -> TeacherSource:  # fmt: skip
+    """Return a source that runs `model` for every batch.
+
+    states: {student's state: the model's}, to answer with besides (`losses.intermediate.state_map`), in the dtype of
+        the products.
+    """
+    forward_tokens, states = [0], states or {}
 
     def ask(indices: np.ndarray, tokens: np.ndarray) -> TeacherBatch:
-        counted[0] += tokens.size
+        forward_tokens[0] += tokens.size
         ids = torch.from_numpy(tokens.astype(np.int64)).to(model.device)
-        with recorded(model, set(states.values())) as found:
+        with recorded(model, set(states.values())) as own:
             hidden = teacher_hidden(model, ids, precision)
-        return TeacherBatch(hidden, states={number: found[own].to(hidden.dtype) for number, own in states.items()})
+        return TeacherBatch(hidden, states={number: own[other].to(hidden.dtype) for number, other in states.items()})
 
-    return Teacher(ask, frozen_head(output_head(model), precision), lambda: counted[0])
+    return TeacherSource(ask, output_head(model).frozen(precision), lambda: forward_tokens[0])
 
 
-def cached_teacher(path: Path, head: OutputHead, precision: Precision) -> Teacher:
-    """Reads the cache at `path`; `head` is the teacher's `output_head`, which a cache of hidden states needs."""
+def cached_teacher(path: Path, head: OutputHead, precision: Precision) -> TeacherSource:
+    """Return a source that reads the cache at `path`; `head` is the teacher's, which hidden states need.
+
+    Raises FileNotFoundError where no cache is.
+    """
     reader = CacheReader(path)
-    if reader.k is not None:
-        return Teacher(
-            lambda indices, tokens: TeacherBatch(None, reader.topk(indices, tokens)), None, lambda: 0, reads=True
-        )
-    return Teacher(
-        lambda indices, tokens: TeacherBatch(reader.hidden(indices, tokens)), frozen_head(head, precision), lambda: 0,
-        reads=True,
-    )  # fmt: skip
+
+    def ask(indices: np.ndarray, tokens: np.ndarray) -> TeacherBatch:
+        if reader.k is None:
+            return TeacherBatch(reader.hidden(indices, tokens))
+        return TeacherBatch(None, reader.topk(indices, tokens))
+
+    return TeacherSource(ask, head.frozen(precision) if reader.k is None else None, lambda: 0, reads=True)

@@ -1,4 +1,4 @@
-"""The losses of a training, step by step: logged a few steps at a time, and watched for divergence."""
+"""The losses of a training, logged a few steps at a time and watched for divergence."""
 
 import math
 import time
@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minitron_search.distillation.parallel import Processes
 from minitron_search.distillation.settings import LoopSettings
 
 DIVERGED = 3.0  # times the mean loss of the first BASELINE_STEPS steps
@@ -31,38 +32,34 @@ class TrainingLog:
     """Losses of the steps since the last flush, kept on the device: reading one would wait for it."""
 
     def __init__(
-        self, settings: LoopSettings, batch_tokens: int, world_size: int, rank: int, log: Callable[..., None]
+        self, settings: LoopSettings, batch_tokens: int, processes: Processes, log: Callable[[dict[str, float]], None]
     ) -> None:
-        self.settings, self.batch_tokens, self.world_size, self.rank = (
-            settings,
-            batch_tokens,
-            world_size,
-            rank,
-        )
-        self.log = log
-        self.first: list[float] = []  # of the first BASELINE_STEPS steps
+        self.settings, self.batch_tokens, self.processes, self.log = settings, batch_tokens, processes, log
+        self.first: list[float] = []  # losses of the first BASELINE_STEPS steps
         self.last = math.nan
         self.pending: list[tuple[int, Tensor, float]] = []
         self.restart_clock()
 
     def restart_clock(self) -> None:
+        """Count no time until now as training: tokens per second are those of the steps alone."""
         self.clock = time.monotonic()
 
     def add(self, step: int, means: Tensor, norm: Tensor, learning_rate: float) -> None:
+        """Keep a step's [loss, ce, kl, intermediate] and gradient norm until the next flush."""
         self.pending.append((step, torch.cat([means, norm.reshape(1)]), learning_rate))
 
     def flush(self) -> None:
-        """Logs what is pending; raises DivergedError, on every process alike."""
+        """Log what is pending. Raises DivergedError, in every process alike."""
         if not self.pending:
             return
         values = torch.stack([row for _, row, _ in self.pending])
-        if self.world_size > 1:
+        if self.processes.world_size > 1:
             dist.all_reduce(values)
-            values /= self.world_size
+            values /= self.processes.world_size
         rows = values.tolist()  # waits for the device
         speed = len(rows) * self.batch_tokens / max(time.monotonic() - self.clock, 1e-9)
         for (step, _, learning_rate), (loss, ce, kl, intermediate, norm) in zip(self.pending, rows, strict=True):
-            if self.rank == 0:
+            if self.processes.rank == 0:
                 record = {
                     "step": step, "tokens": step * self.batch_tokens, "loss": loss, "lm_loss": ce, "kl": kl,
                     "learning_rate": learning_rate, "gradient_norm": norm, "tokens_per_second": speed,

@@ -6,15 +6,13 @@ what lm-eval gives it.
 
 import difflib
 import glob
-import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minitron_search.models.sources import file_hash
+from minitron_search.records.cache import content_id, file_hash
 
 # Of the papers' base models: pass@1 at temperature 0.2, top-p 0.95 ("Evaluation"); lm-eval's own is greedy.
 SAMPLED = {"do_sample": True, "temperature": 0.2, "top_p": 0.95}
@@ -27,7 +25,7 @@ class Task(NamedTuple):
     name: lm-eval's, or that in the YAML file. yaml: that file, relative to lm-eval's own where it is one of them; None
     for what only its index can find. metrics: `metric,filter`, whose mean is the value; empty for the first that the
     task has. changes: what replaces the file's own values. chat: whether the model's chat template is put around
-    prompts, where it has one. unsafe: it runs code that the model writes. content: of a file that is not lm-eval's, a
+    prompts, where it has one. unsafe: it runs code that the model writes. content: for a file that is not lm-eval's, a
     digest of it and of the data that it names.
     """
 
@@ -76,16 +74,16 @@ CANNOT = {
 }
 
 
-def parse_tasks(asked: Iterable[str]) -> list[Task]:
-    """Every task that `asked` names, once. Raises ValueError for what lm-eval does not know or cannot do, for shots
-    that are none, and for tasks that run a model's code where the environment does not allow it."""
-    found: dict[str, Task] = {}
-    for task in (task for name in asked for task in _named(name)):
-        before = found.setdefault(task.label, task)
+def parse_tasks(names: Iterable[str]) -> list[Task]:
+    """Return every task that `asked` names, once. Raises ValueError for what lm-eval does not know or cannot do, for
+    shots that are no number, and for tasks that run a model's code where the environment does not allow it."""
+    tasks_by_label: dict[str, Task] = {}
+    for task in (task for name in names for task in _named(name)):
+        before = tasks_by_label.setdefault(task.label, task)
         if (before.yaml, before.content) != (task.yaml, task.content):
             raise ValueError(f"evaluation.tasks: {task.label} is of two different files; valid: another name under "
                              "`task:` in one of them")  # fmt: skip
-    tasks = list(found.values())
+    tasks = list(tasks_by_label.values())
     if unsafe := [task.name for task in tasks if task.unsafe and os.environ.get("HF_ALLOW_CODE_EVAL") != "1"]:
         safe = ",".join(_as_asked(task) for task in tasks if not task.unsafe) or "winogrande"
         raise ValueError(f"evaluation.tasks: {', '.join(unsafe)} runs code that the model writes, on this machine; "
@@ -95,35 +93,36 @@ def parse_tasks(asked: Iterable[str]) -> list[Task]:
 
 
 def load(task: Task) -> list[Any]:
-    """lm-eval's own objects of a task, or of a group, with their data sets. Raises whatever lm-eval and the Hub do."""
+    """Load lm-eval's own objects of a task, or of a group, with their data sets. Raises whatever lm-eval and the Hub
+    do."""
     import lm_eval.tasks
     from lm_eval.tasks._yaml_loader import load_yaml
 
     shipped = Path(lm_eval.tasks.__file__).parent
     if task.yaml is None:
-        found = _manager().load([task.name])
+        loaded = _manager().load([task.name])
     else:
         path = shipped / task.yaml  # an absolute one stays as it is
         config: dict[str, Any] = load_yaml(path, resolve_func=True)
         if isinstance(config.get("task"), list):  # a group's members lie beside it, in lm-eval as well
             beside = lm_eval.tasks.TaskManager(include_defaults=False, include_path=path.parent)
-            found = beside.load([config["group"]])
+            loaded = beside.load([config["group"]])
         else:
             changed = {key: task.changes[key] for key in ("dataset_kwargs",) if key in task.changes}
-            found = lm_eval.tasks.TaskManager(include_defaults=False).load([{**config, **changed}])
-    for each in found["tasks"].values():
+            loaded = lm_eval.tasks.TaskManager(include_defaults=False).load([{**config, **changed}])
+    for loaded_task in loaded["tasks"].values():
         if task.shots is not None:
-            each.set_config("num_fewshot", task.shots)
+            loaded_task.set_config("num_fewshot", task.shots)
         if "generation_kwargs" in task.changes:
-            each.set_config("generation_kwargs", task.changes["generation_kwargs"], update=True)
+            loaded_task.set_config("generation_kwargs", task.changes["generation_kwargs"], update=True)
         if "repeats" in task.changes:
-            each.set_config("repeats", task.changes["repeats"])
-    roots = [group for group in found.get("groups", {}).values() if group.name == task.name]
-    return roots or list(found["tasks"].values())
+            loaded_task.set_config("repeats", task.changes["repeats"])
+    roots = [group for group in loaded.get("groups", {}).values() if group.name == task.name]
+    return roots or list(loaded["tasks"].values())
 
 
 def check_data(tasks: Sequence[Task]) -> None:
-    """Fetches what tasks ask. Raises ValueError for a task whose questions cannot be had."""
+    """Fetch the tasks' questions. Raises ValueError for a task whose questions cannot be had."""
     for task in tasks:
         try:
             load(task)
@@ -136,35 +135,35 @@ def check_data(tasks: Sequence[Task]) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """The type of an error and the last line of its message, which of one that came from another process is all
-    that matters."""
+    """Return the type of an error and the last line of its message, which is all that matters of one from another
+    process."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     line = lines[-1].strip() if lines else ""
     return line if line.startswith(type(error).__name__) else f"{type(error).__name__}: {line}"[:500]
 
 
-def _named(asked: str) -> Iterator[Task]:
-    if asked in TABLES:
-        yield from TABLES[asked]
+def _named(request: str) -> Iterator[Task]:
+    if request in TABLES:
+        yield from TABLES[request]
         return
-    name, shots = _split(asked)
+    name, shots = _split(request)
     if name in CANNOT:
-        raise ValueError(f"evaluation.tasks: {asked!r}: {CANNOT[name]}; valid: table_1, table_2 or winogrande")
+        raise ValueError(f"evaluation.tasks: {request!r}: {CANNOT[name]}; valid: table_1, table_2 or winogrande")
     known = {task.name: task for table in reversed(TABLES.values()) for task in table}.get(name)
     if known is not None:
         yield known._replace(shots=known.shots if shots is None else shots)
     elif name.endswith((".yaml", ".yml")):
         yield _own(name, shots)
     else:
-        yield from _indexed(asked, name, shots)
+        yield from _indexed(request, name, shots)
 
 
-def _split(asked: str) -> tuple[str, int | None]:
-    name, colon, shots = asked.rpartition(":")
+def _split(request: str) -> tuple[str, int | None]:
+    name, colon, shots = request.rpartition(":")
     if not colon:
-        return asked, None
+        return request, None
     if not shots.isdecimal():
-        raise ValueError(f"evaluation.tasks: {asked!r}: {shots!r} is no number of shots; valid: {name}:5")
+        raise ValueError(f"evaluation.tasks: {request!r}: {shots!r} is no number of shots; valid: {name}:5")
     return name, int(shots)
 
 
@@ -173,13 +172,14 @@ def _as_asked(task: Task) -> str:
 
 
 def _own(name: str, shots: int | None) -> Task:
-    """A YAML file that is not lm-eval's. Data files in it are relative to it, or to where the command was started."""
+    """Return the task of a YAML file that is not lm-eval's. Data files in it are relative to it, or to where the
+    command was started."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     path = Path(name).expanduser().absolute()
     if not path.is_file():
         near = [str(path.with_name(other)) for other in
-                difflib.get_close_matches(path.name, [each.name for each in path.parent.glob("*.y*ml")])]  # fmt: skip
+                difflib.get_close_matches(path.name, [entry.name for entry in path.parent.glob("*.y*ml")])]  # fmt: skip
         hint = f"near it: {', '.join(near)}" if near else "valid: a task of lm-eval, as winogrande, or a file"
         raise ValueError(f"evaluation.tasks: no file {name!r}; {hint}")
     try:
@@ -199,7 +199,7 @@ def _own(name: str, shots: int | None) -> Task:
     for place in (config.get("dataset_path"), (config.get("dataset_kwargs") or {}).get("data_dir")):
         local = [folder for folder in (path.parent / str(place), Path(str(place))) if place and folder.is_dir()]
         content += [file_hash(file) for folder in local[:1] for file in sorted(folder.rglob("*")) if file.is_file()]
-    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    digest = content_id(content, digits=16)
     unsafe = bool(config.get("unsafe_code"))
     return Task(_title(config), shots, str(path), changes=changes, unsafe=unsafe, content=digest)
 
@@ -209,18 +209,18 @@ def _title(config: Mapping[str, Any]) -> str:
 
 
 def _of_folder(path: Path) -> str:
-    """A digest of a YAML file and of what it may include: the YAML and Python beside it."""
-    files = sorted(each for each in path.parent.iterdir() if each.suffix in (".yaml", ".yml", ".py") or
-                   each.name.endswith("_yaml"))  # fmt: skip
-    return hashlib.sha256("".join(f"{each.name} {file_hash(each)}" for each in files).encode()).hexdigest()
+    """Return a digest of a YAML file and of what it may include: the YAML and Python beside it."""
+    files = sorted(file for file in path.parent.iterdir() if file.suffix in (".yaml", ".yml", ".py") or
+                   file.name.endswith("_yaml"))  # fmt: skip
+    return content_id("".join(f"{file.name} {file_hash(file)}" for file in files).encode(), digits=64)
 
 
 def _absolute(files: Any, folder: Path, name: str) -> Any:
-    """`data_files` with every path absolute. Raises ValueError for one that is not there."""
+    """Return `data_files` with every path absolute. Raises ValueError for one that is not there."""
     if isinstance(files, dict):
-        return {split: _absolute(each, folder, name) for split, each in files.items()}
+        return {split: _absolute(part, folder, name) for split, part in files.items()}
     if isinstance(files, list):
-        return [found for each in files for found in _leaves(_absolute(each, folder, name))]
+        return [leaf for part in files for leaf in _leaves(_absolute(part, folder, name))]
     if "://" not in files and glob.has_magic(files):
         here = (sorted(glob.glob(str(base / files), recursive=True)) for base in (folder, Path.cwd()))
         return next(filter(None, here), files)  # where nothing matches, files of a data set on the Hub
@@ -236,18 +236,19 @@ def _leaves(files: Any) -> Iterator[str]:
     if isinstance(files, str):
         yield files
     else:
-        for each in files.values() if isinstance(files, dict) else files:
-            yield from _leaves(each)
+        for part in files.values() if isinstance(files, dict) else files:
+            yield from _leaves(part)
 
 
-def _indexed(asked: str, name: str, shots: int | None) -> Iterator[Task]:
-    """A name that only lm-eval's index knows: a task, a group with a metric of its own, or a tag's tasks."""
+def _indexed(request: str, name: str, shots: int | None) -> Iterator[Task]:
+    """Yield the tasks of a name that only lm-eval's index knows: a task, a group with a metric of its own, or a tag's
+    tasks."""
     import lm_eval.tasks
 
     manager = _manager()
     if name not in manager.all_tasks:
         near = ", ".join(difflib.get_close_matches(name, [*TABLES, *manager.all_tasks])) or "winogrande, table_1"
-        raise ValueError(f"evaluation.tasks: lm-eval has no task {asked!r}; valid: {near}")
+        raise ValueError(f"evaluation.tasks: lm-eval has no task {request!r}; valid: {near}")
     entry = manager.task_index[name]
     if name in manager.all_tags:
         for member in sorted(entry.tags):

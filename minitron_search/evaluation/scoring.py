@@ -21,8 +21,11 @@ ROWS_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Score:
-    """Losses in nats per token, their standard errors over windows (tokens of one window are not independent);
-    Winogrande's over examples. Field names are columns of `trials.parquet`."""
+    """One model's scores; its fields are the columns `records.metrics.score_columns()` of `trials.parquet`.
+
+    Losses are in nats per token, with standard errors over windows (the tokens of one window are not independent);
+    Winogrande's errors are over examples.
+    """
 
     lm_loss: float
     lm_loss_stderr: float
@@ -37,8 +40,9 @@ class Score:
 
 
 class Scored(NamedTuple):
-    """`by_window` and `kl_by_window` (n,): LM loss and KL of every validation window; `correct` (m,), 0 or 1, and
-    `margin` (m,), nats, of every Winogrande example. What two models are compared by, pair by pair."""
+    """A score with its single values, by which two models are compared pair by pair: `by_window` and `kl_by_window`
+    (n,), LM loss and KL of every validation window; `correct` (m,), 0 or 1, and `margin` (m,), nats, of every
+    Winogrande example."""
 
     score: Score
     by_window: np.ndarray
@@ -84,7 +88,7 @@ def window_losses(
     teacher_head: OutputHead,
     precision: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean LM loss and mean KL of every window: (n,) float64 each, arguments as `score`."""
+    """Return the mean LM loss and the mean KL of every window, (n,) float64 each; arguments as in `score`."""
     losses: list[np.ndarray] = []
     divergences: list[np.ndarray] = []
     head = output_head(model)
@@ -102,7 +106,8 @@ def window_losses(
 
 
 def throughput(model: PreTrainedModel, windows: np.ndarray, precision: str, rows: int = 4) -> float:
-    """Tokens per second of a forward pass, all logits of every position, over `rows` windows; one window warms up."""
+    """Measure the tokens per second of a forward pass, all logits of every position, over `rows` windows; one window
+    warms up."""
     rows = min(rows, len(windows))
     ids = torch.from_numpy(windows[:rows].astype(np.int64)).to(model.device)
     with torch.inference_mode(), autocast(precision, model.device):

@@ -20,20 +20,20 @@ TOP = (1, 3, 5)
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Of the mean of n > 1 values."""
+    """Return the standard error of the mean of n > 1 values."""
     return float(values.std(ddof=1) / len(values) ** 0.5)
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float, int]:
-    """(mean, its standard error, n); the error is nan for n = 1."""
+    """Return (mean, its standard error, n); the error is nan for n = 1."""
     n = len(values)
     return float(values.mean()), standard_error(values) if n > 1 else float("nan"), n
 
 
 def paired(better: np.ndarray, worse: np.ndarray) -> dict[str, float]:
-    """Mean of worse - better over n pairs, its standard error, and the two-sided p of "no difference".
+    """Return the mean of worse - better over n pairs, its standard error, and the two-sided p of "no difference".
 
-    The observed signs count as one of the draws, so that p is never 0.
+    p is Fisher's randomisation test over signs; the observed signs count as one of the draws, so that p is never 0.
     """
     differences = worse - better
     mean, stderr, n = mean_and_error(differences)
@@ -52,25 +52,25 @@ def paired(better: np.ndarray, worse: np.ndarray) -> dict[str, float]:
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """Student's 95% interval of the mean of n > 1 values.
+    """Return Student's 95% interval of the mean of n > 1 values.
 
-    Not a bootstrap of them: resampling a few windows makes the interval too narrow. Of 300 draws of a normal the
-    percentile, BCa and this one cover 74, 75 and 93% for n = 4, 88, 88 and 94% for 8, 92, 93 and 94% for 32; of an
-    exponential, 89, 91 and 90% for 32.
+    It is no bootstrap: resampling a few windows makes the interval too narrow. Over 300 draws of a normal the
+    percentile bootstrap, BCa and this one cover 74, 75 and 93% for n = 4, 88, 88 and 94% for 8, 92, 93 and 94% for 32;
+    for an exponential, 89, 91 and 90% for 32.
     """
     half = float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1)) * standard_error(values)
     return float(values.mean()) - half, float(values.mean()) + half
 
 
 def compared(one: np.ndarray, other: np.ndarray) -> dict[str, float]:
-    """`paired`, and `low` and `high`: the 95% interval of the mean of other - one."""
+    """Return `paired` with `low` and `high`, the 95% interval of the mean of other - one."""
     low, high = interval(other - one) if len(one) > 1 else (float("nan"), float("nan"))
     return {**paired(one, other), "low": low, "high": high}
 
 
 def over_seeds(differences: np.ndarray) -> dict[str, float]:
-    """The mean of n > 1 differences, one a seed, with Student's interval and two-sided p. Signs of 2 to 5 seeds could
-    not reach p < 0.05 whatever they are; this assumes that seeds scatter normally."""
+    """Return the mean of n > 1 differences, one a seed, with Student's interval and two-sided p. The signs of 2 to 5
+    seeds could not reach p < 0.05 whatever they are; this assumes that seeds scatter normally."""
     mean, stderr, n = mean_and_error(differences)
     low, high = interval(differences)
     p = float(2 * stats.t.sf(abs(mean) / stderr, n - 1)) if stderr else float(mean == 0)
@@ -78,15 +78,15 @@ def over_seeds(differences: np.ndarray) -> dict[str, float]:
 
 
 def clustered(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """(n,) values -> one of each cluster, scaled so that their mean is that of the n: clusters are independent where
-    the values inside one are not. `clusters` (n,): equal numbers belong together."""
+    """Return one value of each cluster, scaled so that their mean is that of the n values: clusters are independent
+    where the values inside one are not. clusters: (n,), equal numbers belong together."""
     _, place = np.unique(clusters, return_inverse=True)
     sums = np.bincount(place, weights=values)
     return sums * len(sums) / len(values)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """p of several tests, each corrected for there being several (Holm, 1979), in the order given."""
+    """Return the p of several tests, each corrected for there being several (Holm, 1979), in the order given."""
     adjusted, most = [0.0] * len(ps), 0.0
     for rank, place in enumerate(sorted(range(len(ps)), key=lambda place: ps[place])):
         most = max(most, min(1.0, (len(ps) - rank) * ps[place]))
@@ -95,26 +95,26 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def chance_bar(n: int, guess: float = 0.5) -> float:
-    """The share of `n` questions that guessing passes at most one time in twenty, where a guess is right with
-    probability `guess`. Binomial: the sample's standard error is 0 for a handful that happen to be all right."""
+    """Return the share of `n` questions that guessing passes at most one time in twenty, where a guess is right with
+    probability `guess`. It is binomial: the sample's standard error is 0 for a handful that happen to be all right."""
     return float(stats.binom.ppf(1 - LEVEL, n, guess)) / n
 
 
 def mcnemar(one: np.ndarray, other: np.ndarray) -> dict[str, float]:
-    """Which of two is right more often, n examples each (0 or 1): the exact two-sided p of "no difference" from the
-    examples that only one of them gets right."""
+    """Test which of two is right more often, over n examples (0 or 1): the exact two-sided p of "no difference" from
+    the examples that only one of them gets right."""
     only_one, only_other = int((one > other).sum()), int((other > one).sum())
     p = float(stats.binomtest(only_one, only_one + only_other).pvalue) if only_one + only_other else 1.0
     return {"only_best": only_one, "only_other": only_other, "p": p, "n": len(one)}
 
 
 def agreement(before: Sequence[float], after: Sequence[float], names: Sequence[str]) -> dict[str, object]:
-    """How well the order of n values foretold the order of n others, lower is better.
+    """Measure how well the order of n values predicted the order of n others, lower is better.
 
-    Kendall's tau-b and Spearman's rho with their p, None for n < 3, which cannot disagree with chance; tau's 95%
-    interval over resampled names, None for n < `FEWEST_FOR_TAU`; whether the best stayed the best, and `regret`, how
-    much worse than the best of `after` the best of `before` is there; `top`: `overlap` of the first 1, 3, 5; and every
-    pair whose order flipped, widest first.
+    Returns Kendall's tau-b and Spearman's rho with their p, None for n < 3, where agreement by chance cannot be told;
+    tau's 95% interval over resampled names, None for n < `FEWEST_FOR_TAU`; whether the best stayed the best, and
+    `regret`, how much worse than the best of `after` the best of `before` is there; `top`: `overlap` of the first 1, 3,
+    5; and every pair whose order flipped, widest first.
     """
     one, other = np.asarray(before, float), np.asarray(after, float)
     flips = [
@@ -122,7 +122,7 @@ def agreement(before: Sequence[float], after: Sequence[float], names: Sequence[s
         for i in range(len(one)) for j in range(i)
         if (one[i] - one[j]) * (other[i] - other[j]) < 0
     ]  # fmt: skip
-    found: dict[str, object] = {
+    result: dict[str, object] = {
         "n": len(one),
         "best_kept": bool(one.argmin() == other.argmin()),
         "regret": float(other[one.argmin()] - other.min()),
@@ -132,22 +132,22 @@ def agreement(before: Sequence[float], after: Sequence[float], names: Sequence[s
     defined = len(one) > 2 and len(set(one)) > 1 and len(set(other)) > 1
     for name, test in (("kendall", stats.kendalltau), ("spearman", stats.spearmanr)):
         value, p = test(one, other) if defined else (None, None)
-        found[name] = None if value is None else float(value)
-        found[f"{name}_p"] = None if p is None else float(p)
-    found["kendall_interval"] = tau_interval(one, other) if defined and len(one) >= FEWEST_FOR_TAU else None
-    return found
+        result[name] = None if value is None else float(value)
+        result[f"{name}_p"] = None if p is None else float(p)
+    result["kendall_interval"] = tau_interval(one, other) if defined and len(one) >= FEWEST_FOR_TAU else None
+    return result
 
 
 def overlap(before: np.ndarray, after: np.ndarray, k: int) -> dict[str, float]:
-    """Of the k lowest of `before`, how many are among the k lowest of `after`; how many chance would leave there, and
-    the one-sided p of as many or more (hypergeometric)."""
+    """Return how many of the k lowest of `before` are among the k lowest of `after`, how many chance would leave there,
+    and the one-sided p of as many or more (hypergeometric)."""
     shared = len({*np.argsort(before, kind="stable")[:k]} & {*np.argsort(after, kind="stable")[:k]})
     p = float(stats.hypergeom.sf(shared - 1, len(before), k, k))
     return {"k": k, "shared": shared, "by_chance": k * k / len(before), "p": p}
 
 
 def tau_interval(one: np.ndarray, other: np.ndarray) -> list[float]:
-    """Kendall's tau-b of resampled pairs: the 2.5% and 97.5% quantile."""
+    """Return the 2.5% and 97.5% quantile of Kendall's tau-b over resampled pairs."""
     signs = [np.sign(np.subtract.outer(values, values)) for values in (one, other)]
     generator, taus = np.random.default_rng(0), []
     for drawn in generator.integers(0, len(one), (RESAMPLES, len(one))):

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from minitron_search.data.winogrande_packing import PackedOptions
 from minitron_search.models.families import final_hidden
-from minitron_search.models.output_head import head_logits
+from minitron_search.models.output_head import output_head
 
 HEAD_CHUNK = 512  # positions whose full-vocabulary logits exist at once
 
@@ -18,7 +18,7 @@ HEAD_CHUNK = 512  # positions whose full-vocabulary logits exist at once
 def model_inputs(
     packed: PackedOptions, rows: slice, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(input_ids, position_ids, mask) of `rows`.
+    """Return (input_ids, position_ids, mask) of `rows`.
 
     Shapes (batch, length), (batch, length) and (batch, 1, length, length); the mask is additive, of `dtype`.
     """
@@ -37,12 +37,12 @@ def model_inputs(
 def option_log_likelihoods(
     packed: PackedOptions, rows: slice, hidden: Tensor, head: Callable[[Tensor], Tensor]
 ) -> np.ndarray:
-    """Log-likelihood (nats) of every option scored in `rows`; 0 for options in other rows, so batches add up.
+    """Return the log-likelihood (nats) of every option scored in `rows`; 0 for options in other rows, so batches add
+    up.
 
-    `hidden`: (batch, length, hidden_size), the final hidden states of these rows (after the final norm);
-    `head` turns (positions, hidden_size) into logits (positions, vocab). Only positions that predict a scored
-    token go through it. log-softmax in float32, sums in float64. Returns (2 * n,) float64, option 2i and 2i +
-    1 being example i's.
+    hidden: (batch, length, hidden_size), the final hidden states of these rows (after the final norm); head:
+    (positions, hidden_size) -> logits (positions, vocab). Only positions that predict a scored token go through it. The
+    log-softmax is in float32, sums in float64. Returns (2 * n,) float64, options 2i and 2i + 1 being example i's.
     """
     here = (packed.row >= rows.start) & (packed.row < rows.stop)
     length = hidden.shape[1]
@@ -67,10 +67,10 @@ def option_log_likelihoods(
 
 @dataclass(frozen=True)
 class WinograndeScore:
-    """`accuracy` in 0..1; `margin` in nats: the right option's log-likelihood minus the wrong one's, mean.
+    """`accuracy` in 0..1; `margin` in nats: the mean of the right option's log-likelihood minus the wrong one's.
 
-    Standard errors are over the n examples as lm-eval gives them (sample standard deviation / sqrt(n)); the
-    two sentences of a twin pair are counted as independent, which they are not. They are nan for n = 1.
+    Standard errors are over the n examples as lm-eval gives them (sample standard deviation / sqrt(n)); the two
+    sentences of a twin pair are counted as independent, which they are not. They are nan for n = 1.
     """
 
     accuracy: float
@@ -82,17 +82,17 @@ class WinograndeScore:
 
 
 def by_example(log_likelihoods: np.ndarray, answers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(correct, margin) of every example, (n,) each, from log-likelihoods (n, 2) and answers (n,) in {1, 2}.
+    """Return (correct, margin) of every example, (n,) each, from log-likelihoods (n, 2) and answers (n,) in {1, 2}.
 
     correct is 1 or 0; margin, nats, is the right option's log-likelihood minus the wrong one's.
     """
-    each, right = np.arange(len(answers)), answers.astype(np.int64) - 1
+    examples, right = np.arange(len(answers)), answers.astype(np.int64) - 1
     correct = (log_likelihoods.argmax(1) == right).astype(np.float64)  # a tie chooses option 1, as in lm-eval
-    return correct, log_likelihoods[each, right] - log_likelihoods[each, 1 - right]
+    return correct, log_likelihoods[examples, right] - log_likelihoods[examples, 1 - right]
 
 
 def score_from_log_likelihoods(log_likelihoods: np.ndarray, answers: np.ndarray) -> WinograndeScore:
-    """Arguments as `by_example`."""
+    """Return the score of log-likelihoods (n, 2) against answers (n,) in {1, 2}."""
     n = len(answers)
     correct, margins = by_example(log_likelihoods, answers)
 
@@ -110,7 +110,7 @@ def score_from_log_likelihoods(log_likelihoods: np.ndarray, answers: np.ndarray)
 
 
 def check_window(config: PretrainedConfig, packed: PackedOptions) -> None:
-    """Raises ValueError when the sequences do not fit in the model's sliding window, which the tree mask would
+    """Raise ValueError when the sequences do not fit in the model's sliding window, which the tree mask would
     ignore."""
     window = getattr(config, "sliding_window", None)
     longest = int(packed.position_ids.max()) + 1
@@ -124,9 +124,9 @@ def check_window(config: PretrainedConfig, packed: PackedOptions) -> None:
 def evaluate(
     model: PreTrainedModel, packed: PackedOptions, precision: str = "float32", batch_tokens: int = 4096
 ) -> WinograndeScore:
-    """Scores `model` (float32 weights) on `packed`; `precision` is float32 or bfloat16 (autocast).
+    """Score `model` (float32 weights) on `packed`; `precision` is float32 or bfloat16 (autocast).
 
-    Raises ValueError as `check_window`.
+    Raises ValueError as `check_window` does.
     """
     check_window(model.config, packed)
     device, was_training = model.device, model.training
@@ -135,6 +135,6 @@ def evaluate(
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         for rows in packed.batches(batch_tokens):
             hidden = final_hidden(model, *model_inputs(packed, rows, device, model.dtype))
-            sums += option_log_likelihoods(packed, rows, hidden, lambda states: head_logits(model, states))
+            sums += option_log_likelihoods(packed, rows, hidden, output_head(model).logits)
     model.train(was_training)
     return score_from_log_likelihoods(sums.reshape(-1, 2), packed.answers)

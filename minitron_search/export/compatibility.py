@@ -1,6 +1,6 @@
-"""Whether llama.cpp and vLLM take a student: what their code assumes of a family beside what config.json says.
+"""Compatibility of a student with llama.cpp and vLLM: what their code assumes of a family beside its config.json.
 
-As in vLLM 0.33, whose code was read, and llama.cpp of October 2026, whose converter and runtime were run on students
+Read from the code of vLLM 0.33, and for llama.cpp of October 2026, whose converter and runtime were run on students
 of the families (docs/deploying.md).
 """
 
@@ -31,34 +31,36 @@ PERIODS = {
 
 
 def refusals(config: PretrainedConfig) -> dict[str, str]:
-    """By tool, why it does not take a student of this configuration, or would compute something else."""
-    found = {}
+    """Return, by tool, why it refuses a student of this configuration or would compute something else."""
+    reasons = {}
     name, dims = config.model_type, sizes(config)
     for tool, families in AS_WIDE_AS_HIDDEN.items():
         if name in families and dims["query"] != dims["hidden"]:
-            found[tool] = (f"it takes the heads of a {name} to be hidden_size / num_attention_heads wide, and here "
+            reasons[tool] = (f"it takes the heads of a {name} to be hidden_size / num_attention_heads wide, and here "
                            f"{config.num_attention_heads} of {dims['head_dim']} are not {dims['hidden']}")  # fmt: skip
     if name in NOT_CONVERTED:
-        found["llama.cpp"] = f"{NOT_CONVERTED[name]} ({name})"
+        reasons["llama.cpp"] = f"{NOT_CONVERTED[name]} ({name})"
     if name in FOUR_TIMES and dims["mlp"] != 4 * dims["hidden"]:
-        found["llama.cpp"] = (
+        reasons["llama.cpp"] = (
             f"it takes the MLP of a {name} to be 4 x {dims['hidden']} wide, and this one is {dims['mlp']}"
         )
     for tool, families in ALWAYS_TIED.items():
         if name in families and not config.tie_word_embeddings:
-            found[tool] = f"it takes the embedding of a {name} for its output head, and this one has a head of its own"
+            reasons[tool] = (
+                f"it takes the embedding of a {name} for its output head, and this one has a head of its own"
+            )
     key, other, period = PERIODS.get(name, ("", None, 0))
     if key and [value == other for value in getattr(config, key)] != [
         layer % period == period - 1 for layer in range(config.num_hidden_layers)
     ]:
-        found["llama.cpp"] = f"it takes {key} of a {name} to repeat every {period} layers, and these do not"
+        reasons["llama.cpp"] = f"it takes {key} of a {name} to repeat every {period} layers, and these do not"
     if getattr(config, "query_pre_attn_scalar", dims["head_dim"]) != dims["head_dim"]:
-        found["llama.cpp"] = f"it scales the attention of a {name} by head_dim, and this has a query_pre_attn_scalar"
-    return found
+        reasons["llama.cpp"] = f"it scales the attention of a {name} by head_dim, and this has a query_pre_attn_scalar"
+    return reasons
 
 
 def complete(config: PretrainedConfig) -> None:
-    """Keys of transformers 4 that llama.cpp's converter asks for, and that transformers 5 does not write."""
+    """Add the keys of transformers 4 that llama.cpp's converter reads and that transformers 5 does not write."""
     if config.model_type == "gpt2":
         config.n_ctx = config.n_positions
     if config.model_type == "gpt_neox":

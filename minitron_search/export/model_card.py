@@ -1,5 +1,7 @@
-"""The README of a student: what was pruned, from what, trained on what, how it scores, and under which licence; its
-front matter is what the Hub reads."""
+"""The model card of a student: what was pruned, what it was trained on, how it scores, and its licence.
+
+Its front matter is what the Hub reads.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from minitron_search.data.corpus import HUB_NAME, READERS
+from minitron_search.data.text_sources import HUB_NAME, READERS
 from minitron_search.models import embedded
 from minitron_search.models.sources import hub_name, teacher_folder
 from minitron_search.trials.trial import Trial
@@ -22,14 +24,21 @@ COMMANDS = {"vLLM": "vllm serve path/to/this/folder",
 
 
 class Source(NamedTuple):
+    """A text or data set, as a card names it."""
+
     name: str  # a file by its name, without its folder: a card is made to be published
     hub: str | None  # the data set's name there
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a student is from. `teacher`: a Hub name, or what its folder is called; `base_model`: a Hub name, where
-    there is one; `licence`: the front matter's keys of it; `files`: the teacher's licence and notices, by name."""
+    """What a student was made from.
+
+    teacher: a Hub name, or the name of its folder.
+    base_model: a Hub name, where there is one.
+    licence: the front matter's keys for it.
+    files: the teacher's licence and notices, by name.
+    """
 
     teacher: str
     taught_by: str  # which model the distillation was from
@@ -43,7 +52,7 @@ class Origin:
 
 
 def origin_of(model: str, taught_by: str, train: str, validation: str, winogrande: str) -> Origin:
-    """Of a student of the teacher `model`, as `teacher.model` names one, whose own card and licence files are read."""
+    """Return the origin of a student of `model`, named as `teacher.model` names one; reads its card and licence files."""
     folder, name = teacher_folder(model), hub_name(model)
     if model == embedded.NAME:
         card, files = embedded.CARD, {}
@@ -69,8 +78,8 @@ def origin_of(model: str, taught_by: str, train: str, validation: str, winogrand
 
 
 def _card_of(readme: Path) -> ModelCardData:
-    """The front matter of a README; an empty one where there is none that could be read: a student that was retrained
-    is not lost for its teacher's README."""
+    """Return the front matter of a README; an empty one where none can be read: a broken README of the teacher must not
+    cost a retrained student."""
     try:
         return ModelCard.load(readme, ignore_metadata_errors=True).data if readme.is_file() else ModelCardData()
     except (ValueError, yaml.YAMLError):
@@ -78,7 +87,11 @@ def _card_of(readme: Path) -> ModelCardData:
 
 
 def model_card(origin: Origin, trial: Trial, row: Mapping[str, Any], refusals: Mapping[str, str]) -> str:
-    """`row` is the student's row of `trials.parquet`; `refusals`: by tool, why it does not take the student."""
+    """Return the text of the card.
+
+    row: the student's row of `trials.parquet`.
+    refusals: by tool, why it refuses the student (`compatibility.refusals`).
+    """
     architecture, settings, teacher = trial.architecture, trial.settings, origin.teacher
     kept = ", ".join(map(str, architecture.layers))
     return f"""---
@@ -87,7 +100,7 @@ def model_card(origin: Origin, trial: Trial, row: Mapping[str, Any], refusals: M
 # {teacher}, pruned and distilled to {row["params"] / 1e6:.1f}M parameters
 
 Made with minitron_search by structured pruning of the teacher `{teacher}` and distillation from {origin.taught_by}
-(the Minitron approach, arXiv:2407.14679 and arXiv:2408.11796). {_licence_said(origin)}
+(the Minitron approach, arXiv:2407.14679 and arXiv:2408.11796). {_licence_sentence(origin)}
 
 | | |
 |---|---|
@@ -110,7 +123,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
 
-{chr(10).join(_taken(tool, command, refusals) for tool, command in COMMANDS.items())}
+{chr(10).join(_usage(tool, command, refusals) for tool, command in COMMANDS.items())}
 """
 
 
@@ -140,7 +153,7 @@ def _front_matter(origin: Origin, row: Mapping[str, Any]) -> ModelCardData:
 def _result(source: Source, kind: str, name: str, row: Mapping[str, Any], column: str, number: str) -> EvalResult:
     return EvalResult(
         task_type="text-generation",
-        dataset_type=source.hub or source.name,  # by which the Hub's library puts results together
+        dataset_type=source.hub or source.name,  # the Hub's library groups results by it
         dataset_name=source.name,
         metric_type=kind,
         metric_name=name,
@@ -149,19 +162,19 @@ def _result(source: Source, kind: str, name: str, row: Mapping[str, Any], column
     )
 
 
-def _taken(tool: str, command: str, refusals: Mapping[str, str]) -> str:
+def _usage(tool: str, command: str, refusals: Mapping[str, str]) -> str:
     return f"- {tool} does not take it: {refusals[tool]}." if tool in refusals else f"- {tool}: `{command}`"
 
 
-def _licence_said(origin: Origin) -> str:
+def _licence_sentence(origin: Origin) -> str:
     if not origin.licence:
-        return "The teacher's licence applies; its folder does not say which that is: ask whoever published it."
+        return "The teacher's licence applies; its folder does not say which that is; ask whoever published it."
     beside = f" (beside this file: {', '.join(origin.files)})" if origin.files else ""
     return f"The teacher's licence applies: {origin.licence.get('license_name') or origin.licence.get('license', 'see the link above')}{beside}."
 
 
 def _source(name: str) -> Source:
-    """Of a text, or of Winogrande's examples, as the configuration names it."""
+    """Return the source of a text or of Winogrande's examples that the configuration calls `name`."""
     if name in EMBEDDED:
         return Source(EMBEDDED[name], None)
     path, match = Path(name).expanduser(), HUB_NAME.fullmatch(name)

@@ -1,4 +1,4 @@
-"""Write a student as a stock Hugging Face folder with its model card."""
+"""Writing a student as a stock Hugging Face folder with its model card."""
 
 import shutil
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from minitron_search.distillation import checkpoints
+from minitron_search.distillation.checkpoints import CheckpointFolder, load_weights
 from minitron_search.export.compatibility import complete, refusals
 from minitron_search.export.model_card import Origin, model_card
 from minitron_search.models.device import on_device
@@ -16,18 +16,19 @@ from minitron_search.trials.runner import initial_student
 from minitron_search.trials.trial import Trial
 
 
-def export(materials: TrialInputs, trial: Trial, origin: Origin, teacher_folder: Path, folder: Path) -> None:
+def export(inputs: TrialInputs, trial: Trial, origin: Origin, teacher_folder: Path, folder: Path) -> None:
     """Write the retrained student of `trial` as a stock folder, which appears whole or not at all, with its card and
     the teacher's licence."""
-    student = trained_student(materials, trial)
-    row = next(row for row in materials.run.metrics(trial.id) if row["kind"] == "rung")
+    student = trained_student(inputs, trial)
+    row = next(row for row in inputs.run_dir.metrics(trial.id) if row["kind"] == "rung")
     complete(student.config)
     card = model_card(origin, trial, row, refusals(student.config))
     write_folder(student, teacher_folder, folder, {**origin.files, "README.md": card})
 
 
 def write_folder(model: PreTrainedModel, tokenizer: Path, folder: Path, texts: Mapping[str, str]) -> None:
-    """A stock folder with the tokenizer of folder `tokenizer` and the files `texts`, by name; whole or not there."""
+    """Write a stock folder with the tokenizer of folder `tokenizer` and the files `texts`, by name; it appears whole or
+    not at all."""
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
@@ -40,9 +41,11 @@ def write_folder(model: PreTrainedModel, tokenizer: Path, folder: Path, texts: M
     temporary.rename(folder)
 
 
-def trained_student(materials: TrialInputs, trial: Trial) -> PreTrainedModel:
-    student = initial_student(materials, trial)
-    checkpoint = checkpoints.latest_checkpoint(materials.run.checkpoint(trial.id), materials.run.depot)
+def trained_student(inputs: TrialInputs, trial: Trial) -> PreTrainedModel:
+    """Return the student of a finished trial, from its last checkpoint, on the device of the run."""
+    student = initial_student(inputs, trial)
+    run_dir = inputs.run_dir
+    checkpoint = CheckpointFolder(run_dir.checkpoint(trial.id), run_dir.transfer).latest()
     assert checkpoint is not None, trial.id
-    checkpoints.load_weights(checkpoint, student)
+    load_weights(checkpoint, student)
     return on_device(student).eval()

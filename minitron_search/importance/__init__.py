@@ -1,1 +1,1 @@
-"""How important each channel, neuron and head is: one file a method."""
+"""How important each channel, neuron and head is, by the methods of `methods.METHODS`."""

@@ -16,7 +16,7 @@ from minitron_search.models.families import decoder_layers, family_of, sizes
 
 
 @dataclass(frozen=True)
-class Partial:
+class ActivationSums:
     """Sums over some of the samples; sums of disjoint samples add up.
 
     first, second: by (layer, module), sums over samples of |s| (of s for batch `mean`) and of s^2, where s is a
@@ -33,8 +33,8 @@ class Partial:
 
 @dataclass(frozen=True)
 class ActivationImportance:
-    """hidden_per_norm: (norms, hidden_size). mlp: (layers, intermediate_size). heads: (layers, num_attention_heads).
-    block_bi: (layers + 1, layers + 1), as `Importance.block_bi`."""
+    """Importance by activations. hidden_per_norm: (norms, hidden_size). mlp: (layers, intermediate_size). heads:
+    (layers, num_attention_heads). block_bi: (layers + 1, layers + 1), as `Importance.block_bi`."""
 
     hidden_per_norm: Tensor
     mlp: Tensor
@@ -42,8 +42,8 @@ class ActivationImportance:
     block_bi: Tensor
 
 
-def combined(parts: list[Partial], batch: str) -> ActivationImportance:
-    """The importance of all samples of `parts`, added in the order given."""
+def activation_importance(parts: list[ActivationSums], batch: str) -> ActivationImportance:
+    """Return the importance of all samples of `parts`, added in the order given."""
     samples, norms = sum(part.samples for part in parts), parts[0].norms
     cosines = sum((part.cosines for part in parts[1:]), parts[0].cosines)
 
@@ -67,7 +67,7 @@ def combined(parts: list[Partial], batch: str) -> ActivationImportance:
     )
 
 
-class ActivationSums:
+class ActivationHooks:
     """Running sums over samples, one entry per watched module, fed by hooks during the forward pass."""
 
     def __init__(self, teacher: PreTrainedModel, batch: str, sequence: str):
@@ -117,7 +117,7 @@ class ActivationSums:
         self._add_stream(output[0] if isinstance(output, tuple) else output)
 
     def _add(self, key: tuple[int, str], x: Tensor) -> None:
-        """x: (batch, length, channels), or (batch * length, channels) as OPT has it."""
+        """Add activations x (batch, length, channels), or (batch * length, channels) as OPT has it."""
         x = x.float().view(self.rows, -1, x.shape[-1])
         if key[1] == "heads":  # a head's activation is its output vector: L2 over head_dim
             x = x.unflatten(-1, (-1, self.head_dim)).norm(dim=-1)
@@ -142,15 +142,15 @@ class ActivationSums:
         self.positions += self.stream.shape[1]
         self.seen = 0
 
-    def partial(self, samples: int) -> Partial:
+    def sums(self, samples: int) -> ActivationSums:
         first, second = ({key: total.cpu() for key, total in sums.items()} for sums in (self.first, self.second))
-        return Partial(
+        return ActivationSums(
             self.family.readers or self.family.norms, first, second, self.cosines.cpu(), self.positions, samples
         )
 
 
 def _over_positions(sequence: str):  # type: ignore[no-untyped-def]
-    """(batch, length, channels) -> (batch, channels)."""
+    """Return the aggregation over positions: (batch, length, channels) -> (batch, channels)."""
     return {
         "mean": lambda x: x.abs().sum(1) / x.shape[1],
         "l2": lambda x: x.norm(dim=1),

@@ -26,18 +26,18 @@ from minitron_search.pruning.trimming import trimmed_weights
 WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
-def in_rounds(
+def iterative_importance(
     measure: Callable[[Path], Importance], folder: Path, smallest: Architecture, rounds: int, scratch: Path
 ) -> Importance:
-    """The importance of the teacher in `folder`, its order composed of `rounds` measurements.
+    """Return the importance of the teacher in `folder`, its order composed of `rounds` measurements.
 
     `measure` is given the folder of a model: the teacher's, then those of its trims, in `scratch`, which is removed. No
     two of them have the same name: another node may have kept one.
     """
     config = AutoConfig.from_pretrained(folder)
-    found = measure(folder)
+    first = measure(folder)
     key_value_heads = whole(config).num_key_value_heads
-    order = found.rankings(key_value_heads)
+    order = first.rankings(key_value_heads)
     for done in range(1, rounds):
         size = after_round(config, smallest, done, rounds)
         try:
@@ -45,12 +45,12 @@ def in_rounds(
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         order = composed(order, of_trimmed.rankings(size.num_key_value_heads), size)
-    return found if rounds == 1 else replace(found, order=order)
+    return first if rounds == 1 else replace(first, order=order)
 
 
 def composed(order: Rankings, inner: Rankings, size: Architecture) -> Rankings:
-    """`order` of the teacher with its first `size` elements of every axis ordered again by `inner`, the ranking of
-    the model trimmed to `size` by `order`."""
+    """Return `order` of the teacher with its first `size` elements of every axis ordered again by `inner`, the ranking
+    of the model trimmed to `size` by `order`."""
     hidden, mlp, groups, heads = (tensor.clone() for tensor in (order.hidden, order.mlp, order.groups, order.heads))
     _reorder(hidden, inner.hidden)
     per_group = size.num_attention_heads // size.num_key_value_heads
@@ -63,8 +63,8 @@ def composed(order: Rankings, inner: Rankings, size: Architecture) -> Rankings:
 
 
 def after_round(config: PretrainedConfig, smallest: Architecture, done: int, rounds: int) -> Architecture:
-    """The shape after `done` of `rounds` equal steps from the teacher to the widths of `smallest`, rounded to what
-    the family's configuration can say. Raises ValueError where it can say none near it."""
+    """Return the shape after `done` of `rounds` equal steps from the teacher to the widths of `smallest`, rounded to
+    what the family's configuration can say. Raises ValueError where it can say none near it."""
     teacher = whole(config)
     size = {
         name: getattr(teacher, name) - done * (getattr(teacher, name) - getattr(smallest, name)) // rounds
@@ -80,7 +80,7 @@ def after_round(config: PretrainedConfig, smallest: Architecture, done: int, rou
 
 
 def smallest_widths(axes: Axes, teacher: Architecture) -> Architecture:
-    """The least value of every width axis that is searched, the teacher's of the others."""
+    """Return the least value of every width axis that is searched, the teacher's of the others."""
     widths = {name: getattr(teacher, name) for name in WIDTHS}
     for name in WIDTHS:
         axis = getattr(axes, name, None)
@@ -91,7 +91,7 @@ def smallest_widths(axes: Axes, teacher: Architecture) -> Architecture:
 
 
 def _whole_groups(teacher: Architecture, widths: Mapping[str, int]) -> int:
-    """Query heads, rounded up to as many in every group, at most the teacher's."""
+    """Return the query heads, rounded up to as many in every group, at most the teacher's."""
     groups, ratio = widths["num_key_value_heads"], teacher.num_attention_heads // teacher.num_key_value_heads
     return groups * min(ratio, -(-widths["num_attention_heads"] // groups))
 

@@ -1,4 +1,4 @@
-"""PCA of the hidden axis (SliceGPT, arXiv:2401.15024, section 3): the teacher in the basis of its hidden states'
+"""Rotate the hidden axis by PCA (SliceGPT, arXiv:2401.15024, section 3): the teacher in the basis of its hidden states'
 principal components, as plain weights.
 
 RMSNorm commutes with a rotation once its gains are folded into the matrices that read it (their theorem 1), so one
@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from minitron_search.models.architecture import Weight
 from minitron_search.models.families import decoder_layers, family_of, final_hidden, vocabulary_tables, weights
-from minitron_search.models.loading import save_once, student_of
+from minitron_search.models.loading import student_of
+from minitron_search.records import cache
 
 TOLERANCE = 1e-3  # of the hidden states' size; float32 rounding stays below 1e-4, a wrong fold is of order 1
 LARGE = 1e6  # a constant of this size shows a norm's gains: eps adds nothing to its mean square
@@ -30,7 +31,8 @@ class Covariance:
     """Sum over norms and tokens of the outer products of the norms' outputs without their gains, fed by hooks."""
 
     def __init__(self, teacher: PreTrainedModel):
-        self.norms, self.total = family_of(teacher.config).norms, torch.zeros(())
+        self.norms = family_of(teacher.config).norms
+        self.totals = {"covariance": torch.zeros(())}
 
     @contextmanager
     def watching(self, teacher: PreTrainedModel) -> Iterator[None]:
@@ -49,11 +51,14 @@ class Covariance:
         x = inputs[0].flatten(0, -2).float()
         with torch.autocast(x.device.type, enabled=False):
             x = x * x.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt()
-            self.total = self.total.to(x.device) + x.T @ x
+            self.totals["covariance"] = self.totals["covariance"].to(x.device) + x.T @ x
+
+    def end_of_rows(self, final: Tensor) -> None:
+        """Do nothing: every norm's output was added as it passed."""
 
 
 def principal_components(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """(eigenvalues, (hidden_size,), falling; eigenvectors, the columns of (hidden_size, hidden_size)), float32.
+    """Return (eigenvalues, falling, (hidden_size,); eigenvectors, the columns of (hidden_size, hidden_size)), float32.
 
     Of a vector and its opposite, the one whose largest entry is positive.
     """
@@ -64,7 +69,8 @@ def principal_components(covariance: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotated_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The configuration of the rotated teacher: untied. Raises ValueError where a rotation would not be exact."""
+    """Return the configuration of the rotated teacher: untied. Raises ValueError where a rotation would not be
+    exact."""
     family = family_of(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -86,7 +92,7 @@ def rotated_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def rotated(teacher: PreTrainedModel, rotation: Tensor) -> PreTrainedModel:
-    """The same function, float32, with the residual stream in the basis of `rotation`'s columns.
+    """Return the same function, float32, with the residual stream in the basis of `rotation`'s columns.
 
     Raises ValueError as `rotated_config`, or where a pass through both shows that the function is not the same.
     """
@@ -107,20 +113,25 @@ def rotated(teacher: PreTrainedModel, rotation: Tensor) -> PreTrainedModel:
             norm = final if weight.name == tables[-1] else _norm_before(teacher, family.norms, family.layers, weight)
             tensor = ((tensor if norm is None else tensor * gains[norm]) @ basis).movedim(-1, axis)
         state[weight.name] = tensor.float().contiguous()
-    made = student_of(config, state)
-    _check(teacher, made)
-    return made
+    student = student_of(config, state)
+    _check(teacher, student)
+    return student
 
 
 def rotate_teacher(folder: Path, rotation: Tensor, into: Path) -> Path:
     """Write the rotated teacher, float32, a stock folder; it appears whole or not at all, and stays if it is there."""
-    if not into.exists():
-        save_once(rotated(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), rotation), into)
+
+    def write(partial: Path) -> None:
+        teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        rotated(teacher, rotation).save_pretrained(partial)
+
+    cache.make_once(into, write)
     return into
 
 
 def _is_gain(model: nn.Module, weight: Weight) -> bool:
-    """Whether `weight` scales or shifts the residual stream or a sublayer's output, and is no bias of a matrix."""
+    """Return True for a weight that scales or shifts the residual stream or a sublayer's output; not a matrix's
+    bias."""
     module = model.get_submodule(weight.name.rpartition(".")[0])
     return weight.dims == ("hidden",) and not isinstance(module, nn.Linear | Conv1D)
 
@@ -136,8 +147,8 @@ def _gain(teacher: PreTrainedModel, name: str) -> Tensor:
 
 
 def _norm_before(teacher: PreTrainedModel, norms: tuple[str, ...], layers: str, weight: Weight) -> str | None:
-    """The gain of the norm whose output this weight of a layer multiplies: the first norm before attention, the last
-    before the MLP. None for one that writes to the stream: o and down projections, their biases, the embedding."""
+    """Return the gain of the norm whose output this weight of a layer multiplies: the first norm before attention, the
+    last before the MLP. None for one that writes to the stream: o and down projections, their biases, the embedding."""
     module = teacher.get_submodule(weight.name.rpartition(".")[0])
     if weight.layer is None or len(weight.dims) == 1:
         return None
@@ -148,14 +159,14 @@ def _norm_before(teacher: PreTrainedModel, norms: tuple[str, ...], layers: str, 
     return f"{layers}.{weight.layer}.{norm}.weight"
 
 
-def _check(teacher: PreTrainedModel, made: PreTrainedModel) -> None:
-    """That a few tokens' logits agree."""
+def _check(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Refuse a rotation under which a few tokens' logits change."""
     config = teacher.config
     ids = torch.arange(16, device=teacher.device)[None] * 7 % config.vocab_size
     with torch.no_grad():
         before, after = (
             model.get_output_embeddings()(final_hidden(model, ids).to(model.dtype)).float()
-            for model in (teacher, nn.Module.to(made, teacher.device))
+            for model in (teacher, nn.Module.to(student, teacher.device))
         )
     if float((before - after).abs().max()) > TOLERANCE * float(before.abs().max()):
         raise _refused(config, "its logits change under a rotation of the hidden axis")
@@ -163,4 +174,4 @@ def _check(teacher: PreTrainedModel, made: PreTrainedModel) -> None:
 
 def _refused(config: PretrainedConfig, why: str) -> ValueError:
     return ValueError(f"importance.method: pca is not exact for this {config.model_type}: {why}; "
-                      "valid: activation, random, magnitude, taylor or wanda")  # fmt: skip
+                      "valid: activation, or another method that does not rotate the teacher")  # fmt: skip

@@ -16,7 +16,8 @@ from minitron_search.models.output_head import output_head
 
 
 def gradient_sums(teacher: PreTrainedModel, windows: np.ndarray, precision: str) -> SliceSums:
-    """Sums over `windows` (samples, length) of every slice's sum of weight x gradient of the window's LM loss."""
+    """Return the sums over `windows` (samples, length) of every slice's sum of weight x gradient of the window's LM
+    loss."""
     dims, sums = sizes(teacher.config), {}  # type: ignore[var-annotated]
 
     def add(window: int, weight: Weight, product: Tensor) -> None:
@@ -28,16 +29,16 @@ def gradient_sums(teacher: PreTrainedModel, windows: np.ndarray, precision: str)
 
 
 def of_layers(teacher: PreTrainedModel, windows: np.ndarray, precision: str) -> np.ndarray:
-    """The sum over a layer's weights of |weight x gradient of a window's LM loss|, nats: (samples, layers) float64
-    (depth by Taylor: Shortened LLaMA, arXiv:2402.02834, section 2.2)."""
-    found = np.zeros((len(windows), teacher.config.num_hidden_layers))
+    """Return the sum over a layer's weights of |weight x gradient of a window's LM loss|, nats: (samples, layers)
+    float64 (depth by Taylor: Shortened LLaMA, arXiv:2402.02834, section 2.2)."""
+    sums = np.zeros((len(windows), teacher.config.num_hidden_layers))
 
     def add(window: int, weight: Weight, product: Tensor) -> None:
         if weight.layer is not None:
-            found[window, weight.layer] += float(product.abs().sum())
+            sums[window, weight.layer] += float(product.abs().sum())
 
     each_gradient(teacher, windows, precision, add)
-    return found
+    return sums
 
 
 def each_gradient(
@@ -76,6 +77,6 @@ def each_gradient(
 
 
 def taylor(config: PretrainedConfig, sums: SliceSums, samples: int) -> Scores:
-    """|sum over a slice of weight x gradient of the mean LM loss|, in nats, summed over an element's slices: their
-    vector-wise importance, aggregated by summation."""
+    """Return |sum over a slice of weight x gradient of the mean LM loss|, in nats, summed over an element's slices:
+    their vector-wise importance, aggregated by summation."""
     return of_elements(config, {key: (total / samples).abs() for key, total in sums.items()})

@@ -27,25 +27,29 @@ CUT = ("hidden", "mlp", "query", "key_value")  # the dimensions that width axes 
 
 
 class Scores(NamedTuple):
-    """hidden: (hidden_size,). mlp: (layers, intermediate_size). heads: (layers, num_attention_heads)."""
+    """One score an element. hidden: (hidden_size,). mlp: (layers, intermediate_size). heads: (layers,
+    num_attention_heads). rotation: (hidden_size, hidden_size) where `hidden` is of the rotated teacher's channels: its
+    columns are theirs."""
 
     hidden: Tensor
     mlp: Tensor
     heads: Tensor
+    rotation: Tensor | None = None
 
 
 def magnitude(config: PretrainedConfig, read: Reader) -> Scores:
-    """The L2 norm of everything an element owns."""
+    """Return the L2 norm of everything an element owns."""
     sums: SliceSums = {}
     dims = sizes(config)
     for weight in weights(config):
         sums |= slice_sums(weight, read(weight.name).float().square(), dims)
-    return Scores(*(score.sqrt() for score in of_elements(config, sums)))
+    squares = of_elements(config, sums)
+    return Scores(squares.hidden.sqrt(), squares.mlp.sqrt(), squares.heads.sqrt())
 
 
 def wanda(config: PretrainedConfig, read: Reader, squares: Mapping[str, Tensor]) -> Scores:
-    """|weight| x L2 norm of the activations it multiplies (Wanda, arXiv:2306.11695, equation 1), summed over what an
-    element owns. Norms, biases and a look-up table multiply no activations and are left out.
+    """Return |weight| x L2 norm of the activations it multiplies (Wanda, arXiv:2306.11695, equation 1), summed over
+    what an element owns. Norms, biases and a look-up table multiply no activations and are left out.
 
     squares: by weight name, the sum over calibration tokens of each input's square, (inputs,).
     """
@@ -61,7 +65,7 @@ def wanda(config: PretrainedConfig, read: Reader, squares: Mapping[str, Tensor])
 
 
 def random(config: PretrainedConfig, seed: int) -> Scores:
-    """Uniform in [0, 1): the control that ignores the model."""
+    """Return uniform scores in [0, 1): the control that ignores the model."""
     generator, shape = torch.Generator().manual_seed(seed), whole(config)
     return Scores(
         torch.rand(shape.hidden_size, generator=generator),
@@ -71,7 +75,7 @@ def random(config: PretrainedConfig, seed: int) -> Scores:
 
 
 def slice_sums(weight: Weight, values: Tensor, dims: Mapping[str, int]) -> SliceSums:
-    """`values`, of the shape of `weight`, summed over each element's slice: an entry for every axis that can be cut.
+    """Sum `values`, of the shape of `weight`, over each element's slice: an entry for every axis that can be cut.
     A slice of the query or key-value axis is a whole head or group. dims: the teacher's `sizes`."""
     sums = {}
     for axis, dim in enumerate(weight.dims):
@@ -85,7 +89,7 @@ def slice_sums(weight: Weight, values: Tensor, dims: Mapping[str, int]) -> Slice
 
 
 def of_elements(config: PretrainedConfig, sums: SliceSums) -> Scores:
-    """The sum over an element's slices. Every head of a group owns an equal share of its key and value heads."""
+    """Return the sum over an element's slices. Every head of a group owns an equal share of its key and value heads."""
     shape = whole(config)
     layers, group_size = shape.num_hidden_layers, shape.num_attention_heads // shape.num_key_value_heads
     scores = Scores(
@@ -110,7 +114,7 @@ def of_elements(config: PretrainedConfig, sums: SliceSums) -> Scores:
 
 
 def input_axes(config: PretrainedConfig) -> dict[str, int]:
-    """Which axis of every matrix product's weight is its input: 1 of a Linear, 0 of GPT-2's Conv1D."""
+    """Return which axis of every matrix product's weight is its input: 1 of a Linear, 0 of GPT-2's Conv1D."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return {

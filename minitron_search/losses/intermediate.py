@@ -19,13 +19,13 @@ from transformers import PreTrainedModel
 from minitron_search.config.types import IntermediateLoss
 from minitron_search.models.families import decoder_layers, family_of
 
-LEAST = 1e-6  # an L_is below is rounding, and nothing to balance
+LEAST = 1e-6  # an L_is below this is rounding: alpha `auto` does not balance it
 
 
 def state_map(kept: Sequence[int], teacher_layers: int, last: int | Literal["all"], embedding: bool) -> dict[int, int]:
-    """{student's state: the teacher's it is compared with}, for a student of the layers `kept` of `teacher_layers`.
+    """Return {student's state: the teacher's that it is compared with} for a student of the teacher's layers `kept`.
 
-    The outputs of the student's `last` layers (or all, also where there are fewer), and the embedding's if asked.
+    These are the outputs of the student's `last` layers (all where it has fewer), with `embedding` its output too.
     The state before a layer is compared with what that same layer read in the teacher. So where a block was dropped,
     the layer before it is asked to stand in for it, those behind it go on reading what they were trained on, and
     where the last layers were dropped the target is still what the teacher's head reads: with each kept layer's own
@@ -40,7 +40,7 @@ def state_map(kept: Sequence[int], teacher_layers: int, last: int | Literal["all
 
 @contextmanager
 def recorded(model: PreTrainedModel, numbers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
-    """{number: state} of the latest forward pass inside, filled in by hooks on what reads each state."""
+    """Yield a {number: state} that every forward pass inside fills, by hooks on the modules that read the states."""
     states: dict[int, Tensor] = {}
     readers = [*decoder_layers(model), model.get_submodule(family_of(model.config).final_norm)]
 
@@ -59,7 +59,7 @@ def recorded(model: PreTrainedModel, numbers: Iterable[int]) -> Iterator[dict[in
 
 
 def intermediate_loss(kind: IntermediateLoss, student: Mapping[int, Tensor], teacher: Mapping[int, Tensor]) -> Tensor:
-    """L_is: the mean, over the states of `teacher` and over tokens, of how far `student`'s are; in float32 at least.
+    """Return L_is, the mean distance of `student`'s states from `teacher`'s over states and tokens; float32 at least.
 
     mse     |s - t|^2 / |t|^2 of each token: states differ by orders of magnitude between layers and tokens, and
             without the division the largest would be all that counts

@@ -4,8 +4,6 @@ A family lists its weights as (name, dimensions); every count here is a sum over
 those of the model that `from_pretrained` would build.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -13,6 +11,8 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+
+from minitron_search.records.cache import content_id
 
 # Sizes may be numbers or arrays of numbers (one per architecture of a space): counts then are arrays too.
 Sizes = Mapping[str, Any]
@@ -43,8 +43,8 @@ class Architecture:
 
     @cached_property
     def id(self) -> str:
-        """Content id: equal shapes have equal ids on every machine. Kept: a search asks for all of them every time."""
-        return digest(self.to_dict())
+        """Return the content id: equal shapes have equal ids on every machine. A search reads it often."""
+        return content_id(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "layers": list(self.layers)}
@@ -54,13 +54,13 @@ class Architecture:
         return cls(**{**values, "layers": tuple(values["layers"])})
 
     @classmethod
-    def of_trial(cls, about: Mapping[str, Any]) -> "Architecture":
-        """From what a trial's architecture.json holds."""
-        return cls.from_dict({name: about[name] for name in cls.__dataclass_fields__})
+    def of_trial(cls, description: Mapping[str, Any]) -> "Architecture":
+        """Read it from what a trial's architecture.json holds."""
+        return cls.from_dict({name: description[name] for name in cls.__dataclass_fields__})
 
     def dropped_block(self, teacher_layers: int) -> tuple[int, int] | None:
-        """(start, length) of the contiguous block of teacher layers that is missing; (0, 0) where none is, None where
-        the missing layers are not one block."""
+        """Return (start, length) of the contiguous block of teacher layers that is missing: (0, 0) where none is, None
+        where the missing layers are not one block."""
         missing = sorted(set(range(teacher_layers)) - set(self.layers))
         if not missing:
             return 0, 0
@@ -88,24 +88,24 @@ class Weight:
 
 
 def parts(dim: str) -> list[str]:
-    """The dimensions that a fused one is made of (`query+key_value+key_value`, `family_tables.Family`), or itself."""
+    """Return the dimensions that a fused one (`query+key_value+key_value`, `family_tables.Family`) is made of."""
     return dim.replace("|", "+").split("+")
 
 
 def dimension(sizes: Sizes, dim: str) -> Any:
-    """The size of a dimension, fused or not."""
+    """Return the size of a dimension, fused or not."""
     return sum(sizes[part] for part in parts(dim))
 
 
 def parameter_count(weights: Iterable[Weight], sizes: Sizes, *, embeddings: bool = True) -> Any:
-    """Parameters, tied embeddings once; `embeddings=False` leaves out input embedding and output head."""
+    """Count parameters, tied embeddings once; `embeddings=False` leaves out input embedding and output head."""
     return _sum(weights, sizes, lambda weight: embeddings or not weight.embedding)
 
 
 def memory_bytes(
     weights: Iterable[Weight], sizes: Sizes, batch_size: int, context_length: int, element_bytes: int = 2
 ) -> Any:
-    """Bytes of the weights and of the key-value cache of `batch_size` sequences of `context_length` tokens.
+    """Return the bytes of weights and key-value cache for `batch_size` sequences of `context_length` tokens.
 
     Every layer keeps every position: where some attend through a sliding window (Gemma 2 and 3), a cache that drops
     what left the window takes less.
@@ -115,22 +115,17 @@ def memory_bytes(
 
 
 def forward_flops(weights: Iterable[Weight], sizes: Sizes, context_length: int) -> Any:
-    """Floating-point operations of one token's forward pass: 2 per weight of every matrix product, and the two
-    products of causal attention over half the context on average."""
+    """Return the floating-point operations of one token's forward pass: 2 per weight of every matrix product, and the
+    two products of causal attention over half the context on average."""
     attention = 2 * sizes["layers"] * sizes["query"] * context_length
     return 2 * _sum(weights, sizes, lambda weight: weight.matmul) + attention
 
 
 def _sum(weights: Iterable[Weight], sizes: Sizes, counted: Any) -> Any:
-    """Weights of layer 0 stand for those of every layer: decoder layers of one model have one shape."""
+    """Sum the elements of the weights that are `counted`; layer 0 stands for every layer, since all have one shape."""
     total: Any = 0
     for weight in weights:
         if counted(weight) and weight.layer in (None, 0):
             elements = math.prod(np.asarray(dimension(sizes, dim), dtype=np.int64) for dim in weight.dims)
             total = total + elements * (1 if weight.layer is None else sizes["layers"])
     return int(total) if np.ndim(total) == 0 else total
-
-
-def digest(content: Any) -> str:
-    """Short content id of anything JSON can write."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]

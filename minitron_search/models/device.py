@@ -12,6 +12,7 @@ from minitron_search.config.types import Precision
 
 
 def device() -> torch.device:
+    """Return the device that this process computes on: its GPU where it has one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -20,7 +21,7 @@ def on_device(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def resolve(precision: str) -> Precision:
-    """`auto` -> bfloat16 where this machine multiplies it in hardware, else float32.
+    """Return what `auto` means here: bfloat16 where this machine multiplies it in hardware, else float32.
 
     AVX-512 BF16 and AMX run bfloat16 products at about 4x float32 (measured on two cores); without them a CPU
     emulates bfloat16 and is slower than in float32.
@@ -37,7 +38,7 @@ def resolve(precision: str) -> Precision:
 
 
 def autocast(precision: str, on: torch.device) -> AbstractContextManager:
-    """Matrix products in `precision` around float32 weights."""
+    """Return a context in which matrix products run in `precision`, around float32 weights."""
     return torch.autocast(on.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 

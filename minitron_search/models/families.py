@@ -1,4 +1,4 @@
-"""Where each axis lives in the model of a configuration, and the configuration of what is left of it.
+"""Find each axis in the model of a configuration, and make the configuration of what is left of it.
 
 The families themselves are declarations (`family_tables.py`): the names of modules and, for every weight, which
 dimension is which axis. All that trims, permutes or counts reads them through this module, so it is written once
@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, MistralConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from minitron_search.models.architecture import Architecture, Weight, dimension
 from minitron_search.models.family_tables import ENCODER_DECODER, FAMILIES, REFUSED, Family
+from minitron_search.models.patches import llama_as_mistral
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """The declaration of this model's family, with what this configuration varies.
+    """Return the declaration of this model's family, with what this configuration varies.
 
     Raises ValueError, with the reason, for what is refused; and for a family nobody declared, naming those that are.
     """
@@ -47,7 +48,7 @@ def family_of(config: PretrainedConfig) -> Family:
 
 
 def sizes(config: PretrainedConfig) -> dict[str, int]:
-    """The size of every named dimension, and `layers`."""
+    """Return the size of every named dimension, and `layers`."""
     family = family_of(config)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -65,7 +66,7 @@ def sizes(config: PretrainedConfig) -> dict[str, int]:
 
 
 def whole(config: PretrainedConfig) -> Architecture:
-    """The teacher itself as an architecture: the identity of trimming."""
+    """Return the teacher itself as an architecture: the identity of trimming."""
     dims = sizes(config)
     return Architecture(
         hidden_size=dims["hidden"],
@@ -77,7 +78,7 @@ def whole(config: PretrainedConfig) -> Architecture:
 
 
 def sizes_of(config: PretrainedConfig, architecture: Architecture) -> dict[str, int]:
-    """The dimensions of `architecture` inside the teacher `config`."""
+    """Return the dimensions of `architecture` inside the teacher `config`."""
     dims = sizes(config)
     return {
         **dims,
@@ -90,8 +91,8 @@ def sizes_of(config: PretrainedConfig, architecture: Architecture) -> dict[str, 
 
 
 def student_config(config: PretrainedConfig, architecture: Architecture) -> PretrainedConfig:
-    """The configuration a stock `from_pretrained` needs for `architecture`; `head_dim` is written wherever the
-    family reads it. Raises ValueError, with the nearest valid value, for a shape that no stock configuration says.
+    """Return the configuration that a stock `from_pretrained` needs for `architecture`; `head_dim` is written wherever
+    the family reads it. Raises ValueError, with the nearest valid value, for a shape that no stock configuration says.
     """
     family = family_of(config)
     refusal = why_not_expressible(config, architecture)
@@ -99,7 +100,7 @@ def student_config(config: PretrainedConfig, architecture: Architecture) -> Pret
         raise ValueError(refusal)
     student = copy.deepcopy(config)
     if config.model_type == "llama" and architecture.hidden_size % architecture.num_attention_heads:
-        student = _as_mistral(config)
+        student = llama_as_mistral(config)
     for key in family.hidden_keys:
         setattr(student, key, architecture.hidden_size)
     setattr(student, family.mlp_key, architecture.intermediate_size)
@@ -117,24 +118,13 @@ def student_config(config: PretrainedConfig, architecture: Architecture) -> Pret
     return student
 
 
-def _as_mistral(config: PretrainedConfig) -> PretrainedConfig:
-    """The same function under a name whose configuration may say hidden_size 448 with 6 heads of 64.
-
-    transformers 5 refuses that of `llama` even with `head_dim` written (huggingface/transformers#46082); without
-    biases and without a sliding window Mistral is Llama, weight names included.
-    """
-    known = {key: value for key, value in config.to_dict().items() if key in MistralConfig.__dataclass_fields__}
-    known |= {"model_type": "mistral", "sliding_window": None, "architectures": ["MistralForCausalLM"]}
-    return MistralConfig(**known)
-
-
 def is_expressible(config: PretrainedConfig, architecture: Architecture) -> bool:
-    """Whether a stock configuration of the teacher's family can say this shape."""
+    """Return True where a stock configuration of the teacher's family can say this shape."""
     return why_not_expressible(config, architecture) is None
 
 
 def why_not_expressible(config: PretrainedConfig, architecture: Architecture) -> str | None:
-    """Why no stock configuration says this shape, with what it could say; None where one does."""
+    """Return why no stock configuration says this shape, with what it could say; None where one does."""
     family, name = family_of(config), config.model_type
     hidden_size, heads = architecture.hidden_size, architecture.num_attention_heads
     if not family.grouped_query and architecture.num_key_value_heads != heads:
@@ -156,7 +146,7 @@ def why_not_expressible(config: PretrainedConfig, architecture: Architecture) ->
 
 
 def weights(config: PretrainedConfig) -> list[Weight]:
-    """Every parameter of the model `config` describes, tied ones once, with the axis of each dimension.
+    """List every parameter of the model that `config` describes, tied ones once, with the axis of each dimension.
 
     The names are those of the model itself, built without memory: a weight the family does not declare, or of
     another size than its dimensions, is refused (ValueError) rather than copied wrongly.
@@ -179,12 +169,12 @@ def weights(config: PretrainedConfig) -> list[Weight]:
 
 
 def vocabulary_tables(listed: list[Weight]) -> list[str]:
-    """Names of the input embedding and of the output head: one where they are tied."""
+    """Return the names of the input embedding and of the output head: one where they are tied."""
     return [weight.name for weight in listed if weight.dims == ("vocab", "hidden")]
 
 
 def split_name(family: Family, name: str) -> tuple[int | None, str]:
-    """(layer, name inside the layer) of a weight; (None, name) for one outside the layers."""
+    """Split the name of a weight into (layer, name inside the layer); (None, name) for one outside the layers."""
     prefix = family.layers + "."
     if not name.startswith(prefix):
         return None, name
@@ -193,6 +183,7 @@ def split_name(family: Family, name: str) -> tuple[int | None, str]:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the list of the model's decoder layers."""
     return model.get_submodule(family_of(model.config).layers)  # type: ignore[return-value]
 
 
@@ -202,7 +193,7 @@ def final_hidden(
     position_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
 ) -> Tensor:
-    """The body's output after the final norm: (batch, length, hidden_size). No key-value cache is kept.
+    """Return the body's output after the final norm: (batch, length, hidden_size). No key-value cache is kept.
 
     `attention_mask` may be an additive (batch, 1, length, length) mask.
     """
@@ -213,7 +204,7 @@ def final_hidden(
 
 
 def in_model(stored: str) -> str:
-    """The model's name of a weight that a file may call otherwise (Pythia's head is `embed_out` in files)."""
+    """Return the model's name of a weight that a file may call otherwise (Pythia's head is `embed_out` in files)."""
     for family in FAMILIES:
         for beginning, name in family.stored.items():
             if stored.startswith(beginning):
@@ -222,7 +213,7 @@ def in_model(stored: str) -> str:
 
 
 def _value(config: PretrainedConfig, key: str) -> Any:
-    """Of a configuration key, or of a key of a dictionary in it (`rope_parameters.rope_type`)."""
+    """Return the value of a configuration key, or of a key of a dictionary in it (`rope_parameters.rope_type`)."""
     outer, _, inner = key.partition(".")
     value = getattr(config, outer, None)
     return value.get(inner) if inner and value else value

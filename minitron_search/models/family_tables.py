@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Family:
-    """Names are relative: module names to a decoder layer, weight names in `layer_weights` likewise.
+    """One family of decoders: its modules, the axes of its weights, its configuration keys.
+
+    Names are relative: module names to a decoder layer, weight names in `layer_weights` likewise.
 
     Dimensions: `hidden`, `mlp` (intermediate_size), `query` (num_attention_heads * head_dim), `key_value`
     (num_key_value_heads * head_dim), and, never trimmed, `head_dim`, `vocab` and `position`. Fused ones:
@@ -45,7 +47,7 @@ class Family:
 
 
 def _layer_weights(parts: Mapping[str, tuple[str, ...]], output: int = 0) -> dict[str, tuple[str, ...]]:
-    """Weights and biases of linear layers and of norms, by module name. output: where a weight has its output
+    """List weights and biases of linear layers and of norms, by module name. output: where a weight has its output
     dimension, last (-1) in Conv1D."""
     listed = {}
     for name, dims in parts.items():
@@ -292,7 +294,7 @@ FAMILIES = (
 
 @dataclass(frozen=True)
 class Refusal:
-    """What is refused, told by its name or by a key that its configuration has."""
+    """A refusal and its reason, told by the family's name or by a key that its configuration has."""
 
     reason: str
     model_types: tuple[str, ...]

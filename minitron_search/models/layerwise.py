@@ -2,8 +2,8 @@
 
 The layers are the model's own modules, called with the arguments its own forward pass gives them (masks, rotary
 embeddings); that pass is run once per input with the layers replaced by recorders. A streamed model keeps nothing
-of its layers, embedding or head in memory but what is in use: each is mapped from the safetensors files when the
-walk reaches it and let go after.
+of its layers, embedding or head in memory but what is in use: each is mapped from the safetensors files when it is
+reached and dropped afterwards.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,22 +17,22 @@ from torch import Tensor, nn
 from minitron_search.models.device import autocast
 from minitron_search.models.families import decoder_layers, family_of, vocabulary_tables, weights
 from minitron_search.models.loading import load_teacher, reader
-from minitron_search.models.output_head import OutputHead, frozen_head, output_head
+from minitron_search.models.output_head import OutputHead, output_head
 
 
 class Inputs(NamedTuple):
-    """stream: (batch, length, hidden_size) float32, the residual stream before layer 0. arguments: what each layer is
-    called with beside it, by position and by name."""
+    """Everything that the layers read. stream: (batch, length, hidden_size) float32, the residual stream before layer
+    0. arguments: what each layer is called with beside it, by position and by name."""
 
     stream: Tensor
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
-class Walk:
-    """One model on one device. Calls are made inside `computing()`.
+class LayerwiseModel:
+    """One model on one device, its layers called one by one. Calls are made inside `computing()`.
 
-    streamed: whether layers, embedding and head are read again from `folder` each time they are needed, instead
-    of being held. The numbers are the same.
+    streamed: layers, embedding and head are read again from `folder` each time they are needed, instead
+    of being held in memory. The numbers are the same.
     """
 
     def __init__(self, folder: Path, precision: str, device: torch.device | str = "cpu", streamed: bool = False):
@@ -44,13 +44,13 @@ class Walk:
         self.prefix = family.layers
         tables = vocabulary_tables(weights(self.config))
         self.embedding_name, self.head_name = tables[0], tables[-1]  # one table where they are tied
-        self.head_about = output_head(self.model)
+        self._head = output_head(self.model)
         self.embedding: nn.Embedding = self.model.get_input_embeddings()  # type: ignore[assignment]
         if streamed:
-            self._let_go()
+            self._drop_weights()
         else:
             self.embedding.to(self.device)
-            self.head_about = self._on_device(self.head_about)
+            self._head = self._on_device(self._head)
             for layer in self.layers:
                 self._fill(layer, dict(layer.named_parameters()))
         self.body = self.model.base_model
@@ -69,7 +69,7 @@ class Walk:
     def begin(
         self, input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> Inputs:
-        """Arguments as `families.final_hidden`."""
+        """Return what the first layer reads, for arguments as of `families.final_hidden`."""
         with self._present(self.embedding, self.embedding_name.removesuffix(".weight"), cast=False):
             stream = nn.functional.embedding(input_ids.to(self.device), self.embedding.weight).float()
             stream = stream * getattr(self.embedding, "scalar_embed_scale", 1.0)  # Gemma's, in float32
@@ -78,7 +78,7 @@ class Walk:
 
     @contextmanager
     def layer(self, index: int, inputs: Inputs) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Layer `index` as a function of the residual stream before it, returning the stream after it."""
+        """Give layer `index` as a function of the residual stream before it, which returns the stream after it."""
         module = self.layers[index]
         with self._present(module, f"{self.prefix}.{index}"):
             positional, named = inputs.arguments[index]
@@ -86,22 +86,16 @@ class Walk:
 
     @contextmanager
     def head(self) -> Iterator[OutputHead]:
-        """The output head, in the dtype of the products, for hidden states that went through `final_norm`."""
+        """Give the output head, in the dtype of the products, for hidden states that went through `final_norm`."""
         if self.streamed:
-            yield self._on_device(self.head_about._replace(weight=reader(self.folder)(self.head_name)))
+            yield self._on_device(self._head._replace(weight=reader(self.folder)(self.head_name)))
         else:
-            yield self.head_about
+            yield self._head
 
-    @staticmethod
-    def logits(head: OutputHead, hidden: Tensor) -> Tensor:
-        """Of normed hidden states (..., hidden_size): (..., vocab)."""
-        logits = nn.functional.linear(hidden, head.weight, head.bias) * head.scale
-        return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
-
-    def _let_go(self) -> None:
+    def _drop_weights(self) -> None:
         for module in (*self.layers, self.embedding, self.model.get_output_embeddings()):
             _empty(module)
-        self.head_about = self.head_about._replace(weight=self.model.get_output_embeddings().weight)
+        self._head = self._head._replace(weight=self.model.get_output_embeddings().weight)
 
     @contextmanager
     def _present(self, module: nn.Module, prefix: str, cast: bool = True) -> Iterator[None]:
@@ -125,18 +119,18 @@ class Walk:
         module.load_state_dict(placed, assign=True)
 
     def _on_device(self, head: OutputHead) -> OutputHead:
-        return frozen_head(head._replace(weight=head.weight.to(self.device)), self.precision)  # type: ignore[arg-type]
+        return head._replace(weight=head.weight.to(self.device)).frozen(self.precision)
 
 
 def _empty(module: nn.Module) -> None:
-    """Let go of the weights, and not of what no file holds (the scale of Gemma's embedding)."""
+    """Drop the weights, and keep what no file holds (the scale of Gemma's embedding)."""
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
 class _Recorder(nn.Module):
-    """Stands where a layer was, and keeps what the layer would have been called with."""
+    """A stand-in for a layer that keeps what the layer would have been called with."""
 
     def forward(self, hidden_states: Tensor, *positional: Any, **named: Any) -> Tensor:
         self.stream, self.arguments = hidden_states, (positional, named)

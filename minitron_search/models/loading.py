@@ -1,7 +1,5 @@
 """Load a model: a teacher from its folder, a student from its weights, tensors one by one."""
 
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,20 +21,9 @@ from minitron_search.models.families import in_model, student_config, weights
 Reader = Callable[[str], Tensor]
 
 
-def save_once(model: PreTrainedModel, folder: Path) -> None:
-    """Write a stock folder that appears whole or not at all, and is the same whoever writes it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    model.save_pretrained(temporary)
-    try:
-        temporary.rename(folder)
-    except OSError:  # another process was first: its folder is the same
-        shutil.rmtree(temporary)
-
-
 def load_teacher(folder: Path) -> PreTrainedModel:
-    """The model of a folder that `permute_teacher` wrote, on memory-mapped weights: processes of one node share
-    them. They are not to be written to."""
+    """Return the model of a folder that `permute_teacher` wrote, on memory-mapped weights, which processes of one node
+    share. They are not to be written to."""
     config = AutoConfig.from_pretrained(folder)
     read = reader(folder)
     return student_of(config, {weight.name: read(weight.name) for weight in weights(config)}, config.dtype)
@@ -45,7 +32,7 @@ def load_teacher(folder: Path) -> PreTrainedModel:
 def student_of(
     config: PretrainedConfig, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """A stock model on exactly the tensors of `state` (tied ones once), not copies; evaluation mode."""
+    """Return a stock model on exactly the tensors of `state` (tied ones once), not copies, in evaluation mode."""
     family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model, info = family.from_pretrained(
         None, config=config, state_dict=dict(state), dtype=dtype, output_loading_info=True
@@ -56,14 +43,15 @@ def student_of(
 
 
 def random_student(config: PretrainedConfig, architecture: Architecture, seed: int) -> PreTrainedModel:
-    """The control of Figure 6 (a): the same shape from random initialisation, as the family initialises."""
+    """Return the control of Figure 6 (a): the same shape from random initialisation, as the family initialises."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(student_config(config, architecture), dtype=torch.float32).eval()
 
 
 def reader(folder: Path) -> Reader:
-    """Weights of a folder by their names in the model, memory-mapped: processes on one node share the pages."""
+    """Return a reader of a folder's weights by their names in the model, memory-mapped: processes on one node share the
+    pages."""
     files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
     where = {in_model(stored): (file, stored) for file in files for stored in file.keys()}
 

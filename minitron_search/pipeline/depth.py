@@ -1,9 +1,9 @@
-"""The depth sweep on Ray: split into pieces, every finished piece kept, killed sweeps resumed.
+"""Run the depth sweep on Ray: split into pieces, every finished piece kept, killed sweeps resumed.
 
 A piece is one chunk of windows (or of packed Winogrande rows) and some of the cuts. Its task writes it to
-`depth_pieces/` in one rename, under a key made of all that its numbers depend on; a sweep first reads what is there
-and asks only for the rest. A piece's numbers depend on neither the other cuts in it nor the number of workers: cuts
-are computed one at a time, on a chunk that is always the same, with a fixed number of threads.
+`depth_pieces/` in one rename, under a key made of everything that its numbers depend on; a sweep first reads what is
+there and computes only the rest. A piece's numbers depend on neither the other cuts in it nor the number of workers:
+cuts are computed one at a time, on a chunk that is always the same, with a fixed number of threads.
 """
 
 import time
@@ -39,95 +39,124 @@ RESTARTS = 3  # of a piece whose process died
 SAY_SECONDS = 20
 
 
-def measure_depth(prepared: Prepared, resolved: str) -> None:
+def measure_depth(prepared: Prepared) -> None:
     """Write depth.parquet and depth.json."""
-    job, workers = make_job(prepared, resolved)
-    sweep(job, prepared.run, prepared.config.depth, workers)
+    job, workers = make_job(prepared)
+    sweep(job, prepared.run_dir, prepared.config.depth, workers)
 
 
-def make_job(prepared: Prepared, resolved: str) -> tuple[Job, int]:
-    """The job on this cluster, and how many pieces of it may run at once."""
-    config = prepared.config
+def make_job(prepared: Prepared) -> tuple[Job, int]:
+    """Return what every piece shares on this cluster, and how many pieces may run at once.
+
+    Raises ValueError if a worker has too little memory for what the sweep measures.
+    """
+    config, pruned = prepared.config, prepared.pruned
     cpus, gpus = config.resources.cpus_per_worker, worker_gpus(config)
-    one = config.resources.model_copy(update={"workers_per_trial": 1, "gpus_per_worker": gpus})
-    fitting = session.slots(one)
+    worker = config.resources.model_copy(update={"workers_per_trial": 1, "gpus_per_worker": gpus})
+    fitting = session.slots(worker)
     workers = fitting if config.depth.workers == "auto" else min(config.depth.workers, fitting)
-    element = 2 if resolved == "bfloat16" else 4
+    element = 2 if prepared.precision == "bfloat16" else 4
     job = Job(
-        folder=prepared.teacher_folder,
-        fingerprint=prepared.teacher_fingerprint,
-        depth=prepared.teacher_config.num_hidden_layers,
-        hidden_size=prepared.teacher_config.hidden_size,
-        weight_bytes=element * parameter_count(weights(prepared.teacher_config), sizes(prepared.teacher_config)),
-        precision=resolved,
+        folder=pruned.folder,
+        fingerprint=pruned.fingerprint,
+        depth=pruned.config.num_hidden_layers,
+        hidden_size=pruned.config.hidden_size,
+        weight_bytes=element * parameter_count(weights(pruned.config), sizes(pruned.config)),
+        precision=prepared.precision,
         windows=prepared.corpus.validation,
         packed=prepared.packed,
-        pieces=prepared.run.depth_pieces,
+        pieces=prepared.run_dir.depth_pieces,
         threads=cpus,
-        asks=one.of_worker(),
+        asks=worker.of_worker(),
         device="cuda" if gpus else "cpu",
         weights=config.depth.weights,
         memory_bytes=min(
             node["Resources"].get("memory", float("inf")) / max(1, node["Resources"].get("CPU", 1) // cpus)
             for node in ray.nodes() if node["Alive"]
         ),
-        depot=prepared.run.depot,
+        transfer=prepared.run_dir.transfer,
     )  # fmt: skip
-    whole = _float32_bytes(job)
-    if "taylor" in config.depth.metrics and job.device == "cpu" and whole > job.memory_bytes:
-        raise ValueError(f"depth.metrics: taylor holds the teacher in float32, {whole / 1e9:.1f} GB, and a worker here "
-                         f"has {job.memory_bytes / 1e9:.1f} GB; valid: metrics without taylor")  # fmt: skip
+    _check_memory(config.depth, job)
     return job, workers
 
 
-def _float32_bytes(job: Job) -> float:
-    return job.weight_bytes * 4 / (2 if job.precision == "bfloat16" else 4)
+def _check_memory(config: DepthConfig, job: Job) -> None:
+    float32_bytes = job.weight_bytes * 4 / (2 if job.precision == "bfloat16" else 4)
+    if "taylor" in config.metrics and job.device == "cpu" and float32_bytes > job.memory_bytes:
+        raise ValueError(f"depth.metrics: taylor holds the teacher in float32, {float32_bytes / 1e9:.1f} GB, and a "
+                         f"worker here has {job.memory_bytes / 1e9:.1f} GB; valid: metrics without taylor")  # fmt: skip
 
 
 def worker_gpus(config: Config) -> float:
+    """Return the GPUs of one worker: one if the cluster has any, though trials are configured to use none."""
     return config.resources.gpus_per_worker or (1.0 if ray.cluster_resources().get("GPU") else 0.0)
 
 
-def sweep(job: Job, run: RunDirectory, asked: DepthConfig, workers: int) -> None:
-    """Every cut of `asked`, `workers` pieces at a time; what `job.pieces` holds already is not computed again."""
+def sweep(job: Job, run_dir: RunDirectory, config: DepthConfig, workers: int) -> None:
+    """Measure every block, and the sets of layers chosen one by one; write the tables and the recommendation.
+
+    At most `workers` pieces run at a time. What `job.pieces` already holds is not computed again.
+    """
     began = time.monotonic()
-    lengths = depth.in_layers(asked.lengths, job.depth)
-    cuts = depth.blocks(lengths, job.depth)
-    losses, choices = "lm_loss" in asked.metrics, "winogrande" in asked.metrics
-    bi_blocks = cuts if set(depth.OF_STREAM) & set(asked.metrics) else []
+    lengths = depth.in_layers(config.lengths, job.depth)
+    blocks = depth.blocks(lengths, job.depth)
     pool = _Pool(job, workers)
-    say(f"depth: {len(cuts)} blocks of {', '.join(map(str, lengths))} layers, {workers} workers")
-
-    text = [TEACHER, *cuts] if losses else []
-    if losses or choices:  # the one-by-one sets are chosen by the LM loss without each single layer
-        text += [cut for cut in depth.blocks([1], job.depth) if cut not in text]
-    layers = depth.blocks([1], job.depth) if "taylor" in asked.metrics else []
-    pool.complete({TEXT: (text, bi_blocks), TAYLOR: (layers, [])})
-    lm_loss = read(job, TEXT).get("lm_loss", {})
-    sets = {length: depth.one_by_one(lm_loss, length) for length in lengths} if losses or choices else {}
-    chosen = list(dict.fromkeys(sets.values()))
-    pool.complete({
-        TEXT: (chosen if losses else [], []),
-        CHOICES: ([TEACHER, *dict.fromkeys([*cuts, *chosen])] if choices else [], []),
-    })  # fmt: skip
-
-    values: Values = read(job, TEXT)
-    if layers:
-        of_layer = read(job, TAYLOR)["taylor"]
-        values["taylor"] = {cut: sum((of_layer[layer,] for layer in cut[1:]), of_layer[cut[:1]]) for cut in cuts}
-    for metric in ("lm_loss", *depth.OF_STREAM):
-        if metric not in asked.metrics:
-            values.pop(metric, None)
-    if choices:
-        values |= _choice_metrics(job)
-    found = recommendation(values, lengths, job.depth, sets)
-    run.write_depth(depth.table_rows(values, lengths, job.depth, sets))
-    run.write_depth_recommendation(found)
+    say(f"depth: {len(blocks)} blocks of {', '.join(map(str, lengths))} layers, {workers} workers")
+    _compute_blocks(pool, config, blocks)
+    sets = _one_by_one_sets(job, config, lengths)
+    _compute_sets(pool, config, blocks, sets)
+    values = _read_values(job, config, blocks)
+    advice = recommendation(values, lengths, job.depth, sets)
+    run_dir.write_depth(depth.table_rows(values, lengths, job.depth, sets))
+    run_dir.write_depth_recommendation(advice)
     seconds = time.monotonic() - began
-    run.event("depth_finished", pieces=pool.computed, seconds=seconds)
+    run_dir.event("depth_finished", pieces=pool.computed, seconds=seconds)
     say(f"depth: {pool.computed} pieces computed in {seconds:.0f} s")
-    for line in found["words"]:
+    for line in advice["words"]:
         say(f"depth: {line}")
+
+
+def _compute_blocks(pool: "_Pool", config: DepthConfig, blocks: list[Cut]) -> None:
+    """Compute the metrics on text of every block, and those of single layers that the rest is made from."""
+    depth_of = pool.job.depth
+    text = [TEACHER, *blocks] if "lm_loss" in config.metrics else []
+    if _removes_layers(config):  # the one-by-one sets are chosen by the LM loss without each single layer
+        text += [cut for cut in depth.blocks([1], depth_of) if cut not in text]
+    with_bi = blocks if set(depth.OF_STREAM) & set(config.metrics) else []
+    layers = depth.blocks([1], depth_of) if "taylor" in config.metrics else []
+    pool.complete({TEXT: (text, with_bi), TAYLOR: (layers, [])})
+
+
+def _removes_layers(config: DepthConfig) -> bool:
+    """Return whether the sweep scores models without their layers, rather than rating the layers' outputs alone."""
+    return bool({"lm_loss", "winogrande"} & set(config.metrics))
+
+
+def _one_by_one_sets(job: Job, config: DepthConfig, lengths: Sequence[int]) -> dict[int, Cut]:
+    """Return, for every length, as many layers as each does the least damage without."""
+    lm_loss = read(job, TEXT).get("lm_loss", {})
+    return {length: depth.one_by_one(lm_loss, length) for length in lengths} if _removes_layers(config) else {}
+
+
+def _compute_sets(pool: "_Pool", config: DepthConfig, blocks: list[Cut], sets: dict[int, Cut]) -> None:
+    """Compute the LM loss without each set of layers, and Winogrande without each block and set."""
+    chosen = list(dict.fromkeys(sets.values()))
+    choices = [TEACHER, *dict.fromkeys([*blocks, *chosen])] if "winogrande" in config.metrics else []
+    pool.complete({TEXT: (chosen if "lm_loss" in config.metrics else [], []), CHOICES: (choices, [])})
+
+
+def _read_values(job: Job, config: DepthConfig, blocks: list[Cut]) -> Values:
+    """Return the values of the configured metrics; a block's Taylor importance is the sum of its layers'."""
+    values: Values = read(job, TEXT)
+    if "taylor" in config.metrics:
+        by_layer = read(job, TAYLOR)["taylor"]
+        values["taylor"] = {cut: sum((by_layer[layer,] for layer in cut[1:]), by_layer[cut[:1]]) for cut in blocks}
+    for metric in ("lm_loss", *depth.OF_STREAM):
+        if metric not in config.metrics:
+            values.pop(metric, None)
+    if "winogrande" in config.metrics:
+        values |= _choice_metrics(job)
+    return values
 
 
 class _Pool:
@@ -135,15 +164,15 @@ class _Pool:
 
     def __init__(self, job: Job, workers: int):
         self.job, self.workers, self.computed = job, workers, 0
-        if job.depot is not None:
-            job.depot.put(job.folder)
+        if job.transfer is not None:
+            job.transfer.put(job.folder)
         self.shared = ray.put(job)
-        asked = dict(job.asks)
-        cpus, gpus = asked.pop("CPU"), asked.pop("GPU", 0.0)
-        self.task = ray.remote(num_cpus=cpus, num_gpus=gpus, resources=asked, max_retries=RESTARTS)(compute)
+        resources = dict(job.asks)
+        cpus, gpus = resources.pop("CPU"), resources.pop("GPU", 0.0)
+        self.task = ray.remote(num_cpus=cpus, num_gpus=gpus, resources=resources, max_retries=RESTARTS)(compute)
 
     def complete(self, wanted: dict[str, tuple[Sequence[Cut], Sequence[Cut]]]) -> None:
-        """Compute what is not kept yet of kind -> (cuts, blocks whose BI is asked)."""
+        """Compute what is not kept yet. `wanted`: for every kind of piece, (cuts, blocks whose BI is wanted)."""
         waiting = deque(missing_pieces(self.job, wanted, self.workers))
         total, running, said = len(waiting), [], time.monotonic()  # type: ignore[var-annotated]
         while waiting or running:

@@ -1,4 +1,4 @@
-"""Which layers the search drops first, as `space.axes.drop_block.seeds` says."""
+"""Choose the layers that the search drops first, by `space.axes.drop_block.seeds`."""
 
 from functools import partial
 
@@ -13,18 +13,23 @@ from minitron_search.pruning.laco import collapsed
 
 
 def layer_seeds(prepared: Prepared) -> list[Cut]:
-    """The layers that `space.axes.drop_block.seeds` says to drop first, of every length."""
-    config, run, asked = prepared.config, prepared.run, prepared.config.space.axes.drop_block
-    lengths = [length for length in asked.lengths if length] if asked else []
-    if asked is None or asked.seeds == "none":
+    """Return the layers to drop first, for every configured number of layers; none without `seeds`."""
+    config, run_dir, drop_block = prepared.config, prepared.run_dir, prepared.config.space.axes.drop_block
+    if drop_block is None or drop_block.seeds == "none":
         return []
-    if asked.seeds == "sweep":
-        blocks = best_blocks(run.read_depth_recommendation(), config.search.ranks_by)
+    lengths = [length for length in drop_block.lengths if length]
+    if drop_block.seeds == "sweep":
+        blocks = best_blocks(run_dir.read_depth_recommendation(), config.search.ranks_by)
         return [block(start, length) for length, start in blocks.items()]
-    if asked.seeds == "laco":
-        windows = calibration_windows(prepared)
-        collapse = partial(on_all_cpus, run.depot, collapsed, prepared.teacher_folder, windows, lengths)
-        write_merges(run, [prepared.teacher_fingerprint, windows.tolist(), lengths], collapse)
-        return merged_away(read_merges(run), prepared.teacher_config.num_hidden_layers)
-    choose = least_block if asked.seeds == "bi" else least_layers
-    return choose(Importance.load(run.importance).block_bi, lengths)
+    if drop_block.seeds == "laco":
+        return _laco(prepared, lengths)
+    choose = least_block if drop_block.seeds == "bi" else least_layers
+    return choose(Importance.load(run_dir.importance).block_bi, lengths)
+
+
+def _laco(prepared: Prepared, lengths: list[int]) -> list[Cut]:
+    """Return the layers that LaCo merges away, and write down which layers it merges."""
+    run_dir, pruned, windows = prepared.run_dir, prepared.pruned, calibration_windows(prepared)
+    collapse = partial(on_all_cpus, run_dir, collapsed, pruned.folder, windows, lengths)
+    write_merges(run_dir, [pruned.fingerprint, windows.tolist(), lengths], collapse)
+    return merged_away(read_merges(run_dir), pruned.config.num_hidden_layers)

@@ -1,6 +1,5 @@
-"""Full retraining of the promoted candidates: from the trim, cosine schedule, checkpoints, one gang at a time."""
+"""Retrain the promoted candidates in full: from the trim, cosine schedule, checkpoints, one worker group at a time."""
 
-from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -9,6 +8,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from minitron_search.cluster.worker_groups import WorkerGroup
 from minitron_search.config.schema import Config
 from minitron_search.config.training import ResourcesConfig
+from minitron_search.records.console import say
 from minitron_search.records.directory import RunDirectory
 from minitron_search.search.schedule import gang_workers
 from minitron_search.trials.inputs import TrialInputs
@@ -17,59 +17,69 @@ from minitron_search.trials.trial import Trial
 
 PROGRESS_S = 20.0
 TASK_RESTARTS = 2  # of a training whose node was lost: it goes on from its last checkpoint
+# What trains, as it is called on the console -> the key that a user lowers if it diverges
+LEARNING_RATES = {"retrain": "retraining.learning_rate", "correction": "teacher.correction.learning_rate"}
 
 
 def gang(config: Config, slots: int) -> ResourcesConfig:
-    """All the workers of the cluster that can share a batch equally: the search is over, and nothing else runs."""
+    """Return the resources of all workers that can share a batch equally: the search is over, nothing else runs."""
     return config.resources.model_copy(update={"workers_per_trial": gang_workers(config, slots)})
 
 
-def retrain(
-    config: Config, trial: Trial, materials: ray.ObjectRef, slots: int, progress: Callable[[str], None],
-    run: RunDirectory, *, what: str = "retrain",
-) -> None:  # fmt: skip
-    """Train one trial, a promoted candidate say, on a whole worker group; a training that was cut off goes on.
+def train_on_cluster(
+    config: Config, trial: Trial, inputs: ray.ObjectRef, slots: int, run_dir: RunDirectory, *, what: str = "retrain"
+) -> None:
+    """Train one trial, such as a promoted candidate, on a whole worker group; one that was cut off goes on.
 
-    `run` is that of the materials. `what` it is, to whoever follows it.
-
-    From a task of its own: in a driver's main thread Ray Train would take Ctrl-C for itself and exit with 0.
+    `inputs`: its `TrialInputs`, whose run is `run_dir`. `what`: a key of `LEARNING_RATES`. Raises RuntimeError if the
+    training diverges.
     """
+    seen = len(run_dir.events())
+    training = _start(config, trial, inputs, slots, run_dir)
+    _follow(training, trial, run_dir, what)
+    ray.get(training)
+    failed = [event for event in run_dir.events()[seen:] if event["event"] == "trial_failed"]
+    if failed:
+        raise RuntimeError(f"{what}: {failed[-1]['message']}; a smaller {LEARNING_RATES[what]} may help")
+
+
+def _start(
+    config: Config, trial: Trial, inputs: ray.ObjectRef, slots: int, run_dir: RunDirectory
+) -> ray.ObjectRef:  # fmt: skip
+    """Start the training in a task: in a driver's main thread Ray Train would take Ctrl-C and exit with 0."""
     inline = config.resources.launcher == "inline"
-    total = trial.settings.total_tokens
-    seen = len(run.events())
 
     def placed(hidden: list[ray.ObjectRef]) -> None:
         if inline:
             run_to_end(ray.get(hidden[0]).here(), trial, decided=False)
         else:
-            group = WorkerGroup(hidden[0], run, gang(config, slots), trial.id)
+            group = WorkerGroup(hidden[0], run_dir, gang(config, slots), trial.id)
             group.run(trial, decided=False)
             group.close()
 
-    asked = config.resources.of_worker() if inline else {}
-    cpus, gpus = asked.pop("CPU", 0), asked.pop("GPU", 0)
+    resources = config.resources.of_worker() if inline else {}
+    cpus, gpus = resources.pop("CPU", 0), resources.pop("GPU", 0)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    place: Any = "DEFAULT" if inline else here  # what only waits for a group is on no node that goes
+    place: Any = "DEFAULT" if inline else here  # a task that only waits for a group stays on the driver's node
     task = ray.remote(
-        num_cpus=cpus, num_gpus=gpus, resources=asked, max_retries=TASK_RESTARTS, scheduling_strategy=place
+        num_cpus=cpus, num_gpus=gpus, resources=resources, max_retries=TASK_RESTARTS, scheduling_strategy=place
     )(placed)
-    running = task.remote([materials])
-    log = run.follow(trial.id)
-    while not ray.wait([running], timeout=PROGRESS_S)[0]:
+    return task.remote([inputs])  # a list hides the reference from Ray, which would otherwise resolve it
+
+
+def _follow(training: ray.ObjectRef, trial: Trial, run_dir: RunDirectory, what: str) -> None:
+    """Say how far `training` is, until it ends."""
+    total, log = trial.settings.total_tokens, run_dir.follow(trial.id)
+    while not ray.wait([training], timeout=PROGRESS_S)[0]:
         steps = [line for line in log.new() if line["kind"] == "step"]
         if steps:
             last = steps[-1]
             left = max(0, total - last["tokens"]) / last["tokens_per_second"] / 60
-            progress(f"{what}: {last['tokens']:,} of {total:,} tokens, loss {last['loss']:.3f}, "
-                     f"{last['tokens_per_second']:.0f} tokens/s, about {left:.0f} min left")  # fmt: skip
-    ray.get(running)
-    failed = [event for event in run.events()[seen:] if event["event"] == "trial_failed"]
-    if failed:
-        key = "teacher.correction.learning_rate" if what == "correction" else "retraining.learning_rate"
-        raise RuntimeError(f"{what}: {failed[-1]['message']}; a smaller {key} may hold")
+            say(f"{what}: {last['tokens']:,} of {total:,} tokens, loss {last['loss']:.3f}, "
+                f"{last['tokens_per_second']:.0f} tokens/s, about {left:.0f} min left")  # fmt: skip
 
 
-def score_now(materials: TrialInputs, trial: Trial) -> None:
-    """Score a trial that does not train, here, unless it has been."""
-    if not any(row["kind"] == "rung" for row in materials.run.metrics(trial.id)):
-        run_trial(materials, trial, decided=False)
+def score_now(inputs: TrialInputs, trial: Trial) -> None:
+    """Score a trial that does not train, in this process, unless it has been scored."""
+    if not any(row["kind"] == "rung" for row in inputs.run_dir.metrics(trial.id)):
+        run_trial(inputs, trial, decided=False)

@@ -1,4 +1,4 @@
-"""The stages, top to bottom: importance, depth, search, retrain, report."""
+"""Run the stages, top to bottom: importance, depth, search, retrain, report."""
 
 import shutil
 import time
@@ -13,7 +13,6 @@ from minitron_search.cluster import session
 from minitron_search.cluster.node_disks import connected, disconnect
 from minitron_search.cluster.placement import on_all_cpus, resolved_precision
 from minitron_search.cluster.tuner import run_search
-from minitron_search.config.types import Precision
 from minitron_search.depth.layer_choice import read_merges
 from minitron_search.evaluation.benchmarks import evaluate_all, models_of
 from minitron_search.evaluation.chance import refuse_at_chance
@@ -31,7 +30,7 @@ from minitron_search.pipeline.forecast import costs_of, write_forecast
 from minitron_search.pipeline.importance import measure_importance
 from minitron_search.pipeline.latency import hold_to_speed
 from minitron_search.pipeline.layer_seeds import layer_seeds
-from minitron_search.pipeline.teacher import make_materials
+from minitron_search.pipeline.teacher import make_trial_inputs
 from minitron_search.planning.environment import environment
 from minitron_search.planning.forecast import comparison, intermediate_advice
 from minitron_search.planning.prepare import Prepared
@@ -39,167 +38,201 @@ from minitron_search.planning.workload import spent
 from minitron_search.records.console import console, say
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.summary import summary_table
-from minitron_search.search.state import Search, make_trial
+from minitron_search.search.state import SearchState, make_trial
 from minitron_search.tracking.curves import tracked
 from minitron_search.trials.settings import correction_tokens, distillation_settings, retraining_settings, untrained
+from minitron_search.trials.trial import Trial
 
 
-def run_pipeline(prepared: Prepared, foretold: bool = True) -> None:
-    """The pipeline. Each stage reads what those before it left in the run directory. Where it is not to be `foretold`,
-    no forecast is measured."""
-    config, run = prepared.config, prepared.run
+def run_pipeline(prepared: Prepared, with_forecast: bool = True) -> None:
+    """Run the configured stages; each reads what those before it left in the run directory.
+
+    `with_forecast`: measure first how long the run will take.
+    """
+    config, run_dir = prepared.config, prepared.run_dir
     began = time.monotonic()
     try:
-        run_stages(prepared, foretold)
+        run_stages(prepared, with_forecast)
     except (ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
         with suppress(OSError):  # of a disk that is full the message is what stopped the run
-            if run.config.exists():
-                run.event("run_failed", message=session.words_of(error).strip().splitlines()[-1])
+            if run_dir.config.exists():
+                run_dir.event("run_failed", message=session.message_of(error).strip().splitlines()[-1])
         raise
-    shutil.rmtree(run.scratch, ignore_errors=True)
-    disconnect(run)
-    run.event("run_finished", seconds=time.monotonic() - began)
-    console.print(summary_table(run))
-    if compared := comparison(run):
+    shutil.rmtree(run_dir.scratch, ignore_errors=True)
+    disconnect(run_dir)
+    run_dir.event("run_finished", seconds=time.monotonic() - began)
+    console.print(summary_table(run_dir))
+    if compared := comparison(run_dir):
         say(compared)
     say(f"done in {(time.monotonic() - began) / 60:.1f} minutes: {config.output}")
 
 
-def begin_run(prepared: Prepared) -> None:
-    config, run = prepared.config, prepared.run
-    if not run.config.exists():
-        run.write_config(config.dump())
-    run.event("run_started", stages=list(config.stages))
-    shutil.rmtree(run.scratch, ignore_errors=True)  # of a run that was killed
-
-
-def run_stages(prepared: Prepared, foretold: bool = True) -> None:
-    config, run = prepared.config, prepared.run
+def run_stages(prepared: Prepared, with_forecast: bool = True) -> None:
+    """Join or start Ray for the stages that need it, and run them; then write the report."""
+    config, run_dir = prepared.config, prepared.run_dir
     if not set(config.stages) & {"importance", "depth", "search", "retrain"}:
         begin_run(prepared)
     else:
         with session.joined():
-            session.wait_for_place(config.resources, say)
-            prepared = connected(prepared)
-            resolved = resolved_precision(config.precision)
-            prepared, speeds = hold_to_speed(prepared, resolved)
+            session.wait_for_place(config.resources)
+            prepared = replace(connected(prepared), precision=resolved_precision(config.precision))
+            prepared, speeds = hold_to_speed(prepared)
             begin_run(prepared)
-            with session.watched(run, say), tracked(run, config.name, config.trackers, say):
-                compute(prepared, resolved, speeds, foretold)
+            with session.watched(run_dir), tracked(run_dir, config.name, config.trackers):
+                compute(prepared, speeds, with_forecast)
     if "report" in config.stages:
         from analysis.report import write_report  # reads the run directory only; Plotly is not needed before
 
         say("report")
-        say(f"report: {write_report(run)}")
+        say(f"report: {write_report(run_dir)}")
 
 
-def compute(prepared: Prepared, resolved: Precision, speeds: dict[str, Any], foretold: bool) -> None:
-    """The stages that Ray runs. `speeds`: what was measured for budgets on speed."""
-    config, run = prepared.config, prepared.run
-    run.write_environment({**environment(prepared), "precision": resolved})
-    if speeds and not run.latency.exists():
-        run.write_latency(speeds)
-        run.event("latency_measured", seconds=speeds["seconds"], on=speeds["on"])
-    if foretold:
-        write_forecast(prepared, resolved)
+def begin_run(prepared: Prepared) -> None:
+    """Write down that the run begins, or goes on."""
+    config, run_dir = prepared.config, prepared.run_dir
+    if not run_dir.config.exists():
+        run_dir.write_config(config.dump())
+    run_dir.event("run_started", stages=list(config.stages))
+    shutil.rmtree(run_dir.scratch, ignore_errors=True)  # of a session that was killed
+
+
+def compute(prepared: Prepared, speeds: dict[str, Any], with_forecast: bool) -> None:
+    """Run the stages that need Ray. `speeds`: what was measured for budgets on speed."""
+    config, run_dir = prepared.config, prepared.run_dir
+    write_environment(prepared)
+    if speeds and not run_dir.latency.exists():
+        run_dir.write_latency(speeds)
+        run_dir.event("latency_measured", seconds=speeds["seconds"], on=speeds["on"])
+    if with_forecast:
+        write_forecast(prepared)
     if correction_tokens(config):
-        with stage(run, "correction"):
-            prepared = correct_teacher(prepared, resolved)
-        run.write_environment({**environment(prepared), "precision": resolved})
-    if "importance" in config.stages and not run.importance.exists():
-        with stage(run, "importance"):
-            measure_importance(prepared, resolved)
-    if "depth" in config.stages and not run.depth_recommendation.exists():
-        with stage(run, "depth"):
-            measure_depth(prepared, resolved)
+        with stage(run_dir, "correction"):
+            prepared = correct_teacher(prepared)
+        write_environment(prepared)
+    if "importance" in config.stages and not run_dir.importance.exists():
+        with stage(run_dir, "importance"):
+            measure_importance(prepared)
+    if "depth" in config.stages and not run_dir.depth_recommendation.exists():
+        with stage(run_dir, "depth"):
+            measure_depth(prepared)
     if set(config.stages) & {"search", "retrain"}:
-        search_and_retrain(prepared, resolved)
+        search_and_retrain(prepared)
 
 
-def search_and_retrain(prepared: Prepared, resolved: Precision) -> None:
-    config, run, space = prepared.config, prepared.run, prepared.space
+def write_environment(prepared: Prepared) -> None:
+    """Write environment.json: what would have to be the same for the same numbers."""
+    prepared.run_dir.write_environment({**environment(prepared), "precision": prepared.precision})
+
+
+def search_and_retrain(prepared: Prepared) -> None:
+    """Score the teacher, search, retrain the promoted candidates, and evaluate them."""
+    config, run_dir, space = prepared.config, prepared.run_dir, prepared.space
     if advice := intermediate_advice(config, space):
-        run.event("advice", message=advice)
+        run_dir.event("advice", message=advice)
         say(advice)
-    settings = distillation_settings(config, resolved)
-    resources = config.resources
-    teacher = make_trial(space, space.teacher, "teacher", config, untrained(settings))
     seeds = layer_seeds(prepared)
-    with stage(run, "teacher"):
-        materials = ray.put(replace(make_materials(prepared, resolved), merges=read_merges(run)))
-        begin(run, [teacher])
-        on_all_cpus(run.depot, retraining.score_now, materials, teacher)
-    refuse_at_chance(run, teacher.id, config.search.objectives)
-
+    with stage(run_dir, "teacher"):
+        inputs = ray.put(replace(make_trial_inputs(prepared), merges=read_merges(run_dir)))
+        score_teacher(prepared, inputs)
     space.anchors += space.largest_without(seeds)
-    search = Search(run, config, space, settings)
-
-    def computed(name: str) -> dict[str, float]:
-        tokens, flops = spent(costs_of(prepared, resolved), run.rungs())[name]
-        return {"tokens": tokens, "flops": flops}
-
-    if "search" in config.stages:
-        room = session.Room(config.search.concurrency, resources)
-        say(f"search: {config.search.trials} of {len(space):,} legal architectures, {room()} trials at once")
-        if config.search.trials >= len(space):
-            say(f"search: the space is small: all {len(space):,} of its architectures are tried")
-        with stage(run, "search", computed):
-            best = run_search(search, materials, room, say)
-    else:
-        best = search.best()
+    search = SearchState(run_dir, config, space, distillation_settings(config, prepared.precision))
+    best = search_candidates(prepared, search, inputs) if "search" in config.stages else search.best()
     if "retrain" in config.stages:
-        with stage(run, "retrain", computed):
+        with stage(run_dir, "retrain", partial(tokens_and_flops, prepared)):
             for rank, architecture in enumerate(best, 1):
-                retrain(prepared, search, architecture, rank, materials)
-        run.write_evidence(evidence(run, config.search.ranks_by))
+                promote(prepared, search, architecture, rank, inputs)
+        run_dir.write_evidence(evidence(run_dir, config.search.ranks_by))
         if config.evaluation.tasks:
-            with stage(run, "evaluation"):
-                evaluate_models(prepared, resolved, len(best))
+            with stage(run_dir, "evaluation"):
+                evaluate_models(prepared, len(best))
 
 
-def retrain(prepared: Prepared, search: Search, architecture: Architecture, rank: int, materials: Any) -> None:
-    config, run, space = prepared.config, prepared.run, prepared.space
-    settings = retraining_settings(config, search.settings.precision)
-    trial = make_trial(space, architecture, "retrained", config, settings)
-    before = make_trial(space, architecture, "untrained", config, untrained(settings))
-    begin(run, [trial, before])
+def score_teacher(prepared: Prepared, inputs: ray.ObjectRef) -> None:
+    """Score the pruned model. Raises ValueError if it is at chance on a metric that the search ranks by."""
+    config, run_dir, space = prepared.config, prepared.run_dir, prepared.space
+    settings = untrained(distillation_settings(config, prepared.precision))
+    teacher = make_trial(space, space.teacher, "teacher", settings, seed=config.seed, initialization="pruned")
+    begin(run_dir, [teacher])
+    on_all_cpus(run_dir, retraining.score_now, inputs, teacher)
+    refuse_at_chance(run_dir, teacher.id, config.search.objectives)
+
+
+def search_candidates(prepared: Prepared, search: SearchState, inputs: ray.ObjectRef) -> list[Architecture]:
+    """Search on all of the cluster; return the promoted architectures, best first."""
+    config, space = prepared.config, prepared.space
+    room = session.Room(config.search.concurrency, config.resources)
+    say(f"search: {config.search.trials} of {len(space):,} legal architectures, {room()} trials at once")
+    if config.search.trials >= len(space):
+        say(f"search: the space is small: all {len(space):,} of its architectures are tried")
+    with stage(prepared.run_dir, "search", partial(tokens_and_flops, prepared)):
+        return run_search(search, inputs, room)
+
+
+def tokens_and_flops(prepared: Prepared, stage_name: str) -> dict[str, float]:
+    """Return what a stage has trained on and computed in all sessions so far."""
+    tokens, flops = spent(costs_of(prepared), prepared.run_dir.rungs())[stage_name]
+    return {"tokens": tokens, "flops": flops}
+
+
+def promote(
+    prepared: Prepared, search: SearchState, architecture: Architecture, rank: int, inputs: ray.ObjectRef
+) -> None:  # fmt: skip
+    """Retrain a promoted candidate in full and export it to best/, or best-`rank`/."""
+    config, run_dir, space = prepared.config, prepared.run_dir, prepared.space
+    settings = retraining_settings(config, prepared.precision)
+    seed, initialization = config.seed, config.distillation.initialization
+    trial, before = (
+        make_trial(space, architecture, arm, loop, seed=seed, initialization=initialization)
+        for arm, loop in (("retrained", settings), ("untrained", untrained(settings)))
+    )
+    begin(run_dir, [trial, before])
     say(f"retrain: {architecture} on {config.retraining.tokens:,} tokens")
-    run.event("trial_started", trial=trial.id)
-    on_all_cpus(run.depot, retraining.score_now, materials, before)
-    if not run.best(rank).exists():
+    run_dir.event("trial_started", trial=trial.id)
+    on_all_cpus(run_dir, retraining.score_now, inputs, before)
+    if not run_dir.best(rank).exists():
         slots = session.slots(config.resources)  # nodes may have come and gone since the search began
         try:
-            retraining.retrain(config, trial, materials, slots, say, run)
-        except RuntimeError:  # one that diverged is a row that says so
-            search.write_tables(promoted(run))
+            retraining.train_on_cluster(config, trial, inputs, slots, run_dir)
+        except RuntimeError:  # a training that diverged is a row that says so
+            search.write_tables(promoted(run_dir))
             raise
-        sources = config.corpus.train, config.corpus.validation, config.winogrande.source
-        origin = origin_of(config.teacher.model, taught_by(prepared), *sources)
-        on_all_cpus(run.depot, student_folder.export, materials, trial, origin, prepared.teacher_folder, run.best(rank))
-        if run.depot is not None:
-            run.depot.fetch(run.best(rank))
-    run.event("trial_finished", trial=trial.id, status="complete")
-    search.write_tables(promoted(run))
-    say(f"retrain: {run.best(rank)}")
+        export(prepared, trial, rank, inputs)
+    run_dir.event("trial_finished", trial=trial.id, status="complete")
+    search.write_tables(promoted(run_dir))
+    say(f"retrain: {run_dir.best(rank)}")
 
 
-def promoted(run: RunDirectory) -> frozenset[str]:
-    return frozenset(row["trial"] for row in run.read_trials() if row["status"] == "promoted")
+def export(prepared: Prepared, trial: Trial, rank: int, inputs: ray.ObjectRef) -> None:
+    """Write the retrained student as a stock folder with its model card, on the driver's node."""
+    config, run_dir = prepared.config, prepared.run_dir
+    sources = config.corpus.train, config.corpus.validation, config.winogrande.source
+    origin = origin_of(config.teacher.model, taught_by(prepared), *sources)
+    folder = run_dir.best(rank)
+    on_all_cpus(run_dir, student_folder.export, inputs, trial, origin, prepared.pruned.folder, folder)
+    if run_dir.transfer is not None:
+        run_dir.transfer.fetch(folder)
+
+
+def promoted(run_dir: RunDirectory) -> frozenset[str]:
+    """Return the ids of the trials that the search promoted."""
+    return frozenset(row["trial"] for row in run_dir.read_trials() if row["status"] == "promoted")
 
 
 def taught_by(prepared: Prepared) -> str:
-    """To the reader of a model card: which model the student was distilled from."""
-    model, asked = prepared.config.distillation.teacher, prepared.config.teacher.correction
+    """Return, for a model card, which model the student was distilled from."""
+    model, correction = prepared.config.distillation.teacher, prepared.config.teacher.correction
     name = f"`{model}`" if model else "it"
-    when = " in parallel" if asked.parallel else ""
-    return name if asked.method == "none" else f"{name}, corrected{when} on the same text ({asked.method})"
+    when = " in parallel" if correction.parallel else ""
+    return name if correction.method == "none" else f"{name}, corrected{when} on the same text ({correction.method})"
 
 
-def evaluate_models(prepared: Prepared, resolved: Precision, students: int) -> None:
-    """lm-eval's tasks on the teacher, on every student in best/ and on the references, into evaluation.json. What
-    fails is a line there and an event; the report says so, and `main` ends with 1."""
-    run, asked = prepared.run, prepared.config.evaluation
-    name = prepared.config.teacher.model + (", corrected" if prepared.teacher_folder == prepared.corrected else "")
-    models = models_of(run, name, prepared.teacher_folder, students)
-    compute = partial(on_all_cpus, run.depot, evaluate)
-    evaluate_all(run, models, asked.references, parse_tasks(asked.tasks), resolved, asked.limit, compute, say)
+def evaluate_models(prepared: Prepared, students: int) -> None:
+    """Run lm-eval's tasks on the teacher, on every student in best/ and on the references, into evaluation.json.
+
+    A task that fails is a line there and an event; the report says so, and the command ends with status 1.
+    """
+    run_dir, config, pruned = prepared.run_dir, prepared.config.evaluation, prepared.pruned
+    name = prepared.config.teacher.model + (", corrected" if pruned.folder == prepared.corrected else "")
+    models = models_of(run_dir, name, pruned.folder, students)
+    tasks, compute_task = parse_tasks(config.tasks), partial(on_all_cpus, run_dir, evaluate)
+    evaluate_all(run_dir, models, config.references, tasks, prepared.precision, config.limit, compute_task)

@@ -1,160 +1,217 @@
-"""What every trial of a run reads, made once: the permuted teacher, and what it says of every window."""
+"""Make what every trial of a run reads, once: the permuted teacher, and its outputs for every window."""
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import AutoConfig
 
-from minitron_search.cluster.placement import at_the_workshop, in_parts, on_all_cpus
+from minitron_search.cluster.placement import in_parts, on_all_cpus, on_one_node
 from minitron_search.config.training import DistillationConfig
 from minitron_search.config.types import Precision
 from minitron_search.distillation import teacher_cache
+from minitron_search.distillation.settings import CorrectionSettings
 from minitron_search.distillation.teacher_cache import Built, Lost, Request
 from minitron_search.evaluation.statistics import standard_error
 from minitron_search.importance.importance import Importance
 from minitron_search.importance.pca import rotate_teacher
 from minitron_search.losses.output_loss import next_tokens, token_losses
 from minitron_search.models import device
-from minitron_search.models.architecture import digest
 from minitron_search.models.loading import load_teacher
-from minitron_search.models.output_head import load_head
+from minitron_search.models.output_head import output_head
 from minitron_search.planning.checks import train_request
-from minitron_search.planning.prepare import Prepared, lines_up
+from minitron_search.planning.prepare import Model, Prepared, lines_up
 from minitron_search.pruning.rankings import Rankings
 from minitron_search.pruning.trimming import permute_teacher
+from minitron_search.records import cache
+from minitron_search.records.cache import content_id
 from minitron_search.records.console import say
 from minitron_search.records.directory import RunDirectory
-from minitron_search.records.paths import cache_folder
-from minitron_search.records.transfer import Depot
 from minitron_search.trials.inputs import TrialInputs
 from minitron_search.trials.settings import correction
 
+UNPERMUTED = "as it is"  # in cache keys, instead of the id of an importance
 
-def make_materials(prepared: Prepared, resolved: Precision) -> TrialInputs:
-    """The permuted teacher and what it says of every window, asked once."""
-    run = prepared.run
-    say("teacher: permuted by importance, and asked once for every window")
+
+class Permuted(NamedTuple):
+    """A model whose axes are in the order of an importance, in a folder of the cache."""
+
+    key: str  # the content id of the model in this order
+    source: Path  # the model in its own order, rotated if importance is by PCA
+    rankings: Rankings
+    stored: Path  # the model in the new order, in the dtype it is stored in
+
+
+class Outputs(NamedTuple):
+    """The caches of what the teacher says of the train and the validation windows, and an event's fields about them."""
+
+    train: Path | None  # None: the teacher runs in every trial
+    validation: Path
+    fields: dict[str, Any]
+
+
+def make_trial_inputs(prepared: Prepared) -> TrialInputs:
+    """Return what every trial reads: the permuted teacher is made, and run once over every window."""
+    run_dir = prepared.run_dir
+    say("teacher: permuting by importance, and computing its outputs once for every window")
     began = time.monotonic()
-    made, asked = _materials(prepared, resolved)
-    run.event("teacher_asked", **asked, seconds=time.monotonic() - began)
-    say(f"teacher: {asked['tokens']:,} tokens in {time.monotonic() - began:.0f} s")
-    if prepared.other is not None:
-        loss, stderr = on_all_cpus(run.depot, _teacher_loss, made)
-        about = {"folder": str(prepared.other.folder), "fingerprint": prepared.other.fingerprint}
-        run.event("taught_by", **about, lm_loss=loss, lm_loss_stderr=stderr, lm_loss_n=len(made.validation))
-        say(f"teacher: students are distilled from {prepared.other.folder}, LM loss {loss:.3f} +- {stderr:.3f}")
-    return made
+    importance = Importance.load(run_dir.importance)
+    pruned, teacher = permute_models(prepared, importance)
+    computing = _in_precision(run_dir, teacher, prepared.precision)
+    parallel = correction(prepared.config) if prepared.config.teacher.correction.parallel else None
+    outputs = _cache_outputs(prepared, teacher.key, computing, parallel)
+    run_dir.event("teacher_asked", **outputs.fields, seconds=time.monotonic() - began)
+    say(f"teacher: {outputs.fields['tokens']:,} tokens in {time.monotonic() - began:.0f} s")
+    inputs = TrialInputs(
+        run_dir=run_dir,
+        teacher_folder=pruned.stored,
+        compute_folder=computing,
+        train=prepared.corpus.train,
+        validation=prepared.corpus.validation,
+        packed=prepared.packed,
+        train_cache=outputs.train,
+        validation_cache=outputs.validation,
+        block_bi=importance.block_bi.numpy(),
+        precision=prepared.precision,
+        parallel=parallel,
+        parallel_folder=teacher.stored if parallel else None,
+    )
+    if prepared.distillation_teacher is not None:
+        _log_distillation_teacher(run_dir, prepared.distillation_teacher, inputs)
+    return inputs
 
 
-def _materials(prepared: Prepared, resolved: Precision) -> tuple[TrialInputs, dict[str, Any]]:
-    """And what was asked of the teacher, for the log."""
-    config, corpus, distillation = prepared.config, prepared.corpus, prepared.config.distillation
-    depot = prepared.run.depot
-    found = Importance.load(prepared.run.importance)
-    rankings = found.rankings(prepared.space.teacher.num_key_value_heads)
-    order = importance_id(prepared.run)
-    if distillation.initialization == "merged":  # layers add up element by element, as the teacher has them
-        rankings, order = Rankings.identity(prepared.teacher_config), "as it is"
-    key = digest([prepared.teacher_fingerprint, order])
-    folder, teacher = cache_folder() / "permuted" / key, prepared.teacher_folder
-    if found.rotation is not None:
-        teacher = on_all_cpus(depot, rotate_teacher, teacher, found.rotation, folder / "rotated")
-    pruned = stored = on_all_cpus(depot, permute_teacher, teacher, rankings, folder / "stored")
-    corrected = correction(config) if config.teacher.correction.parallel else None
-    if prepared.other is not None:
-        alike = lines_up(prepared.other.config, prepared.teacher_config)
-        key = digest([prepared.other.fingerprint, order if alike else "as it is"])
-        folder, teacher = folder.with_name(key), prepared.other.folder
-        if alike and found.rotation is not None:
-            teacher = on_all_cpus(depot, rotate_teacher, teacher, found.rotation, folder / "rotated")
-        if not alike:
-            rankings = Rankings.identity(prepared.other.config)
-        stored = on_all_cpus(depot, permute_teacher, teacher, rankings, folder / "stored")
-    computing = stored  # one copy where it is stored in the dtype of the products
-    if at_the_workshop(depot, _dtype, stored) != teacher_cache.DTYPES[resolved]:
-        computing = on_all_cpus(depot, permute_teacher, teacher, rankings, folder / resolved, resolved)
+def permute_models(prepared: Prepared, importance: Importance) -> tuple[Permuted, Permuted]:
+    """Return the pruned model and the teacher, permuted alike if their shapes are alike; else the teacher is not."""
+    run_dir, rotation = prepared.run_dir, importance.rotation
+    rankings = importance.rankings(prepared.space.teacher.num_key_value_heads)
+    order = importance_id(run_dir)
+    if prepared.config.distillation.initialization == "merged":  # layers add up element by element, in their own order
+        rankings, order = Rankings.identity(prepared.pruned.config), UNPERMUTED
+    pruned = _permuted(run_dir, prepared.pruned, rankings, order, rotation)
+    teacher = prepared.distillation_teacher
+    if teacher is None:
+        return pruned, pruned
+    if lines_up(teacher.config, prepared.pruned.config):
+        return pruned, _permuted(run_dir, teacher, rankings, order, rotation)
+    return pruned, _permuted(run_dir, teacher, Rankings.identity(teacher.config), UNPERMUTED, None)
 
-    train = train_request(config, prepared.teaching.config, corpus, resolved, key)
+
+def _permuted(run_dir: RunDirectory, model: Model, rankings: Rankings, order: str, rotation: Any) -> Permuted:
+    key = content_id([model.fingerprint, order])
+    folder, source = _permuted_folder(key), model.folder
+    if rotation is not None:
+        source = on_all_cpus(run_dir, rotate_teacher, source, rotation, folder / "rotated")
+    stored = on_all_cpus(run_dir, permute_teacher, source, rankings, folder / "stored")
+    return Permuted(key, source, rankings, stored)
+
+
+def _permuted_folder(key: str) -> Path:
+    return cache.entry("permuted", key)
+
+
+def _in_precision(run_dir: RunDirectory, model: Permuted, precision: Precision) -> Path:
+    """Return a permuted model in the dtype of the products: the stored one itself, if that is its dtype."""
+    if on_one_node(run_dir, _dtype, model.stored) == teacher_cache.DTYPES[precision]:
+        return model.stored
+    folder = _permuted_folder(model.key) / precision
+    return on_all_cpus(run_dir, permute_teacher, model.source, model.rankings, folder, precision)
+
+
+def _cache_outputs(prepared: Prepared, key: str, computing: Path, parallel: CorrectionSettings | None) -> Outputs:
+    """Run the teacher, which is in folder `computing`, over the windows whose outputs trials read from a cache."""
+    corpus = prepared.corpus
+    train = train_request(prepared.config, prepared.teacher.config, corpus, prepared.precision, key)
     # what scores read is exact, whatever is kept for training
     validation = train._replace(data=f"{corpus.id} validation", windows=corpus.validation, k=None)
-    # no cache holds intermediate states, or what a teacher will say once it is corrected
-    of_head_alone = distillation.loss != "ce" and not distillation.intermediate and corrected is None
-    mode, budget = at_the_workshop(depot, _mode, distillation, train) if of_head_alone else ("off", 0)
-    asked: dict[str, Any] = {"tokens": 0, "teacher_cache": mode}
-    if mode == "off" and distillation.teacher_cache == "auto" and of_head_alone:
-        say(f"teacher: asked live; its hidden states need {teacher_cache.cache_bytes(train):,} bytes, and "
-            f"distillation.teacher_cache_bytes allows {budget:,}")  # fmt: skip
+    mode = _cache_mode(prepared, train, parallel)
+    fields: dict[str, Any] = {"tokens": 0, "teacher_cache": mode}
 
-    def cache(request: Request) -> Path:
-        built = asked_once(depot, request, computing)
-        asked["tokens"] += built.teacher_tokens
+    def cached(request: Request) -> Path:
+        built = cache_outputs(prepared.run_dir, request, computing)
+        fields["tokens"] += built.teacher_tokens
         if built.lost is not None:
-            asked.update(topk=request.k, rest_mass=built.lost.rest_mass, kl_lost=built.lost.kl)
-            say(f"teacher: its {request.k} most probable tokens leave {built.lost.rest_mass:.2%} of the probability "
-                f"untold, {built.lost.kl:.3f} nats per token")  # fmt: skip
+            fields.update(topk=request.k, rest_mass=built.lost.rest_mass, kl_lost=built.lost.kl)
+            say(f"teacher: its {request.k} most probable tokens leave out {built.lost.rest_mass:.2%} of the "
+                f"probability, {built.lost.kl:.3f} nats per token")  # fmt: skip
         return built.path
 
-    made = TrialInputs(
-        run=prepared.run,
-        teacher_folder=pruned,
-        compute_folder=computing,
-        train=corpus.train,
-        validation=corpus.validation,
-        packed=prepared.packed,
-        train_cache=None if mode == "off" else cache(train),
-        validation_cache=cache(validation),
-        block_bi=found.block_bi.numpy(),
-        precision=resolved,
-        parallel=corrected,
-        parallel_folder=stored if corrected else None,
-    )
-    return made, asked
+    return Outputs(None if mode == "off" else cached(train), cached(validation), fields)
 
 
-def asked_once(depot: Depot | None, request: Request, computing: Path) -> Built:
-    """The cache of what the model in `computing` says, made now by tasks unless it is there."""
-    return at_the_workshop(depot, _asked, teacher_cache.cache_path(request), computing, request)
+def _cache_mode(prepared: Prepared, train: Request, parallel: CorrectionSettings | None) -> str:
+    """Return how the outputs for the train windows are kept: off, hidden or topk."""
+    config, run_dir = prepared.config.distillation, prepared.run_dir
+    # no cache holds intermediate states, or what a teacher will say once it is corrected
+    if config.loss == "ce" or config.intermediate or parallel is not None:
+        return "off"
+    mode, budget = on_one_node(run_dir, _mode_and_budget, config, train)
+    if mode == "off" and config.teacher_cache == "auto":
+        say(f"teacher: runs in every trial; its hidden states need {teacher_cache.cache_bytes(train):,} bytes, and "
+            f"distillation.teacher_cache_bytes allows {budget:,}")  # fmt: skip
+    return mode
 
 
-def _asked(cache: Path, computing: Path, request: Request) -> Built:
-    """On the node of the tasks, which write to one file; `cache` is where it will be."""
+def cache_outputs(run_dir: RunDirectory, request: Request, computing: Path) -> Built:
+    """Return the cache of what the model in `computing` says, which tasks make now unless it exists."""
+    return on_one_node(run_dir, _build_cache, teacher_cache.cache_path(request), computing, request)
+
+
+def _build_cache(path: Path, computing: Path, request: Request) -> Built:
+    """Build a cache on the node of the tasks that write it.
+
+    `path` is that of the result: placing this function brings it here, and takes it to storage.
+    """
     parts = teacher_cache.parts(request.windows)
-    return teacher_cache.ensure(request, lambda into: in_parts(None, _written, parts, into, computing, request))
+    return teacher_cache.ensure(request, lambda into: in_parts(None, _write_parts, parts, into, computing, request))
 
 
-def _mode(asked: DistillationConfig, train: Request) -> tuple[str, int]:
-    """How the teacher is asked, and the bytes that a cache may have, on the disk of this node."""
-    budget = teacher_cache.budget_bytes(asked.teacher_cache_bytes, teacher_cache.cache_path(train))
-    return teacher_cache.resolve_mode(asked.teacher_cache, train, budget), budget
+def _mode_and_budget(config: DistillationConfig, train: Request) -> tuple[str, int]:
+    """Return how the outputs are kept, and the bytes that a cache may have on the disk of this node."""
+    budget = teacher_cache.budget_bytes(config.teacher_cache_bytes, teacher_cache.cache_path(train))
+    return teacher_cache.resolve_mode(config.teacher_cache, train, budget), budget
 
 
 def _dtype(folder: Path) -> torch.dtype:
     return AutoConfig.from_pretrained(folder).dtype
 
 
-def _written(parts: list[slice], into: Path, folder: Path, request: Request) -> list[Lost]:
+def _write_parts(parts: list[slice], into: Path, folder: Path, request: Request) -> list[Lost]:
     teacher = device.on_device(load_teacher(folder))
     return [teacher_cache.write_part(into, teacher, request, part) for part in parts]
 
 
-def _teacher_loss(made: TrialInputs) -> tuple[float, float]:
-    """LM loss of the model that teaches, nats per token, and its standard error over the validation windows."""
-    windows = made.validation
-    hidden = teacher_cache.CacheReader(made.validation_cache).hidden(np.arange(len(windows)), windows)
+def _log_distillation_teacher(run_dir: RunDirectory, teacher: Model, inputs: TrialInputs) -> None:
+    """Write down how well the model of `distillation.teacher` does itself."""
+    loss, stderr = on_all_cpus(run_dir, _teacher_loss, inputs)
+    fields = {"folder": str(teacher.folder), "fingerprint": teacher.fingerprint}
+    run_dir.event("taught_by", **fields, lm_loss=loss, lm_loss_stderr=stderr, lm_loss_n=len(inputs.validation))
+    say(f"teacher: students are distilled from {teacher.folder}, LM loss {loss:.3f} +- {stderr:.3f}")
+
+
+def _teacher_loss(inputs: TrialInputs) -> tuple[float, float]:
+    """Return the teacher's LM loss in nats per token, and its standard error over the validation windows."""
+    windows = inputs.validation
+    hidden = teacher_cache.CacheReader(inputs.validation_cache).hidden(np.arange(len(windows)), windows)
     targets = next_tokens(torch.from_numpy(windows.astype(np.int64)))
-    head = load_head(made.compute_folder)
+    head = output_head(inputs.compute_folder)
     ce = token_losses(hidden.flatten(0, 1), head, targets.flatten()).ce
-    of_windows = ce.view(windows.shape)[:, :-1].double().mean(1).numpy()
-    return float(of_windows.mean()), standard_error(of_windows)
+    by_window = ce.view(windows.shape)[:, :-1].double().mean(1).numpy()
+    return float(by_window.mean()), standard_error(by_window)
 
 
-def plain_copy(model: Path, folder: Path, dtype: str) -> Path:
-    """The model of a stock folder as `load_teacher` and `load_head` read one: in `dtype`, in its own order."""
-    return permute_teacher(model, Rankings.identity(AutoConfig.from_pretrained(model)), folder, dtype)
+def unpermuted_copy(run_dir: RunDirectory, model: Model, precision: Precision) -> tuple[str, Path]:
+    """Return (content id, folder) of a copy of a model in its own order, in the dtype of the products."""
+    key = content_id([model.fingerprint, UNPERMUTED])
+    return key, on_all_cpus(run_dir, _copy, model.folder, _permuted_folder(key) / precision, precision)
 
 
-def importance_id(run: RunDirectory) -> str:
-    return digest(run.importance.read_bytes().hex())
+def _copy(model: Path, folder: Path, precision: Precision) -> Path:
+    return permute_teacher(model, Rankings.identity(AutoConfig.from_pretrained(model)), folder, precision)
+
+
+def importance_id(run_dir: RunDirectory) -> str:
+    """Return the content id of a run's importance."""
+    return content_id(run_dir.importance.read_bytes().hex())

@@ -1,1 +1,1 @@
-"""What is checked and forecast before anything is spent."""
+"""Check and forecast a run before anything is spent."""

@@ -1,4 +1,4 @@
-"""How fast this machine trains and scores students of a space: a few real steps of shallow ones, taken for its layers.
+"""Measure how fast this machine trains and scores students of a space, by a few real steps of shallow ones.
 
 A step costs `fixed + layers * layer`. `layer` is from students of one and three layers with a small vocabulary, whose
 step is little else; `fixed` (embedding, both output heads, loss) is what one layer with the whole vocabulary takes
@@ -29,7 +29,7 @@ from minitron_search.models.architecture import Architecture, parameter_count
 from minitron_search.models.device import autocast, release_memory
 from minitron_search.models.families import final_hidden, sizes_of
 from minitron_search.models.loading import random_student
-from minitron_search.models.output_head import OutputHead, frozen_head, output_head
+from minitron_search.models.output_head import OutputHead, output_head
 from minitron_search.planning.workload import Costs
 from minitron_search.search.schedule import batch_tokens
 from minitron_search.trials.settings import distillation_settings
@@ -47,8 +47,11 @@ OPTIMIZER_BYTES = 16  # a float32 parameter, its gradient and two moments
 
 
 class Speed(NamedTuple):
-    """Of one worker, FLOP/s as `workload` counts them: of training, of scoring in the run's precision, and of scoring
-    in float32. `stated`: not measured, so nothing comes on top."""
+    """The speed of one worker, in FLOP/s as `workload` counts them.
+
+    Of training, of scoring in the run's precision, and of scoring in float32. `stated`: by the user, so that nothing
+    comes on top.
+    """
 
     training: float
     scoring: float
@@ -62,19 +65,19 @@ class TooSlow(Exception):
 
 
 def stated(config: Config) -> Speed | None:
-    """That of `resources.mfu`, where it is given."""
-    asked = config.resources
-    if asked.mfu is None or asked.flops_per_second is None:
+    """Return the speed by `resources.mfu`, None unless it is given."""
+    mfu, most = config.resources.mfu, config.resources.flops_per_second
+    if mfu is None or most is None:
         return None
-    speed = asked.mfu * asked.flops_per_second
-    return Speed(speed, speed, speed, f"stated: {asked.mfu:g} of {asked.flops_per_second:.3g} FLOP/s a worker", True)
+    return Speed(mfu * most, mfu * most, mfu * most, f"stated: {mfu:g} of {most:.3g} FLOP/s a worker", True)
 
 
 def measure(config: Config, costs: Costs, teacher_hidden: int, precision: Precision, at_once: int) -> Speed:
-    """Of one of `at_once` workers of this machine that work beside each other; 0 where a trial does not fit it.
+    """Return the speed of one of `at_once` workers of this machine that work beside each other.
 
-    Where that would take too much memory or time, half the speed of a square matrix product; where a trial does not
-    fit, that on all CPUs of this machine. `teacher_hidden`: hidden_size of the model that teaches.
+    If measuring would take too much memory or time, it is half the speed of a square matrix product; if a trial does
+    not fit this machine (`at_once` is 0), that of a product on all of its CPUs. `teacher_hidden`: hidden_size of the
+    model that students are distilled from.
     """
     where = torch.device("cuda" if config.resources.gpus_per_worker and torch.cuda.is_available() else "cpu")
     threads = config.resources.cpus_per_worker if at_once else os.cpu_count() or 1
@@ -98,7 +101,7 @@ def measure(config: Config, costs: Costs, teacher_hidden: int, precision: Precis
 
 
 def why_not(config: Config, costs: Costs, teacher_hidden: int, product: float, where: torch.device) -> str:
-    """Why no step is timed here; "" where one can be."""
+    """Return why no step is timed here; "" if one can be."""
     typical, space = costs.space.typical(), costs.space
     vocabulary = costs.space.config.vocab_size
     one, deep = (_shallow(typical, layers) for layers in (1, DEEP))
@@ -120,7 +123,7 @@ def why_not(config: Config, costs: Costs, teacher_hidden: int, product: float, w
 
 
 def product_flops_per_second(precision: str, where: torch.device, threads: int, size: int = 1024) -> float:
-    """Of a square matrix product on a worker's threads, or its GPU."""
+    """Return the FLOP/s of a square matrix product on a worker's threads, or its GPU."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     left = torch.randn(size, size, device=where, dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32)
@@ -173,15 +176,17 @@ def _measured(
 
 
 def _layer(one: float, deep: float, layers: int) -> float:
-    """Seconds of one layer, of passes through one and through `layers`. It is no more than its share of the deeper
-    one, and on a busy machine the difference may be anything."""
+    """Return the seconds of one layer, from passes through one layer and through `layers`.
+
+    It is no more than its share of the deeper pass: on a busy machine the difference may be anything.
+    """
     if layers == 1:
         return one
     return min(max((deep - one) / (layers - 1), deep / layers / 2), deep / layers)
 
 
 def beside_each_other(works: list[Callable], threads: int) -> list:
-    """What each of `works` returns, each in a thread of its own with `threads` of torch's."""
+    """Return what each of `works` returns, each run in a thread of its own with `threads` threads of torch."""
     found, failed = [None] * len(works), []
 
     def run(index: int) -> None:
@@ -205,9 +210,9 @@ def _times(
     student: PreTrainedModel, settings: LoopSettings, teacher_hidden: int, windows: int, length: int,
     passes: Sequence[str],
 ) -> dict[str, float]:  # fmt: skip
-    """Seconds of each of `passes` over random windows."""
+    """Return the seconds of each of `passes` over random windows."""
     where, vocabulary, own = student.device, student.config.vocab_size, output_head(student)
-    head = frozen_head(OutputHead(torch.randn(vocabulary, teacher_hidden, device=where)), settings.precision)
+    head = OutputHead(torch.randn(vocabulary, teacher_hidden, device=where)).frozen(settings.precision)
     said = torch.randn(windows, length, teacher_hidden, device=where)
     ids = torch.randint(vocabulary, (windows, length), device=where)
     objective, made = Objective(student.train(), settings, head), make_optimizer(student, settings)
@@ -235,7 +240,7 @@ def _times(
 
 
 def fastest(work: Callable[[], Any], where: torch.device) -> float:
-    """Seconds of `work`, the first time apart; what else a machine does can only make it slower."""
+    """Return the fewest seconds of `work`, without the first time: other load can only make it slower."""
 
     def timed() -> float:
         began = clock()
@@ -266,7 +271,7 @@ def _small_vocabulary(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _windows(config: Config, costs: Costs, where: torch.device) -> int:
-    """Of a timed pass: the run's micro-batch, and on a CPU no more than `CPU_TOKENS`."""
+    """Return the windows of a timed pass: the run's micro-batch, and on a CPU no more than `CPU_TOKENS`."""
     share = batch_tokens(config) // costs.length // config.resources.workers_per_trial
     micro = distillation_settings(config, "float32").micro_batch_tokens
     return max(1, min(share, (micro if where.type == "cuda" else min(micro, CPU_TOKENS)) // costs.length))

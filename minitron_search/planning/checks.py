@@ -9,13 +9,16 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from minitron_search.config import loading
+from minitron_search.config.inputs import ImportanceConfig
 from minitron_search.config.schema import Config
 from minitron_search.config.types import Precision
 from minitron_search.data.corpus import Corpus
 from minitron_search.distillation.teacher_cache import Request, cache_bytes, free_bytes
+from minitron_search.importance.methods import method_of
+from minitron_search.losses.divergences import DIVERGENCES, divergence_of, loss_names
 from minitron_search.models import device
 from minitron_search.models.families import sizes
-from minitron_search.records.bucket import mirror_of
+from minitron_search.records.bucket import bucket_copy
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.paths import cache_folder, working_folder
 from minitron_search.search.schedule import retrained, search_phases
@@ -36,41 +39,49 @@ CHECKPOINT_BYTES = 12
 
 
 def importance_seed(config: Config) -> int:
+    """Return the seed of importance: `importance.seed`, else the run's."""
     return config.seed if config.importance.seed is None else config.importance.seed
 
 
 def train_request(
     config: Config, teacher: PretrainedConfig, corpus: Corpus, computed_in: Precision, key: str = ""
 ) -> Request:
-    """What is asked of the teacher (whose content is `key`) for every train window, once."""
-    dims, asked = sizes(teacher), config.distillation
-    k = asked.topk if asked.teacher_cache == "topk" else None
+    """Return the request for the teacher's outputs (`key` is its content id) for every train window."""
+    dims, settings = sizes(teacher), config.distillation
+    k = settings.topk if settings.teacher_cache == "topk" else None
     return Request(key, f"{corpus.id} train", corpus.train, computed_in, dims["hidden"], dims["vocab"], k)
 
 
-def check_output(run: RunDirectory, config: Config, resume: bool) -> None:
-    if mirror := mirror_of(config.output, run):
+def check_importance(config: ImportanceConfig) -> None:
+    """Raise ValueError for an unknown method, and for several rounds of one that rotates the teacher."""
+    if method_of(config.method).rotates and config.rounds > 1:
+        raise ValueError(f"importance.rounds: {config.rounds} with method {config.method}, whose rounds rotate "
+                         "each other's channels, so that no single order comes of them; valid: 1")  # fmt: skip
+
+
+def check_output(run_dir: RunDirectory, config: Config, resume: bool) -> None:
+    """Raise ValueError if the run cannot be written to `output`, or does not continue what is there."""
+    if bucket := bucket_copy(config.output, run_dir):
         if resume:
-            mirror.pull()
-        elif mirror.exists():
+            bucket.pull()
+        elif bucket.exists():
             raise ValueError(f"output: {config.output} is not empty; valid: another address, or --resume to continue "
                              "the run that it holds")  # fmt: skip
-    root = run.root.absolute()
+    root = run_dir.root.absolute()
     existing = next(path for path in (root, *root.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"output: {existing} is no folder that can be written to; valid: a new folder")
-    if not run.root.exists() or not any(run.root.iterdir()):
+        raise ValueError(f"output: {existing} is not a folder that can be written to; valid: a new folder")
+    if not run_dir.root.exists() or not any(run_dir.root.iterdir()):
         if resume:
             raise ValueError(f"output: {config.output} holds no run to continue; "
                              "valid: the same command without --resume")  # fmt: skip
         return
-    if not run.config.exists():
+    if not run_dir.config.exists():
         raise ValueError(f"output: {config.output} is not empty and holds no run; valid: a new folder")
     if not resume:
         raise ValueError(f"output: {config.output} holds a run; valid: another folder, or --resume to continue it")
-    asked, there = config.dump(), run.read_config()
     changed = [
-        line for line in loading.differences(there, asked)
+        line for line in loading.differences(run_dir.read_config(), config.dump())
         if not line.startswith(tuple(f"{key}:" for key in PLACEMENT))
     ]  # fmt: skip
     if changed:
@@ -78,25 +89,26 @@ def check_output(run: RunDirectory, config: Config, resume: bool) -> None:
                          + "; valid: the same values, or another folder")  # fmt: skip
 
 
-def check_stages(run: RunDirectory, config: Config) -> None:
+def check_stages(run_dir: RunDirectory, config: Config) -> None:
+    """Raise ValueError if a stage lacks another one, which neither runs now nor has left its result."""
     stages = config.stages
-    if "search" in stages and "importance" not in stages and not run.importance.exists():
+    if "search" in stages and "importance" not in stages and not run_dir.importance.exists():
         raise ValueError(f"stages: {', '.join(stages)}: search needs importance, which {config.output} does not hold; "
                          "valid: importance,search")  # fmt: skip
     block = config.space.axes.drop_block
     seeded = block is not None and block.seeds == "sweep" and "search" in stages
-    if seeded and "depth" not in stages and not run.depth_recommendation.exists():
+    if seeded and "depth" not in stages and not run_dir.depth_recommendation.exists():
         raise ValueError(f"space.axes.drop_block.seeds: sweep needs the depth stage, which {config.output} "
                          "does not hold; valid: stages importance,depth,search, or seeds none")  # fmt: skip
     if "retrain" in stages and "search" not in stages:
-        promoted = any(row["status"] == "promoted" for row in run.read_trials())
+        promoted = any(row["status"] == "promoted" for row in run_dir.read_trials())
         if not promoted:
             raise ValueError(f"stages: {', '.join(stages)}: retrain needs a search, which {config.output} does not "
                              "hold; valid: importance,search,retrain")  # fmt: skip
 
 
 def check_compiler() -> None:
-    """torch.compile writes C++ and builds it (on a GPU too, to launch its kernels)."""
+    """Raise ValueError if torch.compile cannot build the C++ it writes (on a GPU too, to launch its kernels)."""
     compiler, headers = os.environ.get("CXX", "g++"), Path(sysconfig.get_path("include"))
     missing = []
     if shutil.which(compiler) is None:
@@ -108,7 +120,21 @@ def check_compiler() -> None:
                          "compiler and the headers installed (Debian: g++ and python3-dev)")  # fmt: skip
 
 
+def check_loss(config: Config) -> None:
+    """Raise ValueError for a loss that no divergence is named by, and for one of logits with a temperature."""
+    asked, names = config.distillation, loss_names()
+    if asked.loss not in names:
+        raise ValueError(f"distillation.loss: {asked.loss!r} is no loss; valid: {', '.join(names)}")
+    divergence = divergence_of(asked.loss)
+    if asked.temperature != 1 and divergence is not None and DIVERGENCES[divergence].tau_power == 0:
+        valid = ", ".join(name for name, other in DIVERGENCES.items() if other.tau_power)
+        raise ValueError(f"distillation.temperature: {asked.temperature:g} with loss {asked.loss}, which compares "
+                         f"logits, not probabilities; valid: 1, or distillation.loss {valid} "
+                         "(also as clm+kld, ...)")  # fmt: skip
+
+
 def check_disk(config: Config, space: SearchSpace) -> None:
+    """Raise ValueError if the disks of the run and of the cache have too little space."""
     largest = max(space.measures(architecture).params for architecture in space.smallest_and_largest())
     phases, rungs = search_phases(config, config.search.trials), len(config.search.rungs)
     first = next(phase for phase in phases if phase.tokens)  # at 0 tokens none has a checkpoint
@@ -120,13 +146,11 @@ def check_disk(config: Config, space: SearchSpace) -> None:
     if config.teacher.correction.parallel:  # the teacher is in every checkpoint of a student
         needed += teacher_bytes * (trials + students)
     corrected = teacher_bytes if correction_tokens(config) else 0  # its checkpoint while it is made, then itself
+    # float32 copies of the teacher: as the Hub has it, permuted, and rotated
+    copies = (3 if method_of(config.importance.method).rotates else 2) * 4 * space.measures(space.teacher).params
     for name, folder, bytes_needed in (
         ("output", working_folder(config.output), needed),
-        (
-            "MINITRON_SEARCH_CACHE",
-            cache_folder(),
-            (12 if config.importance.method == "pca" else 8) * space.measures(space.teacher).params + corrected,
-        ),
+        ("MINITRON_SEARCH_CACHE", cache_folder(), copies + corrected),
     ):
         existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
         free = shutil.disk_usage(existing).free
@@ -137,6 +161,7 @@ def check_disk(config: Config, space: SearchSpace) -> None:
 
 
 def check_topk(config: Config, teacher: PretrainedConfig) -> None:
+    """Raise ValueError if `distillation.topk` is not smaller than the vocabulary."""
     vocab = sizes(teacher)["vocab"]
     if config.distillation.teacher_cache == "topk" and config.distillation.topk >= vocab:
         raise ValueError(f"distillation.topk: {config.distillation.topk} leaves nothing of the teacher's vocabulary of "
@@ -144,18 +169,18 @@ def check_topk(config: Config, teacher: PretrainedConfig) -> None:
 
 
 def check_teacher_cache(config: Config, teacher: PretrainedConfig, corpus: Corpus) -> None:
-    """`auto` keeps within its budget by itself; what was asked for by name has to fit."""
-    asked, folder = config.distillation, cache_folder() / "teacher_cache"
-    used = set(config.stages) & {"search", "retrain"} and asked.loss != "ce"
-    if asked.teacher_cache not in ("hidden", "topk") or not used:
+    """Raise ValueError if a teacher cache that is configured by name does not fit; `auto` keeps within its budget."""
+    settings, folder = config.distillation, cache_folder() / "teacher_cache"
+    used = set(config.stages) & {"search", "retrain"} and settings.loss != "ce"
+    if settings.teacher_cache not in ("hidden", "topk") or not used:
         return
     needed = cache_bytes(train_request(config, teacher, corpus, device.resolve(config.precision)))
     limits: list[tuple[str, Any, int]] = [("MINITRON_SEARCH_CACHE", folder, free_bytes(folder))]
     if any(event["event"] == "teacher_asked" for event in RunDirectory(config.output).events()):
         limits = []  # a run that goes on has its cache already
-    if asked.teacher_cache_bytes != "auto":
-        limits.append(("distillation.teacher_cache_bytes", asked.teacher_cache_bytes, asked.teacher_cache_bytes))
+    if settings.teacher_cache_bytes != "auto":
+        limits.append(("distillation.teacher_cache_bytes", settings.teacher_cache_bytes, settings.teacher_cache_bytes))
     for name, value, limit in limits:
         if needed > limit:
-            raise ValueError(f"distillation.teacher_cache: {asked.teacher_cache} needs {needed:,} bytes, and {name} "
+            raise ValueError(f"distillation.teacher_cache: {settings.teacher_cache} needs {needed:,} bytes, and {name} "
                              f"({value}) allows {limit:,}; valid: auto, off, or that much there")  # fmt: skip

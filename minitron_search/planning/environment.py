@@ -15,7 +15,7 @@ VERSIONS = ("torch", "transformers", "ray", "optuna", "numpy", "datasets", "lm_e
 
 
 def environment(prepared: Prepared) -> dict[str, Any]:
-    """Versions, git, hardware, seeds and data ids: what would have to be the same for the same numbers."""
+    """Return versions, git, hardware, seeds and data ids: what would have to be the same for the same numbers."""
     return {
         "python": platform.python_version(),
         "versions": {"minitron_search": __version__, **{name: version(name) for name in VERSIONS}},
@@ -27,8 +27,8 @@ def environment(prepared: Prepared) -> dict[str, Any]:
             "memory_bytes": _memory(),
         },
         "seed": prepared.config.seed,
-        "teacher": {"folder": str(prepared.teacher_folder), "fingerprint": prepared.teacher_fingerprint},
-        "distillation_teacher": {"folder": str(prepared.teaching.folder), "fingerprint": prepared.teaching.fingerprint},
+        "teacher": {"folder": str(prepared.pruned.folder), "fingerprint": prepared.pruned.fingerprint},
+        "distillation_teacher": {"folder": str(prepared.teacher.folder), "fingerprint": prepared.teacher.fingerprint},
         "corrected_teacher": prepared.corrected and {"id": prepared.corrected.name, "folder": str(prepared.corrected)},
         "corpus": prepared.corpus.id,
         "winogrande_examples": len(prepared.packed.answers),
@@ -38,8 +38,9 @@ def environment(prepared: Prepared) -> dict[str, Any]:
 
 def _git() -> str | None:
     here = Path(__file__).parent
-    found = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return found.stdout.strip() or None
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
+    described = subprocess.run(command, capture_output=True, text=True)
+    return described.stdout.strip() or None
 
 
 def _cpu() -> str:

@@ -1,4 +1,4 @@
-"""What a run will cost, stage by stage: tokens, FLOPs, hours, GPU-hours, money. And --dry-run, which says it."""
+"""Forecast what a run costs, stage by stage: tokens, FLOPs, hours, GPU-hours, money; --dry-run prints it."""
 
 import os
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ SHALLOW = 2 / 3
 
 
 class Machine(NamedTuple):
-    """Where a run is placed: this machine, or all of a cluster."""
+    """The hardware of a run: this machine, or all of a cluster."""
 
     cpus: float
     gpus: float
@@ -42,13 +42,17 @@ class Machine(NamedTuple):
 
 
 def this_machine() -> Machine:
+    """Return this machine as one node."""
     return Machine(os.cpu_count() or 1, torch.cuda.device_count())
 
 
 class Forecast(NamedTuple):
-    """Of one stage. seconds: of wall time. gpus: how many it holds meanwhile. gpu_seconds: None where time is of a
-    machine that has not those GPUs. price_per_hour, cost: money at the price given; None where none is, or
-    where it is of GPU-hours that are not known."""
+    """The cost of one stage.
+
+    seconds: of wall time. gpus: how many it holds meanwhile. gpu_seconds: None if the time is that of a machine without
+    those GPUs. price_per_hour, cost: money at the price given; None without a price, or if it is for GPU-hours that are
+    not known.
+    """
 
     tokens: int
     flops: float
@@ -61,6 +65,7 @@ class Forecast(NamedTuple):
 
 
 def dry_run(config: Config, space: SearchSpace, console: Console) -> None:
+    """Print the configuration, the space and the forecast."""
     console.print(yaml.safe_dump(config.dump(), sort_keys=False).rstrip(), markup=False)
     smallest, largest = space.smallest_and_largest()
     console.print(f"\nspace: {space.described(config.search.trials)}")
@@ -83,12 +88,12 @@ def dry_run(config: Config, space: SearchSpace, console: Console) -> None:
 
 
 def teaching_config(config: Config, space: SearchSpace) -> PretrainedConfig:
-    """Of the model that students are distilled from."""
+    """Return the configuration of the model that students are distilled from."""
     return teacher_config(config.distillation.teacher) if config.distillation.teacher else space.config
 
 
 def intermediate_advice(config: Config, space: SearchSpace) -> str | None:
-    """What to say where candidates lose much of their depth and only logits are distilled (best practices 6 and 7)."""
+    """Return advice if candidates lose much of their depth and only logits are distilled (best practices 6 and 7)."""
     teacher = space.teacher.num_hidden_layers
     least = teacher - int(space.points[:, COORDINATES.index("drop_block_length")].max())
     if config.distillation.intermediate or least >= SHALLOW * teacher:
@@ -99,12 +104,12 @@ def intermediate_advice(config: Config, space: SearchSpace) -> str | None:
 
 
 def forecast(costs: Costs, speed: Speed, machine: Machine) -> dict[str, Forecast]:
-    """Of every stage that costs anything, in order."""
+    """Return the cost of every stage that costs anything, in order."""
     return {name: _stage(name, work, costs, speed, machine) for name, work in workload(costs).items()}
 
 
 def fitting(config: Config, machine: Machine) -> int:
-    """How many trials fit `machine` at once."""
+    """Return how many trials fit `machine` at once."""
     asked = config.resources
     fit = machine.cpus // (asked.workers_per_trial * asked.cpus_per_worker)
     if asked.gpus_per_worker:
@@ -113,8 +118,10 @@ def fitting(config: Config, machine: Machine) -> int:
 
 
 def trials_at_once(config: Config, machine: Machine) -> int:
-    """Of the search. Where not even one fits `machine`, another is meant: as many as `search.concurrency` says, or
-    one."""
+    """Return how many trials of the search run at once.
+
+    If not even one fits `machine`, another machine is meant: as many as `search.concurrency` says, or one.
+    """
     asked, fit = config.search.concurrency, fitting(config, machine)
     most = max(1, fit) if asked == "auto" else min(asked, fit or asked)
     return min(most, config.search.trials * config.search.seeds)
@@ -151,50 +158,51 @@ def _stage(name: str, work: Work, costs: Costs, speed: Speed, machine: Machine) 
 
 
 def _exchange(costs: Costs, workers: int) -> float:
-    """Seconds a step that the workers of one training wait for each other's gradients."""
+    """Return the seconds a step that the workers of one training wait for each other's gradients."""
     if workers == 1 or costs.config.resources.gpus_per_worker:
         return 0.0
     dims = sizes_of(costs.space.config, costs.space.typical())
     return 4 * parameter_count(costs.space.weights, dims) / EXCHANGE_BYTES_PER_SECOND
 
 
-def table(found: Mapping[str, Forecast]) -> Table:
+def table(stages: Mapping[str, Forecast]) -> Table:
+    """Return the forecast as a table, a row a stage and one for all of them."""
     shown = Table(title="forecast", box=SIMPLE_HEAD)
-    priced = any(about.cost is not None for about in found.values())
+    priced = any(cost.cost is not None for cost in stages.values())
     for name in ("", "tokens", "FLOPs", "hours", "GPU-hours", *(["money at the price given"] if priced else [])):
         shown.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for name, about in {**found, "in all": total(found)}.items():
-        money = [_shown(about.cost)] if priced else []
-        gpu_hours = None if about.gpu_seconds is None else about.gpu_seconds / 3600
-        shown.add_row(name, f"{about.tokens:,}" if name != "in all" else "", f"{about.flops:.3g}",
-                      _shown(about.seconds / 3600), _shown(gpu_hours), *money)  # fmt: skip
+    for name, cost in {**stages, "in all": total(stages)}.items():
+        money = [_shown(cost.cost)] if priced else []
+        gpu_hours = None if cost.gpu_seconds is None else cost.gpu_seconds / 3600
+        shown.add_row(name, f"{cost.tokens:,}" if name != "in all" else "", f"{cost.flops:.3g}",
+                      _shown(cost.seconds / 3600), _shown(gpu_hours), *money)  # fmt: skip
     return shown
 
 
-def total(found: Mapping[str, Forecast]) -> Forecast:
-    """Sums; None where a part is not known."""
+def total(stages: Mapping[str, Forecast]) -> Forecast:
+    """Return the sums over all stages; None where a part is not known."""
 
     def added(name: str) -> Any:
-        values = [getattr(about, name) for about in found.values()]
+        values = [getattr(cost, name) for cost in stages.values()]
         return None if None in values else sum(values)
 
-    bases = {about.basis: None for about in found.values()}
+    bases = {cost.basis: None for cost in stages.values()}
     return Forecast(added("tokens"), added("flops"), added("seconds"), 0, added("gpu_seconds"), None, added("cost"),
                     "; ".join(bases))  # fmt: skip
 
 
 def explanation(costs: Costs, machine: Machine) -> list[str]:
-    """What the numbers take for granted."""
+    """Return what the numbers assume, in lines."""
     config, lines = costs.config, []
     if "search" in config.stages:
         phases = search_phases(config, min(config.search.trials, len(costs.space)))
         parts = ", ".join(f"{phase.trials} x {phase.tokens:,} tokens" for phase in phases)
         lines.append(f"search: {parts}; {trials_at_once(config, machine)} trials at once")
-    asked = "asked live, for every batch" if costs.live else "asked once for every window"
+    teacher = "runs for every batch" if costs.live else "runs once for every window"
     if set(config.stages) & {"search", "retrain"}:
-        lines.append(f"teacher: {asked}; students are of {costs.space.typical()}, the typical size")
+        lines.append(f"teacher: {teacher}; students are of {costs.space.typical()}, the typical size")
     if config.evaluation.tasks:
-        lines.append("evaluation.tasks are apart")
+        lines.append("evaluation.tasks come on top")
     return lines
 
 
@@ -202,9 +210,9 @@ def _shown(number: float | None) -> str:
     return "-" if number is None else f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def comparison(run: RunDirectory) -> str | None:
-    """`forecast 9 min, spent 12 min`, of the stages that have run; None where none of them was forecast."""
-    found, seconds = run.read_forecast(), stage_seconds(run.events())
+def comparison(run_dir: RunDirectory) -> str | None:
+    """Return `forecast 9 min, spent 12 min`, over the stages that have run; None if none of them was forecast."""
+    found, seconds = run_dir.read_forecast(), stage_seconds(run_dir.events())
     both = found.keys() & seconds.keys()
     if not both:
         return None

@@ -1,4 +1,4 @@
-"""Everything that can be wrong is found here, before Ray starts and before anything is written."""
+"""Find everything that can be wrong, before Ray starts and before anything is written, and load a run's inputs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from minitron_search.config.schema import Config
 from minitron_search.config.space import Axes, Budget, SpaceConfig, Target
+from minitron_search.config.types import Precision
 from minitron_search.data.corpus import Corpus, load_corpus
 from minitron_search.data.winogrande import HUB, load_examples
 from minitron_search.data.winogrande_packing import PackedOptions, pack
@@ -17,21 +18,25 @@ from minitron_search.depth.sweep import in_layers
 from minitron_search.distillation.correction import norm_weights
 from minitron_search.evaluation.lm_eval_tasks import check_data, parse_tasks
 from minitron_search.evaluation.winogrande import check_window
-from minitron_search.importance.pca import rotated_config
+from minitron_search.importance.methods import trimmed_config
 from minitron_search.models.architecture import parameter_count
+from minitron_search.models.device import resolve
 from minitron_search.models.families import family_of, sizes, weights, whole
 from minitron_search.models.sources import fingerprint, load_tokenizer, teacher_config, teacher_folder
 from minitron_search.planning.checks import (
     check_compiler,
     check_disk,
+    check_importance,
+    check_loss,
     check_output,
     check_stages,
     check_teacher_cache,
     check_topk,
     importance_seed,
 )
-from minitron_search.records.bucket import mirror_of
+from minitron_search.records.bucket import bucket_copy
 from minitron_search.records.directory import RunDirectory
+from minitron_search.search.samplers import check_sampler
 from minitron_search.search.space import SearchSpace
 from minitron_search.tracking.trackers import check_installed, log_in
 from minitron_search.trials.settings import correction_tokens
@@ -39,6 +44,8 @@ from minitron_search.trials.settings import correction_tokens
 
 @dataclass(frozen=True)
 class Model:
+    """A model of the run: its stock folder, its configuration, and the content id of both."""
+
     folder: Path
     config: PretrainedConfig
     fingerprint: str
@@ -46,78 +53,130 @@ class Model:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run's checked inputs. `teacher_*`: the model that is pruned; `other`: the one that teaches, where it is not the
-    same. `corrected`: the artifact that is in the place of one of them."""
+    """A run's checked inputs.
+
+    `precision`: of the products, as this machine resolves `auto` until the run is on its cluster. `pruned`: the model
+    that students are cut from. `distillation_teacher`: the one that they are distilled from, None if it is the same.
+    `corrected`: the folder of the corrected model that has taken the place of one of them, or of both.
+    """
 
     config: Config
-    run: RunDirectory
-    teacher_folder: Path
-    teacher_config: PretrainedConfig
-    teacher_fingerprint: str
+    run_dir: RunDirectory
+    precision: Precision
+    pruned: Model
     tokenizer: PreTrainedTokenizerBase
     space: SearchSpace
     corpus: Corpus
     packed: PackedOptions
-    other: Model | None = None
+    distillation_teacher: Model | None = None
     corrected: Path | None = None
 
     @property
-    def teaching(self) -> Model:
+    def teacher(self) -> Model:
         """The model that students are distilled from."""
-        return self.other or Model(self.teacher_folder, self.teacher_config, self.teacher_fingerprint)
+        return self.distillation_teacher or self.pruned
 
 
 def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace]:
-    """The quick checks, without weights or text. Raises ValueError with the field, the value and an alternative."""
-    run = RunDirectory(config.output)
-    check_output(run, config, resume)
-    check_stages(run, config)
-    teacher = teacher_config(config.teacher.model)
-    family_of(teacher)
-    if config.importance.method == "pca":
-        teacher = rotated_config(teacher)  # candidates are cut from it, and counted as it is
-    space = _space(config, teacher)
+    """Do the quick checks, which read neither weights nor text; return the pruned model's configuration and the space.
+
+    Raises ValueError with the field, its value and a valid alternative.
+    """
+    check_importance(config.importance)
+    check_sampler(config.search.sampler, config.search.objectives)
+    run_dir = RunDirectory(config.output)
+    check_output(run_dir, config, resume)
+    check_stages(run_dir, config)
+    pruned = _pruned_config(config)
+    space = _space(config, pruned)
     if "depth" in config.stages:
-        in_layers(config.depth.lengths, teacher.num_hidden_layers)
-    other = _other_config(config, teacher)
-    for taught in (teacher, other or teacher):
-        limit = getattr(taught, "max_position_embeddings", None)
+        in_layers(config.depth.lengths, pruned.num_hidden_layers)
+    _check_teachers(config, pruned, _distillation_teacher_config(config, pruned))
+    _check_evaluation(config)
+    check_installed(config.trackers)
+    check_loss(config)
+    check_topk(config, pruned)
+    if config.distillation.compile:
+        check_compiler()
+    if config.winogrande.source != HUB:
+        load_examples(config.winogrande.source, config.winogrande.limit)
+    return pruned, space
+
+
+def prepare(config: Config, resume: bool) -> Prepared:
+    """Do all checks and load all inputs. Raises ValueError as `check` does, and if text or disk space is too short."""
+    pruned, space = check(config, resume)
+    run_dir = RunDirectory(config.output)
+    if bucket := bucket_copy(config.output, run_dir):
+        bucket.check_writable()
+    log_in(config.trackers)
+    check_disk(config, space)
+    folder = teacher_folder(config.teacher.model).absolute()
+    tokenizer = load_tokenizer(config.teacher.model)
+    packed = _packed_questions(config, pruned, tokenizer)
+    corpus = _corpus(config, tokenizer)
+    check_teacher_cache(config, pruned, corpus)
+    if "retrain" in config.stages:
+        _fetch_evaluation(config)
+    return Prepared(
+        config=config,
+        run_dir=run_dir,
+        precision=resolve(config.precision),
+        pruned=Model(folder, pruned, fingerprint(folder)),
+        tokenizer=tokenizer,
+        space=space,
+        corpus=corpus,
+        packed=packed,
+        distillation_teacher=_distillation_teacher(config, tokenizer),
+    )
+
+
+def _pruned_config(config: Config) -> PretrainedConfig:
+    pruned = teacher_config(config.teacher.model)
+    family_of(pruned)
+    return trimmed_config(config.importance.method, pruned)  # candidates are cut from it, and counted as it is
+
+
+def _check_teachers(config: Config, pruned: PretrainedConfig, distillation_teacher: PretrainedConfig | None) -> None:
+    """Raise ValueError if a model has too few positions for the windows, or cannot be corrected as configured."""
+    for model in (pruned, distillation_teacher or pruned):
+        limit = getattr(model, "max_position_embeddings", None)
         if limit and config.corpus.sequence_length > limit:
             raise ValueError(f"corpus.sequence_length: {config.corpus.sequence_length} is above the teacher's {limit} "
                              f"positions; valid: at most {limit}")  # fmt: skip
     if config.teacher.correction.method == "norms":
         with torch.device("meta"):
-            norm_weights(AutoModelForCausalLM.from_config(other or teacher))
+            norm_weights(AutoModelForCausalLM.from_config(distillation_teacher or pruned))
+
+
+def _check_evaluation(config: Config) -> None:
     parse_tasks(config.evaluation.tasks)
     for reference in config.evaluation.references:
-        with _named_as("evaluation.references"):
+        with _blaming("evaluation.references"):
             teacher_config(reference)
-    check_installed(config.trackers)
-    check_topk(config, teacher)
-    if config.distillation.compile:
-        check_compiler()
-    if config.winogrande.source != HUB:
-        load_examples(config.winogrande.source, config.winogrande.limit)
-    return teacher, space
 
 
-def prepare(config: Config, resume: bool) -> Prepared:
-    """All checks and all inputs. Raises ValueError as `check` does, and where text or disk space is too short."""
-    teacher, space = check(config, resume)
-    if mirror := mirror_of(config.output, RunDirectory(config.output)):
-        mirror.check_writable()
-    log_in(config.trackers)
+def _fetch_evaluation(config: Config) -> None:
+    """Load the evaluation's data and reference models now: what is missing is found before the run begins."""
+    check_data(parse_tasks(config.evaluation.tasks))
+    for reference in config.evaluation.references:
+        with _blaming("evaluation.references"):
+            teacher_folder(reference)
+
+
+def _packed_questions(config: Config, pruned: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PackedOptions:
     examples = load_examples(config.winogrande.source, config.winogrande.limit)
-    check_disk(config, space)
-    folder = teacher_folder(config.teacher.model).absolute()
-    tokenizer = load_tokenizer(config.teacher.model)
-    longest = getattr(teacher, "max_position_embeddings", 2048)
+    longest = getattr(pruned, "max_position_embeddings", 2048)
     packed = pack(examples, tokenizer, config.winogrande.shots, max_length=longest)
-    check_window(teacher, packed)
+    check_window(pruned, packed)
+    return packed
+
+
+def _corpus(config: Config, tokenizer: PreTrainedTokenizerBase) -> Corpus:
     # the same text whatever stages run now: the corrected teacher is of that text
     corrected = correction_tokens(config) if set(config.stages) != {"report"} else 0
     trains = corrected or set(config.stages) & {"importance", "search", "retrain"}
-    corpus = load_corpus(
+    return load_corpus(
         config.corpus.train,
         config.corpus.validation,
         tokenizer,
@@ -128,56 +187,44 @@ def prepare(config: Config, resume: bool) -> Prepared:
         seed=config.seed if config.importance.samples else importance_seed(config),
         calibration=config.corpus.calibration,
     )
-    check_teacher_cache(config, teacher, corpus)
-    if "retrain" in config.stages:
-        check_data(parse_tasks(config.evaluation.tasks))
-        for reference in config.evaluation.references:
-            with _named_as("evaluation.references"):
-                teacher_folder(reference)
-    return Prepared(
-        config=config,
-        run=RunDirectory(config.output),
-        teacher_folder=folder,
-        teacher_config=teacher,
-        teacher_fingerprint=fingerprint(folder),
-        tokenizer=tokenizer,
-        space=space,
-        corpus=corpus,
-        packed=packed,
-        other=_other_model(config, tokenizer),
-    )
 
 
 def lines_up(one: PretrainedConfig, other: PretrainedConfig) -> bool:
-    """Whether two models have every axis alike, so that one order of elements permutes both."""
+    """Return whether two models have every axis alike, so that one order of elements permutes both."""
     return one.model_type == other.model_type and whole(one) == whole(other)
 
 
-def _other_config(config: Config, teacher: PretrainedConfig) -> PretrainedConfig | None:
-    """Of the model that teaches where it is not the one that is pruned. Raises ValueError where it cannot."""
+def _distillation_teacher_config(config: Config, pruned: PretrainedConfig) -> PretrainedConfig | None:
+    """Return the configuration of `distillation.teacher`, None unless one is given.
+
+    Raises ValueError if that model cannot teach students of the pruned one.
+    """
     name = config.distillation.teacher
     if name is None:
         return None
-    with _named_as("distillation.teacher"):
+    with _blaming("distillation.teacher"):
         other = teacher_config(name)
         family_of(other)
-    if other.vocab_size != teacher.vocab_size:
+    if other.vocab_size != pruned.vocab_size:
         raise ValueError(f"distillation.teacher: {name!r} has a vocabulary of {other.vocab_size:,} and teacher.model "
-                         f"{config.teacher.model!r} one of {teacher.vocab_size:,}; valid: a model with the same "
+                         f"{config.teacher.model!r} one of {pruned.vocab_size:,}; valid: a model with the same "
                          "tokenizer, such as the one that teacher.model was pruned from")  # fmt: skip
-    if config.distillation.intermediate and not lines_up(teacher, other):
+    if config.distillation.intermediate and not lines_up(pruned, other):
         raise ValueError(f"distillation.intermediate: {config.distillation.intermediate} compares states channel by "
                          f"channel, and distillation.teacher {name!r} has another shape than teacher.model "
                          f"{config.teacher.model!r}; valid: 0, or a teacher of the same shape")  # fmt: skip
     return other
 
 
-def _other_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> Model | None:
-    """Raises ValueError for a model that means other words by the same token ids."""
+def _distillation_teacher(config: Config, tokenizer: PreTrainedTokenizerBase) -> Model | None:
+    """Return the model of `distillation.teacher`, None unless one is given.
+
+    Raises ValueError if its tokenizer gives the pruned model's token ids to other words.
+    """
     name = config.distillation.teacher
     if name is None:
         return None
-    with _named_as("distillation.teacher"):
+    with _blaming("distillation.teacher"):
         folder, own = teacher_folder(name).absolute(), load_tokenizer(name).get_vocab()
     ours = tokenizer.get_vocab()
     if own != ours:
@@ -190,8 +237,8 @@ def _other_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> Model | 
 
 
 @contextmanager
-def _named_as(key: str) -> Iterator[None]:
-    """What is wrong with a model is said of the key that names it here."""
+def _blaming(key: str) -> Iterator[None]:
+    """While the block runs, let errors about a model name `key`, which holds it here, instead of teacher.model."""
     try:
         yield
     except ValueError as error:
@@ -199,7 +246,7 @@ def _named_as(key: str) -> Iterator[None]:
 
 
 def _space(config: Config, teacher: PretrainedConfig) -> SearchSpace:
-    """What is searched; where nothing is, the teacher alone: no budget has to fit it."""
+    """Return the space to search; if the run searches nothing, the teacher alone, which no budget has to fit."""
     if set(config.stages) & {"search", "retrain"}:
         return SearchSpace(config.space, teacher)
     params = parameter_count(weights(teacher), sizes(teacher))

@@ -1,4 +1,4 @@
-"""What a run will compute, counted from its configuration: tokens and FLOPs, stage by stage; and what it has computed.
+"""Count what a run will compute, and has computed: tokens and FLOPs, stage by stage, from its configuration.
 
 Products only (`architecture.forward_flops`): a forward pass counts 1, a backward pass 2. Where a number depends on how
 the run goes it is the plain case: every rung passes one trial in `reduction_factor` (ASHA passes a few more).
@@ -15,6 +15,7 @@ from minitron_search.config.schema import Config
 from minitron_search.data.winogrande import HUB, load_examples
 from minitron_search.depth import sweep
 from minitron_search.distillation import teacher_cache
+from minitron_search.importance.methods import method_of
 from minitron_search.models.architecture import Architecture, forward_flops
 from minitron_search.models.families import sizes, sizes_of, weights
 from minitron_search.records.paths import cache_folder
@@ -34,9 +35,12 @@ STAGE_OF = {"search": "search", **dict.fromkeys(CONTROLS, "search"), "untrained"
 
 @dataclass(frozen=True)
 class Work:
-    """One stage. tokens: trained on, or put through the teacher. The rest are FLOPs, by how they are spread:
-    `training` and `forward` over all workers of the stage, `scoring` over its trials (one worker of each, in the run's
-    precision), `alone` on one worker, in float32. steps: of the optimizer, of all trainings together."""
+    """The work of one stage.
+
+    tokens: trained on, or put through the teacher. The rest are FLOPs, by how they are spread: `training` and `forward`
+    over all workers of the stage, `scoring` over its trials (one worker of each, in the run's precision), `alone` on
+    one worker, in float32. steps: of the optimizer, of all trainings together.
+    """
 
     tokens: int
     training: float = 0.0
@@ -51,37 +55,39 @@ class Work:
 
 
 class Costs:
-    """FLOPs of a token, and of a scoring, in one run. `option_tokens`: packed Winogrande tokens of one scoring;
-    `teaching`: the model that students are distilled from."""
+    """FLOPs of a token, and of a scoring, in one run.
 
-    def __init__(self, config: Config, space: SearchSpace, teaching: PretrainedConfig, precision: str,
+    `teacher`: the model that students are distilled from. `option_tokens`: packed Winogrande tokens of one scoring.
+    """
+
+    def __init__(self, config: Config, space: SearchSpace, teacher: PretrainedConfig, precision: str,
                  option_tokens: int):  # fmt: skip
         self.config, self.space, self.option_tokens = config, space, option_tokens
         self.length = config.corpus.sequence_length
-        self.teacher = forward_flops(weights(teaching), sizes(teaching), self.length)
-        self.teacher_head = 2 * teaching.hidden_size * teaching.vocab_size
-        self.live = asked_live(config, teaching, precision)
+        self.teacher = forward_flops(weights(teacher), sizes(teacher), self.length)
+        self.teacher_head = 2 * teacher.hidden_size * teacher.vocab_size
+        self.live = runs_live(config, teacher, precision)
 
     def student(self, architecture: Architecture) -> int:
+        """Return the FLOPs of one token's forward pass through a student."""
         return forward_flops(self.space.weights, sizes_of(self.space.config, architecture), self.length)
 
     def training(self, student: int) -> int:
-        """Of one token of distillation, given those of its forward pass through the student."""
-        asked = self.config.distillation
-        passes = 4 if asked.gradient_checkpointing else 3
-        return passes * student + self.asking()
+        """Return the FLOPs of one token of distillation, given those of its forward pass through the student."""
+        passes = 4 if self.config.distillation.gradient_checkpointing else 3
+        return passes * student + self.teaching()
 
-    def asking(self) -> int:
-        """Of what a token of distillation needs of the teacher."""
-        asked = self.config.distillation
-        if asked.loss == "ce" and not asked.intermediate:
+    def teaching(self) -> int:
+        """Return the FLOPs of what a token of distillation needs of the teacher."""
+        settings = self.config.distillation
+        if settings.loss == "ce" and not settings.intermediate:
             return 0
         if self.live:  # in parallel it takes a step of its own besides
             return (4 if self.config.teacher.correction.parallel else 1) * self.teacher
-        return 0 if asked.teacher_cache == "topk" else self.teacher_head
+        return 0 if settings.teacher_cache == "topk" else self.teacher_head
 
     def scoring(self, student: int) -> int:
-        """Validation windows with the teacher's head beside the student's, Winogrande, and the measured speed."""
+        """Return the FLOPs of a scoring: validation windows with both heads, Winogrande, and the measured speed."""
         windows = self.config.corpus.validation_samples
         timed = min(4, windows) + 1
         return (windows * self.length * (student + self.teacher_head)
@@ -89,7 +95,7 @@ class Costs:
 
 
 def workload(costs: Costs) -> dict[str, Work]:
-    """The stages of the run that cost anything, in order."""
+    """Return the stages of the run that cost anything, in order."""
     config, space = costs.config, costs.space
     found: dict[str, Work] = {}
     if corrected := whole_batches(config, correction_tokens(config)):
@@ -121,31 +127,31 @@ def workload(costs: Costs) -> dict[str, Work]:
     return found
 
 
-def asked_live(config: Config, teaching: PretrainedConfig, precision: str) -> bool:
-    """Whether the teacher is asked for every batch rather than once; on this machine's disk, where that decides."""
-    asked = config.distillation
-    if config.teacher.correction.parallel or asked.teacher_cache == "off" or asked.intermediate:
+def runs_live(config: Config, teacher: PretrainedConfig, precision: str) -> bool:
+    """Return whether the teacher runs for every batch rather than once; this machine's disk may decide."""
+    settings = config.distillation
+    if config.teacher.correction.parallel or settings.teacher_cache == "off" or settings.intermediate:
         return True
-    if asked.teacher_cache != "auto":
+    if settings.teacher_cache != "auto":
         return False
-    needed = train_tokens(config) * teaching.hidden_size * (2 if precision == "bfloat16" else 4)
-    return needed > teacher_cache.budget_bytes(asked.teacher_cache_bytes, cache_folder() / "teacher_cache")
+    needed = train_tokens(config) * teacher.hidden_size * (2 if precision == "bfloat16" else 4)
+    return needed > teacher_cache.budget_bytes(settings.teacher_cache_bytes, cache_folder() / "teacher_cache")
 
 
 def train_tokens(config: Config) -> int:
-    """Of the text that students are distilled on, in whole windows."""
+    """Return the tokens of the text that students are distilled on, in whole windows."""
     length = config.corpus.sequence_length
     longest = max(config.search.rungs[-1], config.retraining.tokens, correction_tokens(config))
     return math.ceil(longest / length) * length
 
 
-def option_tokens(asked: WinograndeConfig) -> int:
-    """About how many tokens the packed questions are, without a tokenizer."""
-    if asked.source == HUB:
-        examples = min(asked.limit or HUB_EXAMPLES, HUB_EXAMPLES)
+def option_tokens(config: WinograndeConfig) -> int:
+    """Return about how many tokens the packed questions are, without a tokenizer."""
+    if config.source == HUB:
+        examples = min(config.limit or HUB_EXAMPLES, HUB_EXAMPLES)
     else:
-        examples = len(load_examples(asked.source, asked.limit))
-    return examples * (EXAMPLE_TOKENS + asked.shots * SHOT_TOKENS)
+        examples = len(load_examples(config.source, config.limit))
+    return examples * (EXAMPLE_TOKENS + config.shots * SHOT_TOKENS)
 
 
 def _importance(costs: Costs) -> Work:
@@ -153,11 +159,11 @@ def _importance(costs: Costs) -> Work:
     tokens = asked.rounds * (asked.samples or costs.config.corpus.calibration_samples) * costs.length
     pruned = costs.student(costs.space.teacher)
     body = pruned - 2 * costs.space.teacher.hidden_size * costs.space.config.vocab_size
-    return Work(tokens, forward=tokens * (body + (3 * pruned if asked.method == "taylor" else 0)))
+    return Work(tokens, forward=tokens * (body + (3 * pruned if method_of(asked.method).gradients else 0)))
 
 
 def _teacher(costs: Costs) -> Work:
-    """What it says of every window, and its own scores."""
+    """Return the work of computing the teacher's outputs for every window, and its own scores."""
     config = costs.config
     asked, validation = config.distillation, config.corpus.validation_samples * costs.length
     cached = 0 if costs.live or asked.loss == "ce" else train_tokens(config)
@@ -170,7 +176,10 @@ def _teacher(costs: Costs) -> Work:
 
 
 def _depth(costs: Costs) -> Work:
-    """Cuts share the layers before their block; each walks those after it and, where its loss is asked, the head."""
+    """Return the work of the sweep: cuts share the layers before their block, and each runs those after it.
+
+    A cut whose loss is measured runs the output head too.
+    """
     asked, layers = costs.config.depth, costs.space.teacher.num_hidden_layers
     pruned = costs.student(costs.space.teacher)
     head = 2 * costs.space.teacher.hidden_size * costs.space.config.vocab_size
@@ -197,8 +206,10 @@ def _depth(costs: Costs) -> Work:
 
 
 def spent(costs: Costs, rows: list[dict[str, Any]]) -> dict[str, tuple[int, float]]:
-    """(tokens, FLOPs) of the search and the retraining so far, of the rows of the trials' logs: every trial's own
-    architecture, trained as far as its last row and scored at each."""
+    """Return (tokens, FLOPs) of the search and of the retraining so far, from the rows of the trials' logs.
+
+    Every trial counts with its own architecture, trained as far as its last row and scored at each.
+    """
     found = {"search": (0, 0.0), "retrain": (0, 0.0)}
     before: dict[str, int] = {}
     for row in sorted(rows, key=lambda row: row["tokens"]):

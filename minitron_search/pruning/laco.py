@@ -28,7 +28,6 @@ from minitron_search.pruning.trimming import trimmed_weights
 # The paper's for Llama-2-7B, which has 32 layers: C layers become one, merges are at least I apart,
 # layer L is the first that is merged into, T is the similarity that has to be kept.
 C, INTERVAL, FIRST, THRESHOLD = 4, 2, 1, 0.65
-FORMULA = 1  # part of what a collapse is found by: raise it when the same inputs give another
 THRESHOLD_STEP = 0.05
 # of calibration text: the paper's is a few short sentences
 WINDOWS, TOKENS = 8, 64
@@ -38,7 +37,8 @@ Merged = Mapping[int, Layer]  # by layer that is kept
 
 
 def collapsed(folder: Path, windows: np.ndarray, lengths: Iterable[int]) -> list[dict[int, Layer]]:
-    """For every number of layers to lose, what LaCo makes of the model in `folder`: its kept layers as `Merged`.
+    """Return, for every number of layers to lose, what LaCo makes of the model in `folder`: its kept layers as
+    `Merged`.
 
     The similarity is the cosine between the final hidden states of teacher and merged model, all of a window's
     positions as one vector, averaged over the first `TOKENS` tokens of the first `WINDOWS` of `windows` (samples,
@@ -62,7 +62,8 @@ def collapsed(folder: Path, windows: np.ndarray, lengths: Iterable[int]) -> list
 
 
 def _collapse(depth: int, length: int, similarity: Callable[[Sequence[Layer]], float]) -> dict[int, Layer]:
-    """Algorithm 1, until `length` of `depth` layers are gone; `similarity(layers)` of a stack of layers, each a sum."""
+    """Run Algorithm 1 until `length` of `depth` layers are gone; `similarity(layers)` is of a stack of layers, each a
+    sum."""
     layers: list[Layer] = [{layer: 1} for layer in range(depth)]
     first = min(FIRST, depth - length - 1)  # where one layer is left, it is the first
     threshold, at = THRESHOLD, max(first, depth - C)
@@ -79,22 +80,22 @@ def _collapse(depth: int, length: int, similarity: Callable[[Sequence[Layer]], f
 
 
 def _sum(layers: Sequence[Layer]) -> Layer:
-    """RDSC of the layers after the first into the first."""
-    found = {layer: (2 - len(layers)) * count for layer, count in layers[0].items()}
+    """Merge the layers after the first into the first (RDSC)."""
+    total = {layer: (2 - len(layers)) * count for layer, count in layers[0].items()}
     for other in layers[1:]:
         for layer, count in other.items():
-            found[layer] = found.get(layer, 0) + count
-    return found
+            total[layer] = total.get(layer, 0) + count
+    return total
 
 
 def _base(layer: Layer) -> int:
-    """The layer that others were merged into: the first, whatever it counts for."""
+    """Return the layer that others were merged into: the first, whatever it counts for."""
     return min(layer)
 
 
 def merging(read: Reader, config: PretrainedConfig, merged: Merged) -> Reader:
-    """`read` with the weights of kept layers as `merged` says, float32, elements in the order they have; other layers
-    are read as they are."""
+    """Return a reader that gives the weights of kept layers as `merged` says, float32, and those of other layers as
+    `read` does."""
     family = family_of(config)
     products = {weight.name.rpartition(".")[0] for weight in weights(config) if weight.matmul}
 
@@ -111,13 +112,13 @@ def merging(read: Reader, config: PretrainedConfig, merged: Merged) -> Reader:
 def merged_model(
     read: Reader, config: PretrainedConfig, architecture: Architecture, merged: Merged
 ) -> PreTrainedModel:  # fmt: skip
-    """The student of `architecture`, whose widths are the teacher's, with weights of its own, float32."""
+    """Return the student of `architecture`, whose widths are the teacher's, with weights of its own, float32."""
     state = trimmed_weights(merging(read, config, merged), config, architecture, Rankings.identity(config))
     own = {name: tensor.to(torch.float32, copy=True).contiguous() for name, tensor in state.items()}
     return student_of(student_config(config, architecture), own)
 
 
 def _states(model: PreTrainedModel, rows: Tensor) -> Tensor:
-    """(windows, length x hidden_size), after the final norm."""
+    """Return the final hidden states, after the norm, (windows, length x hidden_size)."""
     with torch.no_grad():
         return final_hidden(device.on_device(model), rows).float().flatten(1)

@@ -1,4 +1,4 @@
-"""In which order the elements of each width axis are kept: what importance decides and trimming reads."""
+"""Rank the elements of each width axis: importance decides the order, trimming reads it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from minitron_search.models.families import whole
 
 @dataclass(frozen=True)
 class Rankings:
-    """Indices in descending importance, for one teacher.
+    """One teacher's indices in descending importance.
 
     hidden: (hidden_size,), one order for the whole model (embedding, norms, projections, head).
     mlp: (layers, intermediate_size).
@@ -29,7 +29,7 @@ class Rankings:
 
     @classmethod
     def of_scores(cls, hidden: Tensor, mlp: Tensor, heads: Tensor, key_value_heads: int) -> "Rankings":
-        """From importance scores: hidden (hidden_size,), mlp (layers, neurons), heads (layers, query heads).
+        """Rank by importance scores: hidden (hidden_size,), mlp (layers, neurons), heads (layers, query heads).
 
         Query heads are ranked inside their group; a group's importance is the sum of its heads'.
         """
@@ -43,21 +43,21 @@ class Rankings:
 
     @classmethod
     def identity(cls, config: PretrainedConfig) -> "Rankings":
-        """The order the teacher already has: with it, trimming takes leading slices."""
+        """Return the order that the teacher already has: with it, trimming takes leading slices."""
         hidden, mlp, heads, key_value_heads = _ones(config)
         return cls.of_scores(hidden, mlp, heads, key_value_heads)
 
     @classmethod
     def random(cls, config: PretrainedConfig, seed: int) -> "Rankings":
-        """Random pruning: the control that ignores importance (Figure 6 of the paper)."""
+        """Return a random order: the control that ignores importance (Figure 6 of the paper)."""
         generator = torch.Generator().manual_seed(seed)
         hidden, mlp, heads, key_value_heads = _ones(config)
         hidden, mlp, heads = (torch.rand(scores.shape, generator=generator) for scores in (hidden, mlp, heads))
         return cls.of_scores(hidden, mlp, heads, key_value_heads)
 
     def kept(self, architecture: Architecture, layer: int | None, dim: str, head_dim: int) -> Tensor | None:
-        """Indices of dimension `dim` of a weight in teacher layer `layer` that `architecture` keeps, in order;
-        None where the whole dimension is kept as it is (vocab, position, head_dim)."""
+        """Return the indices of dimension `dim`, of a weight in teacher layer `layer`, that `architecture` keeps, in
+        order; None where the whole dimension is kept as it is (vocab, position, head_dim)."""
         if dim == "hidden":
             return self.hidden[: architecture.hidden_size]
         if dim in ("vocab", "position", "head_dim"):
@@ -77,7 +77,7 @@ class Rankings:
         return _channels(heads.flatten(), head_dim)
 
     def _fused(self, architecture: Architecture, layer: int | None, dim: str, head_dim: int) -> Tensor:
-        """`kept` of a dimension that holds several: one after another (+), or by group of heads (|)."""
+        """Do as `kept` for a dimension that holds several: one after another (+), or by group of heads (|)."""
         dims = {
             "mlp": self.mlp.shape[1],
             "query": self.heads[0].numel() * head_dim,
@@ -93,7 +93,7 @@ class Rankings:
 
 
 def apart(dim: str, values: Tensor, dims: Mapping[str, int]) -> list[Tensor]:
-    """`values` along a dimension, by the dimensions it is made of (`family_tables.Family`)."""
+    """Split `values` along a dimension into those that it is made of (`family_tables.Family`)."""
     lengths = [dims[name] for name in parts(dim)]
     if "|" not in dim:
         return list(values.split(lengths))

@@ -20,8 +20,9 @@ from minitron_search.models.families import (
     weights,
     whole,
 )
-from minitron_search.models.loading import Reader, reader, save_once, student_of
+from minitron_search.models.loading import Reader, reader, student_of
 from minitron_search.pruning.rankings import Rankings
+from minitron_search.records import cache
 
 
 def permute_teacher(teacher_folder: Path, rankings: Rankings, folder: Path, dtype: str = "auto") -> Path:
@@ -30,20 +31,22 @@ def permute_teacher(teacher_folder: Path, rankings: Rankings, folder: Path, dtyp
     `dtype` is float32, bfloat16, or auto for the dtype it is stored in. The folder appears whole or not at all;
     one that exists already is left as it is.
     """
-    if folder.exists():
-        return folder
-    teacher = AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=dtype)
-    state = dict(teacher.named_parameters())
-    permuted = trimmed_weights(state.__getitem__, teacher.config, whole(teacher.config), rankings)
-    with torch.no_grad():
-        for name, parameter in state.items():
-            parameter.copy_(permuted[name])
-    save_once(teacher, folder)
+
+    def write(into: Path) -> None:
+        teacher = AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=dtype)
+        state = dict(teacher.named_parameters())
+        permuted = trimmed_weights(state.__getitem__, teacher.config, whole(teacher.config), rankings)
+        with torch.no_grad():
+            for name, parameter in state.items():
+                parameter.copy_(permuted[name])
+        teacher.save_pretrained(into)
+
+    cache.make_once(folder, write)
     return folder
 
 
 def trim(teacher_folder: Path, architecture: Architecture, rankings: Rankings | None = None) -> PreTrainedModel:
-    """The student of `architecture`, float32, with weights of its own (writing into it leaves the teacher be).
+    """Return the student of `architecture`, float32, with weights of its own: writing to it leaves the teacher alone.
 
     `rankings` None means that the folder holds the permuted teacher: leading slices, read from memory-mapped
     files, so that only what is kept is read.
@@ -58,7 +61,7 @@ def trim(teacher_folder: Path, architecture: Architecture, rankings: Rankings | 
 def trimmed_weights(
     read: Reader, config: PretrainedConfig, architecture: Architecture, rankings: Rankings
 ) -> dict[str, Tensor]:
-    """Every weight of the student by its name there; a view wherever what is kept is a leading slice.
+    """Return every weight of the student by its name there; a view wherever what is kept is a leading slice.
 
     Fused projections are copies, and so is a scaled embedding where hidden_size shrinks.
     """
@@ -84,9 +87,9 @@ def trimmed_weights(
 
 
 def _keep_scale_of_embedding(state: dict[str, Tensor], tables: list[str], final_norm: str, shrunk: float) -> None:
-    """Gemma multiplies embeddings by sqrt(hidden_size), so a narrower student would begin with a smaller residual
-    stream than its teacher: the ratio goes into the embedding. A head tied to it reads the final norm's output only,
-    and that norm, which multiplies by 1 + weight, takes the ratio back."""
+    """Put the ratio of the widths into the embedding: Gemma multiplies embeddings by sqrt(hidden_size), so a narrower
+    student would begin with a smaller residual stream than its teacher. A head tied to it reads the final norm's output
+    only, and that norm, which multiplies by 1 + weight, takes the ratio back."""
     embedding, norm = tables[0], f"{final_norm}.weight"
     state[embedding] = state[embedding].float() * shrunk**0.5
     if len(tables) == 1:
@@ -100,8 +103,8 @@ def _take(tensor: Tensor, axis: int, index: Tensor) -> Tensor:
 
 
 def as_views(folder: Path, architecture: Architecture) -> PreTrainedModel:
-    """The student of `architecture` inside the permuted teacher in `folder`, in the dtype the folder is stored in: of a
-    float32 folder, the weights that `trim` copies. It is not to be written to.
+    """Return the student of `architecture` inside the permuted teacher in `folder`, in the dtype of the folder: of a
+    float32 one, the weights that `trim` copies. It is not to be written to.
 
     A parameter is one strided tensor, and what is kept is one wherever it leads each dimension: whole layers, hidden
     channels, neurons, whole groups of heads. Elsewhere the few weights concerned are copied:

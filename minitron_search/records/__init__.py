@@ -1,1 +1,1 @@
-"""What a run leaves on disk: paths, logs, the run directory, the content cache, buckets, the console."""
+"""Keep what a run leaves on disk: paths, logs, the run directory, the content cache, buckets, the console."""

@@ -1,7 +1,7 @@
-"""A run in storage (`output: s3://bucket/run`, or any other pyarrow filesystem): a working copy here, kept as there.
+"""Keep a run in storage: `output: s3://bucket/run`, or any other pyarrow filesystem, beside a working copy here.
 
-What is appended to or replaced here is put there as one object, so a reader never sees half of one. A folder that is
-whole or not there (`best/`, a checkpoint) is whole there once `<folder>.whole` lies beside it.
+A file that is appended to or replaced here is put there as one object, so a reader never sees half of one. A folder
+that exists whole or not at all (`best/`, a checkpoint) is complete there once `<folder>.whole` lies beside it.
 """
 
 import os
@@ -9,147 +9,150 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, FileType, copy_files
 
+from minitron_search.records.console import say
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.paths import is_uri
 from minitron_search.records.transfer import BACK_OFF_S, PATIENCE_S, WHOLE
 
-LOOK_S = 2.0  # between two looks at what has changed here
+LOOK_S = 2.0  # between two looks for changes
 
-Seen = dict[PurePosixPath, tuple[int, int]]  # time of change, bytes
-
-
-def mirror_of(output: str, run: RunDirectory) -> "Mirror | None":
-    """None where the run is in a folder."""
-    return Mirror(output, run) if is_uri(output) else None
+FileStates = dict[PurePosixPath, tuple[int, int]]  # (time of change in ns, bytes), by name in the run
 
 
-class Mirror:
-    """Of the run at `uri`. Raises ValueError where the address is none, or storage says no."""
+def bucket_copy(output: str, run_dir: RunDirectory) -> "BucketCopy | None":
+    """Return the copy in storage of a run whose `output` is an address; None if it is a folder."""
+    return BucketCopy(output, run_dir) if is_uri(output) else None
 
-    def __init__(self, uri: str, run: RunDirectory):
-        self.uri, self.run = uri, run
+
+class BucketCopy:
+    """The stored copy of one run. Raises ValueError if `uri` is no address, or storage refuses it."""
+
+    def __init__(self, uri: str, run_dir: RunDirectory):
+        self.uri, self.run_dir = uri, run_dir
         try:
-            self.there, base = FileSystem.from_uri(uri)
+            self.storage, base = FileSystem.from_uri(uri)
         except (ArrowException, ValueError, OSError) as error:
             raise ValueError(f"output: {uri!r}: {_reason(error)}; valid: s3://bucket/run or runs/name") from None
         self.base = PurePosixPath(base)
-        self._kept: Seen = {}  # as it was when it was put there
+        self._stored: FileStates = {}  # as each file was when it was put there
         self._whole: set[PurePosixPath] = set()
-        self._made: set[PurePosixPath] = set()
+        self._created: set[PurePosixPath] = set()  # folders, for file systems that have them
 
     def exists(self) -> bool:
+        """Return whether storage holds anything at the address."""
         return bool(self._names())
 
     def check_writable(self) -> None:
-        """Raises ValueError where nothing can be written, before anything is computed that would be."""
+        """Raise ValueError if nothing can be written there: before anything is computed."""
         name = self._at(PurePosixPath(".writable"))
         try:
-            with self.there.open_output_stream(name) as stream:
+            with self.storage.open_output_stream(name) as stream:
                 stream.write(b"")
-            self.there.delete_file(name)
+            self.storage.delete_file(name)
         except (ArrowException, OSError) as error:
             raise ValueError(f"output: {self.uri} cannot be written to: {_reason(error)}; "
                              "valid: a bucket that these credentials may write to") from None  # fmt: skip
 
-    # From there
+    # From storage
 
     def pull(self) -> None:
-        """Make the working copy what storage holds, unless it is storage's own with what came after."""
+        """Make the working copy what storage holds, unless the working copy is ahead of it."""
         names = self._names()
         if not names or self._is_ahead(names):
             return
-        shutil.rmtree(self.run.root, ignore_errors=True)
+        shutil.rmtree(self.run_dir.root, ignore_errors=True)
         for name in names:
             folder = _whole_folder(name)
             if name.suffix == WHOLE or (folder is not None and self._marked(folder) not in names):
                 continue
-            here = self.run.root / name
-            here.parent.mkdir(parents=True, exist_ok=True)
-            copy_files(self._at(name), str(here), source_filesystem=self.there)
+            local = self.run_dir.root / name
+            local.parent.mkdir(parents=True, exist_ok=True)
+            copy_files(self._at(name), str(local), source_filesystem=self.storage)
 
     def _is_ahead(self, names: set[PurePosixPath]) -> bool:
-        """Whether the log of events here begins with the one there."""
-        log = PurePosixPath(self.run.events_log.name)
-        if not self.run.events_log.exists() or log not in names:
-            return self.run.events_log.exists()
-        with self.there.open_input_stream(self._at(log)) as stream:
-            return self.run.events_log.read_bytes().startswith(stream.readall())
+        """Return whether the working copy's log of events begins with the stored one."""
+        log = PurePosixPath(self.run_dir.events_log.name)
+        if not self.run_dir.events_log.exists() or log not in names:
+            return self.run_dir.events_log.exists()
+        with self.storage.open_input_stream(self._at(log)) as stream:
+            return self.run_dir.events_log.read_bytes().startswith(stream.readall())
 
     def _names(self) -> set[PurePosixPath]:
-        found = self.there.get_file_info(FileSelector(str(self.base), recursive=True, allow_not_found=True))
-        names = {PurePosixPath(info.path).relative_to(self.base) for info in found if info.type == FileType.File}
-        return {name for name in names if not _is_passing(name)}
+        infos = self.storage.get_file_info(FileSelector(str(self.base), recursive=True, allow_not_found=True))
+        names = {PurePosixPath(info.path).relative_to(self.base) for info in infos if info.type == FileType.File}
+        return {name for name in names if not _is_temporary(name)}
 
-    # To there
+    # To storage
 
     def push(self) -> None:
-        """What has changed since the last call. Whole folders first: a row is not there before what it goes on from."""
-        # none of a depot's: the node that makes one has put it there, and takes it away
-        folders = self._whole_folders() if self.run.depot is None else self._whole
+        """Put what has changed since the last call. Whole folders first: a checkpoint is there before its row."""
+        # folders that a NodeTransfer carries are put, and removed, by the node that makes them
+        folders = self._whole_folders() if self.run_dir.transfer is None else self._whole
         self._push_folders(folders)
-        for name, state in sorted(self._here().items()):
-            if self._kept.get(name) != state:
-                self.put(self.run.root / name, name)
-                self._kept[name] = state
+        for name, state in sorted(self._changing_files().items()):
+            if self._stored.get(name) != state:
+                self.put(self.run_dir.root / name, name)
+                self._stored[name] = state
         self._remove_all_but(folders)
 
     def _push_folders(self, folders: set[PurePosixPath]) -> None:
         for folder in sorted(folders - self._whole):
             try:
-                for file in sorted((self.run.root / folder).rglob("*")):
+                for file in sorted((self.run_dir.root / folder).rglob("*")):
                     if file.is_file():
-                        self.put(file, PurePosixPath(file.relative_to(self.run.root)))
-            except FileNotFoundError:  # replaced by its successor meanwhile
+                        self.put(file, PurePosixPath(file.relative_to(self.run_dir.root)))
+            except FileNotFoundError:  # its successor replaced it meanwhile
                 continue
-            with self.there.open_output_stream(self._at(self._marked(folder))) as stream:
+            with self.storage.open_output_stream(self._at(self._marked(folder))) as stream:
                 stream.write(b"")
             self._whole.add(folder)
 
     def _remove_all_but(self, folders: set[PurePosixPath]) -> None:
         for folder in sorted(self._whole - folders):
-            with suppress(FileNotFoundError):  # storage may have failed after it was removed
-                self.there.delete_file(self._at(self._marked(folder)))
+            with suppress(FileNotFoundError):  # storage may have failed after removing it
+                self.storage.delete_file(self._at(self._marked(folder)))
             with suppress(FileNotFoundError):
-                self.there.delete_dir(self._at(folder))
+                self.storage.delete_dir(self._at(folder))
             self._whole.remove(folder)
-            self._made = {made for made in self._made if folder not in (made, *made.parents)}
+            self._created = {path for path in self._created if folder not in (path, *path.parents)}
 
     def put(self, file: Path, name: PurePosixPath) -> None:
-        if name.parent not in self._made:  # for file systems that have folders of their own
-            self.there.create_dir(self._at(name.parent), recursive=True)
-            self._made.add(name.parent)
-        if file.suffix == ".db":  # as of one moment, whoever writes to it
+        """Put one file at `name` in the stored run; a database as it is at one moment, whoever writes to it."""
+        if name.parent not in self._created:
+            self.storage.create_dir(self._at(name.parent), recursive=True)
+            self._created.add(name.parent)
+        if file.suffix == ".db":
             copy = file.with_name(f".{file.name}.copy")
             with sqlite3.connect(file) as source, sqlite3.connect(copy) as target:
                 source.backup(target)
-            copy_files(str(copy), self._at(name), destination_filesystem=self.there)
+            copy_files(str(copy), self._at(name), destination_filesystem=self.storage)
             copy.unlink()
         else:
-            copy_files(str(file), self._at(name), destination_filesystem=self.there)
+            copy_files(str(file), self._at(name), destination_filesystem=self.storage)
 
-    def _here(self) -> Seen:
-        """Files outside whole folders."""
-        found = {}
-        for folder, _, files in os.walk(self.run.root):
+    def _changing_files(self) -> FileStates:
+        """Return the state of every file of the working copy that is in no whole folder."""
+        states = {}
+        for folder, _, files in os.walk(self.run_dir.root):
             for file in files:
-                name = PurePosixPath(folder, file).relative_to(self.run.root)
-                if not _is_passing(name) and _whole_folder(name) is None:
+                name = PurePosixPath(folder, file).relative_to(self.run_dir.root)
+                if not _is_temporary(name) and _whole_folder(name) is None:
                     with suppress(FileNotFoundError):
-                        about = os.stat(self.run.root / name)
-                        found[name] = (about.st_mtime_ns, about.st_size)
-        return found
+                        status = os.stat(self.run_dir.root / name)
+                        states[name] = (status.st_mtime_ns, status.st_size)
+        return states
 
     def _whole_folders(self) -> set[PurePosixPath]:
-        root = self.run.root
-        found = [*root.glob("best*"), *root.glob("trials/*/checkpoint/step-*")]
-        return {PurePosixPath(folder.relative_to(root)) for folder in found if folder.is_dir()}
+        root = self.run_dir.root
+        folders = [*root.glob("best*"), *root.glob("trials/*/checkpoint/step-*")]
+        return {PurePosixPath(folder.relative_to(root)) for folder in folders if folder.is_dir()}
 
     def _at(self, name: PurePosixPath) -> str:
         return str(self.base / name)
@@ -157,32 +160,32 @@ class Mirror:
     def _marked(self, folder: PurePosixPath) -> PurePosixPath:
         return folder.with_name(folder.name + WHOLE)
 
-    # Meanwhile
+    # Continuously
 
-    def _take_stock(self) -> None:
-        """What is whole there already, of what is here and of what no longer is."""
+    def _find_whole_folders(self) -> None:
+        """Note which folders storage holds whole, those included that the working copy no longer has."""
         marks = [name for name in self._names() if name.suffix == WHOLE]
         self._whole = {mark.with_suffix("") for mark in marks}
 
     @contextmanager
-    def kept(self, progress: Callable[[str], None]) -> Iterator[None]:
+    def kept_up_to_date(self) -> Iterator[None]:
         """Push while the block runs, and what is left at its end; storage may fail for a while.
 
-        Raises RuntimeError when it is gone for `PATIENCE_S` at the end; the working copy is left, and the next
+        Raises RuntimeError if storage is gone for `PATIENCE_S` at the end. The working copy is kept, and the next
         `--resume` on this machine puts it there.
         """
-        self._take_stock()
+        self._find_whole_folders()
         over = threading.Event()
-        thread = threading.Thread(target=self._push_until, args=(over, progress), daemon=True)
+        thread = threading.Thread(target=self._push_until, args=(over,), daemon=True)
         thread.start()
         try:
             yield
         finally:
             over.set()
             thread.join()
-            self._push_at_last(progress)
+            self._push_the_rest()
 
-    def _push_until(self, over: threading.Event, progress: Callable[[str], None]) -> None:
+    def _push_until(self, over: threading.Event) -> None:
         wait, failed = LOOK_S, 0.0
         while not over.wait(wait):
             try:
@@ -190,16 +193,16 @@ class Mirror:
             except (ArrowException, OSError) as error:
                 if not failed:
                     failed, wait = time.monotonic(), BACK_OFF_S[0] / 2
-                    self.run.event("storage_failed", message=_reason(error))
-                    progress(f"storage: {_reason(error)}; everything is kept here, and tried again")
+                    self.run_dir.event("storage_failed", message=_reason(error))
+                    say(f"storage: {_reason(error)}; everything is kept here, and tried again")
                 wait = min(2 * wait, BACK_OFF_S[1])
             else:
                 if failed:
-                    self.run.event("storage_back", seconds=time.monotonic() - failed)
-                    progress(f"storage: back after {time.monotonic() - failed:.0f} s")
+                    self.run_dir.event("storage_back", seconds=time.monotonic() - failed)
+                    say(f"storage: back after {time.monotonic() - failed:.0f} s")
                 wait, failed = LOOK_S, 0.0
 
-    def _push_at_last(self, progress: Callable[[str], None]) -> None:
+    def _push_the_rest(self) -> None:
         wait, began = BACK_OFF_S[0], time.monotonic()
         while True:
             try:
@@ -207,15 +210,15 @@ class Mirror:
             except (ArrowException, OSError) as error:
                 if time.monotonic() - began > PATIENCE_S:
                     raise RuntimeError(f"output: {self.uri} could not be written to for {PATIENCE_S / 60:.0f} minutes "
-                                       f"({_reason(error)}); all of it is in {self.run.root}, and --resume on this "
+                                       f"({_reason(error)}); all of it is in {self.run_dir.root}, and --resume on this "
                                        "machine puts it there") from None  # fmt: skip
-                progress(f"storage: {_reason(error)}; tried again in {wait:.0f} s")
+                say(f"storage: {_reason(error)}; trying again in {wait:.0f} s")
                 time.sleep(wait)
                 wait = min(2 * wait, BACK_OFF_S[1])
 
 
 def _whole_folder(name: PurePosixPath) -> PurePosixPath | None:
-    """The folder that appears whole, and holds `name` or is it."""
+    """Return the folder that exists whole or not at all and that holds `name`, or is it; None for any other name."""
     parts = name.parts
     if parts[0].startswith("best") and len(parts) > 1:
         return PurePosixPath(parts[0])
@@ -224,9 +227,11 @@ def _whole_folder(name: PurePosixPath) -> PurePosixPath | None:
     return None
 
 
-def _is_passing(name: PurePosixPath) -> bool:
-    """Whether it is on its way to another name, or to another node: it begins with a dot. What is inside a folder that
-    is whole may: a checkpoint has its `.metadata`."""
+def _is_temporary(name: PurePosixPath) -> bool:
+    """Return whether `name` is a file in the making, or one that only travels: such names begin with a dot.
+
+    Names inside a whole folder may begin with a dot too: a checkpoint has its `.metadata`.
+    """
     return any(part.startswith(".") for part in (_whole_folder(name) or name).parts)
 
 

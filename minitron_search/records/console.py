@@ -1,4 +1,4 @@
-"""What a person following a run sees: one line an event, with the time, in a terminal and in a job's log alike."""
+"""Print what a person follows a run by: one line an event, with the time, in a terminal and in a job's log alike."""
 
 import sys
 import time
@@ -10,4 +10,11 @@ console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isat
 
 
 def say(text: str) -> None:
+    """Print a line with the time: the one way by which the program tells what it does."""
     console.print(time.strftime("%H:%M:%S"), text, markup=False)
+
+
+def complain(problem: Exception | str, status: int) -> int:
+    """Print what is wrong on stderr and return `status`."""
+    print(f"minitron_search: {problem}", file=sys.stderr)
+    return status

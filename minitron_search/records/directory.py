@@ -1,4 +1,4 @@
-"""The artifacts of a run and their schemas; the only writer of tables.
+"""Read and write a run directory: its artifacts and their schemas. Nothing else writes tables.
 
     config.yaml  environment.json  importance.safetensors  trials.parquet  events.jsonl  study.db
     depth.parquet  depth.json  depth_pieces/  layer_merge.json  latency.json  forecast.json  evidence.json
@@ -24,8 +24,9 @@ import pyarrow.parquet as pq
 import yaml
 
 from minitron_search.records.logs import LOCAL, Files, Log, append_line, read_lines, replace_text
+from minitron_search.records.metrics import METRICS, score_columns
 from minitron_search.records.paths import working_folder
-from minitron_search.records.transfer import Depot
+from minitron_search.records.transfer import NodeTransfer
 
 ABLATION_FILE, ABLATION_TABLE = "ablation.json", "ablation.parquet"  # of an ablation, beside its runs
 AXES = (
@@ -38,6 +39,7 @@ AXES = (
     "drop_block_length",
 )
 
+COUNTS = {metric.n for metric in METRICS.values()}
 # One row per trial and rung. Losses in nats per token, margins in nats per example, seconds of wall time.
 # `status` is the trial's, repeated on each of its rows: a stopped trial is never mistaken for a complete one.
 TRIALS_SCHEMA = pa.schema(
@@ -48,16 +50,7 @@ TRIALS_SCHEMA = pa.schema(
         ("seed", pa.int64()),
         ("rung", pa.int64()),
         ("tokens", pa.int64()),
-        ("lm_loss", pa.float64()),
-        ("lm_loss_stderr", pa.float64()),
-        ("lm_loss_n", pa.int64()),  # validation windows
-        ("kl", pa.float64()),
-        ("kl_stderr", pa.float64()),
-        ("winogrande_acc", pa.float64()),
-        ("winogrande_acc_stderr", pa.float64()),
-        ("winogrande_margin", pa.float64()),
-        ("winogrande_margin_stderr", pa.float64()),
-        ("winogrande_n", pa.int64()),  # examples
+        *((name, pa.int64() if name in COUNTS else pa.float64()) for name in score_columns()),
         ("bi", pa.float64()),  # block importance, in the teacher, of the block this architecture drops
         ("params", pa.int64()),
         ("non_embedding_params", pa.int64()),
@@ -90,13 +83,13 @@ FINISHED = ("stopped", "complete", "promoted", "failed")
 class RunDirectory:
     """One run's folder. Creating the object touches nothing on disk.
 
-    `files`: how its logs are reached, and `depot`: what carries its folders, from the nodes of a cluster whose disks
-    are their own. Tables are the driver's, which is where they are.
+    `files`: how its logs are reached. `transfer`: how its folders travel between nodes whose disks are their own; None
+    if none has to. Tables are read and written by the driver alone.
     """
 
-    def __init__(self, root: str | Path, files: Files = LOCAL, depot: Depot | None = None):
+    def __init__(self, root: str | Path, files: Files = LOCAL, transfer: NodeTransfer | None = None):
         self.root = working_folder(str(root))
-        self.files, self.depot = files, depot
+        self.files, self.transfer = files, transfer
         self.config = self.root / "config.yaml"
         self.environment = self.root / "environment.json"
         self.importance = self.root / "importance.safetensors"
@@ -116,7 +109,7 @@ class RunDirectory:
         self._rungs: dict[tuple[str, int], dict[str, Any]] = {}
 
     def __reduce__(self) -> tuple:
-        return RunDirectory, (self.root, self.files, self.depot)  # what it has read stays where it was read
+        return RunDirectory, (self.root, self.files, self.transfer)  # what it has read stays where it was read
 
     def trial(self, trial: str) -> Path:
         return self.root / "trials" / trial
@@ -125,7 +118,7 @@ class RunDirectory:
         return self.trial(trial) / "metrics.jsonl"
 
     def tensorboard(self, trial: str) -> Path:
-        """Told from metrics.jsonl (`tracking.py`)."""
+        """Return the file for TensorBoard, made from metrics.jsonl (`tracking.curves`)."""
         return self.trial(trial) / "events.out.tfevents"
 
     def checkpoint(self, trial: str) -> Path:
@@ -133,16 +126,16 @@ class RunDirectory:
 
     @property
     def ray_storage(self) -> str:
-        """Where Ray keeps what it writes of its own: all nodes have to see it, though nobody here reads it."""
-        travels = self.depot is not None and self.depot.travels(self.scratch)
-        return self.depot.address(self.scratch.name) if self.depot is not None and travels else str(self.scratch)
+        """The folder or address of Ray's own files: all nodes have to see it, though nobody here reads it."""
+        travels = self.transfer is not None and self.transfer.travels(self.scratch)
+        return self.transfer.address(self.scratch.name) if self.transfer is not None and travels else str(self.scratch)
 
     def best(self, rank: int = 1) -> Path:
-        """Folder of the student promoted `rank`-th: best/, best-2/, ..."""
+        """Return the folder of the student promoted `rank`-th: best/, best-2/, ..."""
         return self.root / ("best" if rank == 1 else f"best-{rank}")
 
-    def write_config(self, resolved: Mapping[str, Any]) -> None:
-        replace_text(self.config, yaml.safe_dump(dict(resolved), sort_keys=False))
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        replace_text(self.config, yaml.safe_dump(dict(config), sort_keys=False))
 
     def read_config(self) -> dict[str, Any]:
         return yaml.safe_load(self.config.read_text())
@@ -154,8 +147,7 @@ class RunDirectory:
         return json.loads(self.environment.read_text()) if self.environment.exists() else {}
 
     def write_evaluation(self, scores: Mapping[str, Any]) -> None:
-        """What `evaluation_stage.evaluate_all` found: models by what the run calls them, and lists of results, failures
-        and differences, of which each entry is a line."""
+        """Write evaluation.json: models by name in the run; results, failures and differences, an entry a line."""
         lines = ",\n".join(
             f"{json.dumps(name)}: "
             + (json.dumps(value) if isinstance(value, Mapping) else f"[{','.join(_lines(value))}\n]")
@@ -174,7 +166,7 @@ class RunDirectory:
         return read_lines(self.events_log, self.files)
 
     def start_trial(self, trial: str, architecture: Mapping[str, Any]) -> None:
-        """`architecture` holds what makes the trial: axes, kept layers, arm, seed, proposal."""
+        """Write down what makes a trial: axes, kept layers, arm, seed, proposal."""
         replace_text(self.trial(trial) / "architecture.json", json.dumps(architecture, indent=1))
 
     def log_step(self, trial: str, **metrics: Any) -> None:
@@ -185,34 +177,36 @@ class RunDirectory:
         append_line(self._metrics(trial), {"kind": "rung", **row}, files=self.files)
 
     def log_scores(self, trial: str, rung: int, **scores: list[float]) -> None:
-        """Append what a rung's means were taken over: a value for every window, or example;
-        `winogrande_twin` numbers the examples, twins alike. Written before the rung."""
+        """Append what a rung's means are taken over, before the rung itself: a value for every window, or example.
+
+        `winogrande_twin` numbers the examples, twins alike.
+        """
         line = {"kind": "scores", "rung": rung, **scores}
         append_line(self._metrics(trial), line, durable=False, files=self.files)
 
     def scores(self) -> dict[tuple[str, int], dict[str, list[float]]]:
-        """By trial and rung, what `log_scores` was given."""
+        """Return, by trial and rung, what `log_scores` was given."""
         return {
             (log.parent.name, line["rung"]): line
             for log in sorted((self.root / "trials").glob("*/metrics.jsonl"))
             for line in read_lines(log) if line["kind"] == "scores"
         }  # fmt: skip
 
-    def write_evidence(self, found: Mapping[str, Any]) -> None:
-        replace_text(self.evidence, json.dumps(found, indent=1))
+    def write_evidence(self, evidence: Mapping[str, Any]) -> None:
+        replace_text(self.evidence, json.dumps(evidence, indent=1))
 
     def read_evidence(self) -> dict[str, Any]:
         return json.loads(self.evidence.read_text()) if self.evidence.exists() else {}
 
-    def write_latency(self, found: Mapping[str, Any]) -> None:
-        """What `latency_stage.measure_tables` found: the space of a run is what these tables leave of it."""
-        replace_text(self.latency, json.dumps(found, indent=1))
+    def write_latency(self, measured: Mapping[str, Any]) -> None:
+        """Write what `pipeline.latency.measure_tables` measured: a run's space is what these tables leave of it."""
+        replace_text(self.latency, json.dumps(measured, indent=1))
 
     def read_latency(self) -> dict[str, Any]:
         return json.loads(self.latency.read_text()) if self.latency.exists() else {}
 
     def write_forecast(self, stages: Mapping[str, Mapping[str, Any]]) -> None:
-        """What each stage was to cost: tokens, flops, seconds, gpus, gpu_seconds, price_per_hour, cost and basis."""
+        """Write what each stage will cost: tokens, flops, seconds, gpus, gpu_seconds, price_per_hour, cost, basis."""
         replace_text(self.forecast, json.dumps(stages, indent=1))
 
     def read_forecast(self) -> dict[str, dict[str, Any]]:
@@ -223,18 +217,18 @@ class RunDirectory:
         append_line(self.trial(trial) / "decisions.jsonl", {"rung": rung, "decision": decision, "time": time.time()})
 
     def decisions(self, trial: str) -> dict[int, dict[str, Any]]:
-        """The decision lines of a trial, by rung."""
+        """Return the decision lines of a trial, by rung."""
         return {line["rung"]: line for line in read_lines(self.trial(trial) / "decisions.jsonl", self.files)}
 
     def metrics(self, trial: str) -> list[dict[str, Any]]:
         return read_lines(self._metrics(trial), self.files)
 
     def follow(self, trial: str) -> "Log":
-        """The same lines as they come."""
+        """Return the log of the lines of `metrics`, which can be read as it grows."""
         return Log(self._metrics(trial), self.files)
 
     def rungs(self) -> list[dict[str, Any]]:
-        """Every finished rung of every trial; a rung that a restarted trial wrote twice counts once."""
+        """Return every finished rung of every trial; a rung that a restarted trial wrote twice counts once."""
         for log in (self.root / "trials").glob("*/metrics.jsonl"):
             for line in self._followed.setdefault(log, Log(log)).new():  # each is read once, however often it is asked
                 if line.pop("kind") == "rung":
@@ -271,8 +265,8 @@ class RunDirectory:
     def read_depth(self) -> list[dict[str, Any]]:
         return pq.read_table(self.depth).to_pylist() if self.depth.exists() else []
 
-    def write_depth_recommendation(self, found: Mapping[str, Any]) -> None:
-        replace_text(self.depth_recommendation, json.dumps(found, indent=1))
+    def write_depth_recommendation(self, advice: Mapping[str, Any]) -> None:
+        replace_text(self.depth_recommendation, json.dumps(advice, indent=1))
 
     def read_depth_recommendation(self) -> dict[str, Any]:
         return json.loads(self.depth_recommendation.read_text()) if self.depth_recommendation.exists() else {}
@@ -282,22 +276,25 @@ class RunDirectory:
 
 
 def stage_seconds(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds that each stage took, over all sessions of a run: from its start to its end, to the last event of a
-    session that was cut off, or to the last event so far."""
-    found: dict[str, float] = {}
+    """Return the seconds that each stage took, over all sessions of a run.
+
+    A stage that was cut off, or still runs, lasts to the last event of its session.
+    """
+    seconds: dict[str, float] = {}
     begun: dict[str, float] = {}
     last = 0.0
     for event in [*events, {"event": "run_started", "time": None}]:
         if event["event"] == "run_started":
             for stage, time_begun in begun.items():
-                found[stage] = found.get(stage, 0.0) + last - time_begun
+                seconds[stage] = seconds.get(stage, 0.0) + last - time_begun
             begun = {}
         elif event["event"] == "stage_started":
             begun[event["stage"]] = event["time"]
         elif event["event"] == "stage_finished" and event["stage"] in begun:
-            found[event["stage"]] = found.get(event["stage"], 0.0) + event["time"] - begun.pop(event["stage"])
+            stage = event["stage"]
+            seconds[stage] = seconds.get(stage, 0.0) + event["time"] - begun.pop(stage)
         last = event["time"] or last
-    return found
+    return seconds
 
 
 def _lines(values: Iterable[Any]) -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""Append-only logs and files that appear whole: how a run is written down, by several processes at once."""
+"""Write append-only logs, and files that appear whole, by several processes at once."""
 
 import json
 import os
@@ -8,26 +8,26 @@ from typing import Any, Protocol
 
 
 class Files(Protocol):
-    """Where a run's logs are: on this node, or on another that is asked for them (`node_files`)."""
+    """A run's logs, on this node or on another one (`cluster.remote_logs`)."""
 
     def poll_s(self, waited: float) -> float:
-        """How long who has `waited` so long for a line or a file should sleep until it looks again, in seconds."""
+        """Return how many seconds to sleep before another look for a line or a file, after `waited` seconds."""
 
     def append(self, path: Path, line: bytes, durable: bool) -> None:
-        """In a single write, so that two processes never mix their lines."""
+        """Append a line in one write, so that two processes never mix their lines; if `durable`, to the disk."""
 
     def replace(self, path: Path, content: bytes) -> None:
-        """`path` holds what it held, or all of `content`."""
+        """Replace a file at once: `path` holds what it held, or all of `content`."""
 
     def read(self, path: Path, offset: int = 0) -> bytes:
-        """From `offset` to the end; nothing where there is no such file."""
+        """Return the bytes from `offset` to the end; none if there is no such file."""
 
     def names(self, folder: Path) -> list[str]:
-        """Of the files in `folder`; none where there is no such folder."""
+        """Return the names of the files in `folder`; none if there is no such folder."""
 
 
 class LocalFiles:
-    """Those of this node, or of a folder that all nodes share."""
+    """The logs on this node, or in a folder that all nodes share."""
 
     def poll_s(self, waited: float) -> float:
         return 0.02  # two stat calls: a slot waits for this at every rung, and trains nothing meanwhile
@@ -73,12 +73,12 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, record: Mapping[str, Any], durable: bool = True, files: Files = LOCAL) -> None:
-    """Append one JSON line; on disk when this returns, if it is to be `durable`."""
+    """Append one JSON line; if `durable`, it is on disk when this returns."""
     files.append(path, (json.dumps(record) + "\n").encode(), durable)
 
 
 def ends_whole(path: Path) -> bool:
-    """False where a kill in the middle of a write left a line without its end."""
+    """Return False if a kill in the middle of a write left a line without its end."""
     with open(path, "rb") as file:
         if file.seek(0, os.SEEK_END) == 0:
             return True
@@ -93,7 +93,7 @@ class Log:
         self.path, self.files, self.offset = path, files, 0
 
     def new(self) -> list[dict[str, Any]]:
-        """The whole lines since the last call."""
+        """Return the complete lines since the last call."""
         text = self.files.read(self.path, self.offset)
         whole = text[: text.rfind(b"\n") + 1]
         self.offset += len(whole)
@@ -101,7 +101,7 @@ class Log:
 
 
 def read_lines(path: Path, files: Files = LOCAL) -> list[dict[str, Any]]:
-    """The JSON lines of a log; a line cut short by a kill is left out."""
+    """Return the JSON lines of a log, without a line that a kill cut short."""
     return list(_parsed(files.read(path).decode().splitlines()))
 
 

@@ -1,4 +1,4 @@
-"""Where things are kept: what is computed once, and the folder that a run is worked on in."""
+"""Find where things are kept: the cache, and the folder that a run is worked on in."""
 
 import os
 from hashlib import sha256
@@ -8,23 +8,26 @@ SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")  # of pyarrow's file syst
 
 
 def cache_folder() -> Path:
-    """Where what is computed once is kept: `$MINITRON_SEARCH_CACHE`, else `~/.cache/minitron_search`."""
+    """Return the folder of the cache: `$MINITRON_SEARCH_CACHE`, else `~/.cache/minitron_search`."""
     return Path(os.environ.get("MINITRON_SEARCH_CACHE", "~/.cache/minitron_search")).expanduser().absolute()
 
 
 def is_uri(output: str) -> bool:
+    """Return whether `output` is an address in storage rather than a folder."""
     return output.partition("://")[0] in SCHEMES
 
 
 def inside(output: str, name: str) -> str:
-    """Of `name` in the folder, or at the address, `output`."""
+    """Return the path or address of `name` inside the folder or address `output`."""
     path, mark, options = output.partition("?") if is_uri(output) else (output, "", "")
     return f"{path.rstrip('/')}/{name}{mark}{options}"
 
 
 def working_folder(output: str) -> Path:
-    """Where a run is worked on; of one in storage, its copy in the cache. Absolute: a Ray Train worker has a working
-    directory of its own."""
+    """Return the folder that a run is worked on in: for one in storage, its copy in the cache.
+
+    The path is absolute: a Ray Train worker has a working directory of its own.
+    """
     if not is_uri(output):
         return Path(output.removeprefix("file://")).absolute()
     address = output.partition("?")[0].rstrip("/")

@@ -1,4 +1,4 @@
-"""The table at the end of a run: teacher, untrained trim, best candidate, retrained student."""
+"""Make the table at the end of a run: teacher, untrained trim, best candidate, retrained student."""
 
 from typing import Any
 
@@ -6,33 +6,33 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from minitron_search.records.directory import RunDirectory
+from minitron_search.records.metrics import METRICS, scored
 
 
-def summary_table(run: RunDirectory) -> Table:
+def summary_table(run_dir: RunDirectory) -> Table:
+    """Return the table, a row for each of `chosen_rows`."""
     table = Table(title="losses and margin in nats; (standard error) in the last digits", box=SIMPLE_HEAD)
-    for name in ("", "parameters", "tokens", "LM loss", "KL", "Winogrande", "margin", "tokens/s"):
+    metrics = [(name, METRICS[name]) for name in scored()]
+    for name in ("", "parameters", "tokens", *(metric.heading for _, metric in metrics), "tokens/s"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for name, row in chosen_rows(run.read_trials()):
+    for name, row in chosen_rows(run_dir.read_trials()):
         table.add_row(
             name,
             f"{row['params'] / 1e6:.1f}M",
             f"{row['tokens']:,}",
-            with_error(row["lm_loss"], row["lm_loss_stderr"]),
-            with_error(row["kl"], row["kl_stderr"]),
-            with_error(row["winogrande_acc"], row["winogrande_acc_stderr"]),
-            with_error(row["winogrande_margin"], row["winogrande_margin_stderr"]),
+            *(with_error(row[name], row[metric.error]) for name, metric in metrics),
             f"{row['tokens_per_second']:.0f}" if row["tokens_per_second"] else "-",
         )
     return table
 
 
 def with_error(value: float, error: float) -> str:
-    """3.142(27) is 3.142 +- 0.027."""
+    """Return a value with its standard error in the last digits: 3.142(27) is 3.142 +- 0.027."""
     return f"{value:.3f}({round(1000 * error)})"
 
 
 def chosen_rows(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """(name, row) of the teacher and of every promoted candidate before, during and after its training."""
+    """Return (name, row) of the teacher and of every promoted candidate before, during and after its training."""
     chosen = [("teacher", row) for row in rows if row["arm"] == "teacher"]
     promoted = [row for row in rows if row["arm"] == "search" and row["status"] == "promoted"]
     first = min((row["seed"] for row in promoted), default=0)  # of several seeds one is shown

@@ -1,12 +1,12 @@
-"""Folders on their way between the nodes of a cluster whose disks are their own: by storage, each of them once.
+"""Carry folders between cluster nodes whose disks are their own: through storage, each folder once.
 
-A folder that is whole or not there (a teacher, a cache, a checkpoint) is put beside the run by whoever made it, and
-fetched by the first process of a node that needs it. It has the same path on every node, and in storage
+A folder that exists whole or not at all (a teacher, a cache, a checkpoint) is put beside the run by the process that
+made it, and fetched by the first process of a node that needs it. It has the same path on every node. In storage it is
 
-    <output>/trials/<id>/checkpoint/step-N     where it is one of the run's
-    <output>/.cache/<path>                     where it is not; gone when the run has ended well
+    <output>/trials/<id>/checkpoint/step-N     if it belongs to the run
+    <output>/.cache/<path>                     if it does not; removed when the run has ended well
 
-and is whole there once `<folder>.whole` lies beside it.
+and it is complete there once `<folder>.whole` lies beside it.
 """
 
 import os
@@ -26,67 +26,76 @@ from minitron_search.records.paths import inside
 
 WHOLE = ".whole"
 CACHE = ".cache"
-BACK_OFF_S = (1.0, 60.0)  # after a failure: the first wait, which doubles, and the longest
-PATIENCE_S = 600.0  # how long storage may be gone while somebody waits for it
+BACK_OFF_S = (1.0, 60.0)  # the first wait after a failure, which doubles, and the longest
+PATIENCE_S = 600.0  # how long storage may be unreachable while a process waits for it
 
 Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
-class Depot:
-    """Of the run at `uri`, worked on in `run`. `run_is_shared`: all nodes see that folder, nothing in it travels."""
+class NodeTransfer:
+    """The way of one run's folders between nodes.
+
+    `uri`: where the run is stored. `root`: the folder that it is worked on in. `run_is_shared`: all nodes see that
+    folder, so nothing inside it has to travel.
+    """
 
     uri: str
-    run: Path
+    root: Path
     run_is_shared: bool
 
     @cached_property
     def _opened(self) -> tuple[FileSystem, PurePosixPath]:
-        there, base = FileSystem.from_uri(self.uri)
-        return there, PurePosixPath(base)
+        storage, base = FileSystem.from_uri(self.uri)
+        return storage, PurePosixPath(base)
 
     def travels(self, folder: Path) -> bool:
-        return not (self.run_is_shared and folder.is_relative_to(self.run))
+        """Return whether other nodes need a copy of `folder` to see it."""
+        return not (self.run_is_shared and folder.is_relative_to(self.root))
 
     def put(self, folder: Path) -> None:
-        """Unless it is there. Raises OSError where storage was gone for `PATIENCE_S`."""
+        """Copy `folder` to storage if it is not there. Raises OSError if storage fails for `PATIENCE_S`."""
         if self.travels(folder) and not self.has(folder):
             self.put_files(folder)
             self.mark(folder)
 
     def put_files(self, folder: Path, part: Path | None = None) -> None:
-        """Those in `part` (the folder itself unless given), of a folder that several nodes make together: it is whole
-        when one of them marks it."""
-        there, _ = self._opened
-        here = part or folder
-        for file in sorted(file for file in here.rglob("*") if file.is_file()):
-            name = self._at(folder) / file.relative_to(here)
+        """Copy the files of `part` (`folder` itself unless given) to where storage keeps `folder`.
 
-            def copied(file: Path = file, name: PurePosixPath = name) -> None:
-                there.create_dir(str(name.parent), recursive=True)
-                copy_files(str(file), str(name), destination_filesystem=there)
+        Several nodes may make one folder together; it is complete when one of them calls `mark`.
+        """
+        storage, _ = self._opened
+        local = part or folder
+        for file in sorted(file for file in local.rglob("*") if file.is_file()):
+            name = self._at(folder) / file.relative_to(local)
 
-            patiently(copied)
+            def copy(file: Path = file, name: PurePosixPath = name) -> None:
+                storage.create_dir(str(name.parent), recursive=True)
+                copy_files(str(file), str(name), destination_filesystem=storage)
+
+            patiently(copy)
 
     def mark(self, folder: Path) -> None:
-        there, _ = self._opened
+        """Declare that storage holds all of `folder`."""
+        storage, _ = self._opened
 
-        def marked() -> None:
-            with there.open_output_stream(str(_mark(self._at(folder)))) as stream:
+        def write_mark() -> None:
+            with storage.open_output_stream(str(_mark(self._at(folder)))) as stream:
                 stream.write(b"")
 
-        patiently(marked)
+        patiently(write_mark)
 
     def has(self, folder: Path) -> bool:
-        there, _ = self._opened
-        found = patiently(lambda: there.get_file_info(str(_mark(self._at(folder)))))
-        return found.type == FileType.File
+        """Return whether storage holds all of `folder`."""
+        storage, _ = self._opened
+        info = patiently(lambda: storage.get_file_info(str(_mark(self._at(folder)))))
+        return info.type == FileType.File
 
     def fetch(self, folder: Path) -> None:
-        """Make `folder` be here. Raises FileNotFoundError where nobody has put it there."""
+        """Copy `folder` from storage to this node if it is not here. Raises FileNotFoundError if storage lacks it."""
         if folder.exists() or not self.travels(folder):
             return
-        there, _ = self._opened
+        storage, _ = self._opened
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
             if folder.exists():
@@ -96,55 +105,59 @@ class Depot:
             partial = folder.with_name(f".{folder.name}.fetched")
             base = self._at(folder)
             for name in self._files(base):
-                here = partial / name.relative_to(base)
-                here.parent.mkdir(parents=True, exist_ok=True)
+                local = partial / name.relative_to(base)
+                local.parent.mkdir(parents=True, exist_ok=True)
 
-                def copied(name: PurePosixPath = name, here: Path = here) -> None:
-                    copy_files(str(name), str(here), source_filesystem=there)
+                def copy(name: PurePosixPath = name, local: Path = local) -> None:
+                    copy_files(str(name), str(local), source_filesystem=storage)
 
-                patiently(copied)
+                patiently(copy)
             os.rename(partial, folder)
 
     def names(self, folder: Path) -> list[str]:
-        """Of the whole folders in `folder`, there."""
+        """Return the names of the complete folders that storage holds inside `folder`, sorted."""
         marks = [name for name in self._files(self._at(folder), recursive=False) if name.suffix == WHOLE]
         return sorted(mark.stem for mark in marks)
 
     def delete(self, folder: Path) -> None:
-        there, _ = self._opened
+        """Remove `folder` from storage, its mark first."""
+        storage, _ = self._opened
         if self.travels(folder):
-            for removed in (
-                lambda: there.delete_file(str(_mark(self._at(folder)))),
-                lambda: there.delete_dir(str(self._at(folder))),
+            for remove in (
+                lambda: storage.delete_file(str(_mark(self._at(folder)))),
+                lambda: storage.delete_dir(str(self._at(folder))),
             ):
                 with suppress(FileNotFoundError):
-                    patiently(removed)
+                    patiently(remove)
 
     def address(self, name: str) -> str:
-        """Of `name` in the run's folder there."""
+        """Return the address of `name` inside the stored run."""
         return inside(self.uri, name)
 
     def clear(self, name: str) -> None:
-        there, base = self._opened
+        """Remove the folder `name` of the stored run."""
+        storage, base = self._opened
         with suppress(FileNotFoundError):
-            there.delete_dir(str(base / name))
+            storage.delete_dir(str(base / name))
 
     def _at(self, folder: Path) -> PurePosixPath:
         _, base = self._opened
-        if folder.is_relative_to(self.run):
-            return base / folder.relative_to(self.run)
+        if folder.is_relative_to(self.root):
+            return base / folder.relative_to(self.root)
         return base / CACHE / folder.relative_to("/")
 
     def _files(self, folder: PurePosixPath, recursive: bool = True) -> list[PurePosixPath]:
-        there, _ = self._opened
-        selected = FileSelector(str(folder), recursive=recursive, allow_not_found=True)
-        found = patiently(lambda: there.get_file_info(selected))
-        return sorted(PurePosixPath(info.path) for info in found if info.type == FileType.File)
+        storage, _ = self._opened
+        selector = FileSelector(str(folder), recursive=recursive, allow_not_found=True)
+        infos = patiently(lambda: storage.get_file_info(selector))
+        return sorted(PurePosixPath(info.path) for info in infos if info.type == FileType.File)
 
 
 def patiently(work: Callable[[], Answer]) -> Answer:
-    """What `work` returns, tried again while storage fails; raises its last error after `PATIENCE_S`, and at once where
-    what it asks for is not there."""
+    """Return what `work` returns, trying again while storage fails.
+
+    Raises FileNotFoundError at once if what `work` wants is not there, and its last error after `PATIENCE_S`.
+    """
     wait, began = BACK_OFF_S[0], time.monotonic()
     while True:
         try:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from minitron_search.config.types import Precision
 from minitron_search.models.architecture import Architecture
 from minitron_search.models.families import decoder_layers, family_of, final_hidden, is_expressible, student_config
-from minitron_search.models.output_head import head_logits
+from minitron_search.models.output_head import output_head
 
 # Sizes measured of an axis that has more; those between are interpolated. Products are linear in intermediate_size.
 HIDDEN_SIZES, INTERMEDIATE_SIZES = 12, 5
@@ -48,9 +48,9 @@ class Pass:
 class LatencyTable:
     """Milliseconds of the parts of one pass.
 
-    ends: of all that is no layer (embedding, final norm, head), by hidden_size.
-    mlp: of a whole layer with the widest heads, by hidden_size and intermediate_size.
-    heads: what other heads add to it (negative: less), by hidden_size, num_attention_heads and num_key_value_heads.
+    ends: everything but the layers (embedding, final norm, head), by hidden_size. mlp: a whole layer with the widest
+    heads, by hidden_size and intermediate_size. heads: what other heads add to it (negative: less), by hidden_size,
+    num_attention_heads and num_key_value_heads.
     """
 
     measured: Pass
@@ -59,8 +59,11 @@ class LatencyTable:
     heads: Mapping[tuple[int, int, int], float]
 
     def milliseconds(self, shapes: np.ndarray, layers: np.ndarray) -> np.ndarray:
-        """(n,) float64. shapes: (n, 4 or more), columns hidden_size, intermediate_size, num_attention_heads,
-        num_key_value_heads; layers: (n,). Between sizes that were measured, linear in each."""
+        """Return the time of every shape, (n,) float64; linear between the sizes that were measured.
+
+        shapes: (n, 4 or more), columns hidden_size, intermediate_size, num_attention_heads, num_key_value_heads;
+        layers: (n,).
+        """
         hidden, mlp = shapes[:, 0], shapes[:, 1]
         knots = np.array(sorted(self.ends))
         at = np.interp(hidden, knots, np.arange(len(knots)))
@@ -69,8 +72,8 @@ class LatencyTable:
         layer = np.stack([
             _interpolated(mlp, {key[1]: value for key, value in self.mlp.items() if key[0] == knot}) for knot in knots
         ])  # fmt: skip
-        each = np.arange(len(shapes))
-        milliseconds = layer[below, each] * (1 - share) + layer[above, each] * share
+        rows = np.arange(len(shapes))
+        milliseconds = layer[below, rows] * (1 - share) + layer[above, rows] * share
         for heads in np.unique(shapes[:, 2:4], axis=0):
             of_these = (shapes[:, 2:4] == heads).all(1)
             by_hidden = {key[0]: value for key, value in self.heads.items() if key[1:] == tuple(heads)}
@@ -99,8 +102,8 @@ class LatencyTable:
 
 
 def models_of(config: PretrainedConfig, shapes: np.ndarray) -> list[Widths]:
-    """The models to measure: for each hidden_size, first the widest of all, then every intermediate_size with its heads
-    and all heads with its intermediate_size."""
+    """Return the models to measure: for each hidden_size, first the widest of all, then every intermediate_size with
+    its heads, and all heads with its intermediate_size."""
     hidden, heads = shapes[:, 0], shapes[:, 2:4]
     knots = set(_spread(np.unique(hidden), HIDDEN_SIZES).tolist())
     for pair in np.unique(heads, axis=0):  # each is measured with some hidden_size
@@ -108,32 +111,32 @@ def models_of(config: PretrainedConfig, shapes: np.ndarray) -> list[Widths]:
         if knots.isdisjoint(having):
             knots.add(min(having))
     ends = [0, *sorted(knots), max(knots) + 1]
-    found = []
+    models = []
     for below, size, above in zip(ends, ends[1:], ends[2:], strict=False):
         near = shapes[(hidden > below) & (hidden < above)]  # those between two sizes are interpolated from both
         mlps = _spread(np.unique(near[:, 1]), INTERMEDIATE_SIZES).tolist()
-        said = [
+        expressible = [
             (query, groups) for query, groups in np.unique(near[:, 2:4], axis=0).tolist()
             if is_expressible(config, Architecture(size, mlps[-1], query, groups, (0,)))
         ]  # fmt: skip
-        found += [(size, mlp, *said[-1]) for mlp in reversed(mlps)]
-        found += [(size, mlps[-1], *pair) for pair in said[:-1]]
-    return found
+        models += [(size, mlp, *expressible[-1]) for mlp in reversed(mlps)]
+        models += [(size, mlps[-1], *pair) for pair in expressible[:-1]]
+    return models
 
 
 def measure(
     config: PretrainedConfig,
     shapes: np.ndarray,
     wholes: Sequence[Architecture],
-    asked: Pass,
+    measured: Pass,
     precision: Precision,
     device: str,
     threads: int,
 ) -> tuple[LatencyTable, list[float]]:
-    """The table of `asked` for the architectures `shapes` (n, 4 or more) inside the teacher `config`, and milliseconds
-    of the whole models `wholes`, which its sums are to be compared with.
+    """Measure the table of pass `asked` for the architectures `shapes` (n, 4 or more) inside the teacher `config`, and
+    the milliseconds of the whole models `wholes`, with which its sums are to be compared.
 
-    Random weights in `precision`; `threads` on a CPU. Every time is the median over rounds.
+    Weights are random, in `precision`; `threads` count on a CPU. Every time is the median over rounds.
     """
     models, kinds = models_of(config, shapes), _kinds(config)
     layers, counts = tuple(first for first, _ in kinds), [count for _, count in kinds]
@@ -147,23 +150,23 @@ def measure(
         for _ in range(ROUNDS):
             for widths in models:
                 model = build(config, Architecture(*widths, layers), precision, device, SMALL_VOCAB)
-                for _, by_layer in _passes(model, asked, head=False):
+                for _, by_layer in _passes(model, measured, head=False):
                     layer[widths].append(float(np.average(by_layer, weights=counts)))
             for size, widths in widest.items():
                 model = build(config, Architecture(*widths, layers), precision, device)
-                ends[size] += [total - sum(by_layer) for total, by_layer in _passes(model, asked)]
+                ends[size] += [total - sum(by_layer) for total, by_layer in _passes(model, measured)]
             for architecture, times in zip(wholes, whole, strict=True):
-                times += [total for total, _ in _passes(build(config, architecture, precision, device), asked)]
+                times += [total for total, _ in _passes(build(config, architecture, precision, device), measured)]
     table = table_of(
-        asked,
+        measured,
         {size: median(times) for size, times in ends.items()},
         {widths: median(times) for widths, times in layer.items()},
     )
     return table, [median(times) for times in whole]
 
 
-def table_of(asked: Pass, ends: Mapping[int, float], layer: Mapping[Widths, float]) -> LatencyTable:
-    """From milliseconds of one layer of every model of `models_of`, in its order."""
+def table_of(measured: Pass, ends: Mapping[int, float], layer: Mapping[Widths, float]) -> LatencyTable:
+    """Return the table made of the milliseconds of one layer of every model of `models_of`, in its order."""
     mlp, heads, widest = {}, {}, dict[int, Widths]()
     for widths, milliseconds in layer.items():
         size, intermediate_size, query, groups = widths
@@ -172,13 +175,13 @@ def table_of(asked: Pass, ends: Mapping[int, float], layer: Mapping[Widths, floa
             mlp[size, intermediate_size] = milliseconds
         if intermediate_size == first[1]:
             heads[size, query, groups] = milliseconds - layer[first]
-    return LatencyTable(asked, ends, mlp, heads)
+    return LatencyTable(measured, ends, mlp, heads)
 
 
 def build(
     config: PretrainedConfig, architecture: Architecture, precision: Precision, device: str, vocab: int | None = None
 ) -> PreTrainedModel:
-    """The stock model of `architecture` with random weights; with `vocab`, of another vocabulary."""
+    """Return the stock model of `architecture` with random weights; with `vocab`, of another vocabulary."""
     student = student_config(config, architecture)
     if vocab is not None:
         student.vocab_size, student.pad_token_id = vocab, None
@@ -188,6 +191,7 @@ def build(
 
 @contextmanager
 def threads_of(threads: int) -> Iterator[None]:
+    """Compute with so many threads while the block runs."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -196,37 +200,38 @@ def threads_of(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _passes(model: PreTrainedModel, asked: Pass, head: bool = True) -> list[tuple[float, list[float]]]:
-    """Milliseconds of each of `PASSES` passes, and of its layers one by one; one more before them warms up."""
-    ids = torch.randint(model.config.vocab_size, (asked.batch_size, asked.context_length), device=model.device)
+def _passes(model: PreTrainedModel, measured: Pass, head: bool = True) -> list[tuple[float, list[float]]]:
+    """Measure the milliseconds of each of `PASSES` passes, and of its layers one by one; one more pass before them
+    warms up."""
+    ids = torch.randint(model.config.vocab_size, (measured.batch_size, measured.context_length), device=model.device)
     marks = _Marks(model.device)
     hooks = [
         hook
         for layer in decoder_layers(model)
         for hook in (layer.register_forward_pre_hook(marks), layer.register_forward_hook(marks))
     ]
-    found = []
+    passes = []
     with torch.inference_mode():
         for _ in range(1 + PASSES):
             marks()
             _forward(model, ids, head)
             marks()
             times = marks.milliseconds()
-            found.append((times[-1], [end - start for start, end in zip(times[1:-1:2], times[2:-1:2], strict=True)]))
+            passes.append((times[-1], [end - start for start, end in zip(times[1:-1:2], times[2:-1:2], strict=True)]))
     for hook in hooks:
         hook.remove()
-    return found[1:]
+    return passes[1:]
 
 
 def _forward(model: PreTrainedModel, ids: Tensor, head: bool) -> None:
     hidden = final_hidden(model, ids)
     if head:
         for rows in hidden.flatten(0, 1).split(HEAD_ROWS):
-            head_logits(model, rows)
+            output_head(model).logits(rows)
 
 
 class _Marks:
-    """Moments of a pass on the device that computes it; a hook of the layers."""
+    """The moments of a pass on the device that computes it; a hook of the layers."""
 
     def __init__(self, device: torch.device):
         self.on_gpu, self.marks = device.type == "cuda", list[Any]()
@@ -240,7 +245,7 @@ class _Marks:
             self.marks.append(time.perf_counter())
 
     def milliseconds(self) -> list[float]:
-        """Of every mark since the first; forgets them."""
+        """Return the time of every mark since the first, and forget them."""
         marks, self.marks = self.marks, []
         if not self.on_gpu:
             return [1e3 * (mark - marks[0]) for mark in marks]
@@ -249,8 +254,8 @@ class _Marks:
 
 
 def _kinds(config: PretrainedConfig) -> list[tuple[int, int]]:
-    """(its first layer, how many there are) of every kind of layer, such as one that attends through a window. Which of
-    them a candidate drops does not count: its layers take the teacher's mean."""
+    """Return (its first layer, how many there are) of every kind of layer, such as one that attends through a window.
+    Which of them a candidate drops does not count: its layers take the teacher's mean."""
     per_layer = [getattr(config, key, None) for key in family_of(config).per_layer]
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for layer in range(config.num_hidden_layers):
@@ -259,7 +264,7 @@ def _kinds(config: PretrainedConfig) -> list[tuple[int, int]]:
 
 
 def _spread(values: np.ndarray, most: int) -> np.ndarray:
-    """At most `most` of the values, first and last among them."""
+    """Return at most `most` of the values, first and last among them."""
     if len(values) <= most:
         return values
     return values[np.linspace(0, len(values) - 1, most).round().astype(int)]

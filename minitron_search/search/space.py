@@ -45,10 +45,11 @@ class Measures:
 class SearchSpace:
     """The legal architectures of a space inside one teacher.
 
-    points: (architectures, 6) int64, columns `COORDINATES`, in lexical order.
-    grid_size: shapes and block starts on the grid before legality and budget.
-    unmeasured: the budgets on speed, which nothing is held to before `within` is given what was measured.
-    Raises ValueError where an axis leaves the teacher, no head count is legal, or no shape meets the budget.
+    points: (architectures, 6) int64, columns `COORDINATES`, in lexical order. grid_size: shapes and block starts on the
+    grid before legality and budget. unmeasured: the budgets on speed, which hold nothing back until `within` is given
+    what was measured.
+
+    Raises ValueError where an axis exceeds the teacher, no head count is legal, or no shape meets the budget.
     """
 
     def __init__(self, space: SpaceConfig, config: PretrainedConfig):
@@ -61,28 +62,29 @@ class SearchSpace:
         intermediate_sizes = self._axis(space.axes.intermediate_size, "intermediate_size")
         starts = sum(depth - length + 1 if length else 1 for length in lengths)
         self.grid_size = starts * len(hidden_sizes) * len(intermediate_sizes) * len(heads)
-        said = [
+        expressible = [
             (size, *pair) for size, pair in itertools.product(hidden_sizes, heads)
             if self._refusal(size, pair) is None
         ]  # fmt: skip
-        if not said:
-            raise ValueError("space.axes: no stock configuration says any shape of the grid; "
+        if not expressible:
+            raise ValueError("space.axes: no shape of the grid can be written as a stock configuration; "
                              f"{self._refusal(hidden_sizes[0], heads[0])}")  # fmt: skip
         self.unmeasured = tuple(name for name in SPEEDS if getattr(self.budget, name))
         for name in self.unmeasured:
-            asked, most = getattr(self.budget, name).context_length, getattr(config, "max_position_embeddings", None)
-            if most and asked > most:
-                raise ValueError(f"space.budget.{name}.context_length: {asked} is above the teacher's {most} "
+            length, most = getattr(self.budget, name).context_length, getattr(config, "max_position_embeddings", None)
+            if most and length > most:
+                raise ValueError(f"space.budget.{name}.context_length: {length} is above the teacher's {most} "
                                  f"positions; valid: at most {most}")  # fmt: skip
-        shapes = _grid(said, intermediate_sizes, lengths)
+        shapes = _grid(expressible, intermediate_sizes, lengths)
         measures = self._measures(shapes)
         self._keep(shapes, {name: np.asarray(getattr(measures, name)) for name in COUNTED})
         self.anchors = tuple(self._anchor(anchor) for anchor in space.anchors)
 
     def within(self, tables: Sequence[LatencyTable]) -> "SearchSpace":
-        """The architectures that are within the budgets on speed too, by a table of every pass they ask for.
+        """Return the space of the architectures that also meet the budgets on speed, by a table of every pass they ask
+        for.
 
-        Raises ValueError, with the reachable range, where none is.
+        Raises ValueError, with the reachable range, where there is none.
         """
         restricted = copy.copy(self)
         restricted.unmeasured = ()
@@ -91,19 +93,19 @@ class SearchSpace:
         return restricted
 
     def speed(self, name: str, tables: Sequence[LatencyTable]) -> np.ndarray:
-        """latency_ms or tokens_per_second, as the budget asks for it, of every row of `shapes`: (n,) float64."""
-        asked = self.passes()[name]
-        (table,) = (table for table in tables if table.measured == asked)
+        """Return latency_ms or tokens_per_second of every row of `shapes`, as the budget asks for it: (n,) float64."""
+        measured = self.passes()[name]
+        (table,) = (table for table in tables if table.measured == measured)
         milliseconds = table.milliseconds(self.shapes, self.teacher.num_hidden_layers - self.shapes[:, 4])
-        return milliseconds if name == "latency_ms" else 1e3 * asked.tokens / milliseconds
+        return milliseconds if name == "latency_ms" else 1e3 * measured.tokens / milliseconds
 
     def passes(self) -> dict[str, Pass]:
-        """What each budget on speed asks to measure."""
+        """Return the pass that each budget on speed asks to measure."""
         bounds = {name: getattr(self.budget, name) for name in SPEEDS}
         return {name: Pass(bound.batch_size, bound.context_length) for name, bound in bounds.items() if bound}
 
     def described(self, trials: int) -> str:
-        """How large the space is, what it is not held to yet, and whether `trials` are all of it."""
+        """Say how large the space is, which budgets are not measured yet, and whether `trials` are all of it."""
         size = f"{self.grid_size:,} architectures on the grid, {len(self):,} legal and in budget"
         if self.unmeasured:
             return f"{size}, {' and '.join(self.unmeasured)} not measured yet"
@@ -115,22 +117,24 @@ class SearchSpace:
         return len(self.points)
 
     def architectures(self) -> Iterator[Architecture]:
+        """Yield every legal architecture."""
         return (self.architecture(point) for point in self.points.tolist())
 
     def smallest_and_largest(self) -> tuple[Architecture, Architecture]:
+        """Return the legal architectures of fewest and of most parameters."""
         params = np.asarray(self._measures(self.shapes).params)
         return tuple(  # type: ignore[return-value]
             self.architecture(self.shapes[index]) for index in (params.argmin(), params.argmax())
         )
 
     def typical(self) -> Architecture:
-        """The legal architecture in the middle by parameters: what one of the space costs, near enough."""
+        """Return the legal architecture in the middle by parameters, which costs about what one of the space costs."""
         params = np.asarray(self._measures(self.points[:, :5]).params)
         return self.architecture(self.points[params.argsort(kind="stable")[len(params) // 2]].tolist())
 
     def varied(self) -> tuple[str, ...]:
-        """The coordinates that vary. Key-value heads that the number of heads decides are none; a block's start is one
-        only of architectures that drop a block (`coordinates`)."""
+        """Return the coordinates that vary. Key-value heads that the number of heads decides do not count as one; a
+        block's start counts only among architectures that drop a block (`coordinates`)."""
         columns = {name: np.unique(self.points[:, axis]) for axis, name in enumerate(COORDINATES)}
         columns["drop_block_start"] = np.unique(self.points[self.points[:, 4] > 0, 5])
         if len(np.unique(self.points[:, 2:4], axis=0)) == len(columns["num_attention_heads"]):
@@ -138,8 +142,8 @@ class SearchSpace:
         return tuple(name for name, seen in columns.items() if len(seen) > 1)
 
     def coordinates(self, architecture: Architecture) -> dict[str, int]:
-        """Of `COORDINATES`, those that the architecture has: a block that is not there starts nowhere, and neither do
-        layers that are no block."""
+        """Return those of `COORDINATES` that the architecture has: a block that is not there starts nowhere, and
+        neither do dropped layers that are no block."""
         block = architecture.dropped_block(self.teacher.num_hidden_layers)
         length = self.teacher.num_hidden_layers - architecture.num_hidden_layers
         return {
@@ -152,12 +156,13 @@ class SearchSpace:
         }
 
     def nearest(self, coordinates: Mapping[str, int], taken: Collection[str]) -> Architecture | None:
-        """The legal architecture nearest to `coordinates` (some of `COORDINATES`; others do not count) whose id is not
-        in `taken`; None when all are. Where a block starts counts between two that are dropped."""
+        """Return the legal architecture nearest to `coordinates` whose id is not in `taken`; None when all are taken.
+        Coordinates that are left out do not count; a block's start counts only between two architectures that drop
+        one."""
         distance = np.zeros(len(self.points))
-        for name, asked in coordinates.items():
+        for name, value in coordinates.items():
             axis = COORDINATES.index(name)
-            apart = ((self._columns[axis] - asked) / self._span[axis]) ** 2
+            apart = ((self._columns[axis] - value) / self._span[axis]) ** 2
             if name == "drop_block_start":
                 apart = apart * (self._columns[4] > 0) * (coordinates.get("drop_block_length") != 0)
             distance += apart
@@ -173,10 +178,10 @@ class SearchSpace:
         return None
 
     def random(self, generator: np.random.Generator, taken: Collection[str]) -> Architecture | None:
-        """A legal architecture whose id is not in `taken`, drawn uniformly among shapes, then among the starts of its
+        """Draw a legal architecture whose id is not in `taken`, uniformly among shapes, then among the starts of its
         block; None when all are taken.
 
-        Drawn among points, few would keep every layer: no block is at one place, a block of two at some thirty.
+        Drawn among points, few would keep every layer: no block has one place, a block of two some thirty.
         """
         shapes = generator.integers(len(self.shapes), size=DRAWS)
         for row in (self._first[shapes] + generator.integers(self._starts[shapes])).tolist():
@@ -186,29 +191,31 @@ class SearchSpace:
         return self.architecture(self.points[free[generator.integers(len(free))]].tolist()) if free else None
 
     def largest_without(self, cuts: Iterable[Collection[int]]) -> tuple[Architecture, ...]:
-        """For each cut, the teacher's layers to drop, the legal architecture of most parameters that drops as many,
-        without those, if there is one."""
+        """Return, for each cut (the teacher's layers to drop), the legal architecture of most parameters that drops as
+        many layers, without those of the cut, where there is one."""
         params = np.asarray(self._measures(self.shapes).params)
-        found = []
+        architectures = []
         for cut in sorted(map(sorted, cuts), key=len):
             legal = np.flatnonzero(self.shapes[:, 4] == len(cut))
             if len(legal):
                 shape = self.architecture(self.shapes[legal[params[legal].argmax()]].tolist())
                 kept = tuple(layer for layer in range(self.teacher.num_hidden_layers) if layer not in cut)
-                found.append(replace(shape, layers=kept))
-        return tuple(found)
+                architectures.append(replace(shape, layers=kept))
+        return tuple(architectures)
 
     def measures(self, architecture: Architecture) -> Measures:
+        """Return what the budgets bound, for one architecture."""
         return self._measure(sizes_of(self.config, architecture))
 
     def _id(self, row: int) -> str:
-        """Of the architecture of a point; kept, because making one takes longer than all else of a proposal."""
+        """Return the id of a point's architecture; kept, because making one takes longer than all else of a
+        proposal."""
         if row not in self._ids:
             self._ids[row] = self.architecture(self.points[row].tolist()).id
         return self._ids[row]
 
     def architecture(self, point: Sequence[int]) -> Architecture:
-        """Of a row of `points`, or of `shapes`: its block then starts at layer 0."""
+        """Return the architecture of a row of `points`, or of `shapes`, whose block then starts at layer 0."""
         point = (*point, 0)[:6]
         hidden_size, intermediate_size, heads, key_value_heads, length, start = map(int, point)
         kept = tuple(layer for layer in range(self.teacher.num_hidden_layers) if not start <= layer < start + length)
@@ -252,7 +259,7 @@ class SearchSpace:
             if pair[0] % pair[1] == 0 and pair[0] <= ratio * pair[1]
         )  # fmt: skip
         if not legal:
-            valid = sorted({count * each for count in group_counts for each in range(1, ratio + 1)})
+            valid = sorted({count * per_group for count in group_counts for per_group in range(1, ratio + 1)})
             raise ValueError(f"space.axes.num_attention_heads: none of {list(head_counts)} is a multiple of "
                              f"{' or '.join(map(str, group_counts))} key-value heads with at most {ratio} to each, "
                              f"as the teacher has; valid: {valid}")  # fmt: skip
@@ -273,8 +280,8 @@ class SearchSpace:
         return lengths
 
     def _anchor(self, anchor: Anchor) -> Architecture:
-        asked = {name: getattr(anchor, name) for name in COORDINATES[:4]}
-        axes = {name: Axis(choices=(value,)) if value else None for name, value in asked.items()}
+        sizes_given = {name: getattr(anchor, name) for name in COORDINATES[:4]}
+        axes = {name: Axis(choices=(value,)) if value else None for name, value in sizes_given.items()}
         intermediate_size = self._axis(axes["intermediate_size"], "intermediate_size")[0]
         hidden_sizes, pairs = self._widths(*(axes[name] for name in WIDTHS))
         hidden_size, heads = hidden_sizes[0], pairs[0]
@@ -335,7 +342,8 @@ class SearchSpace:
 def _grid(
     widths: Sequence[tuple[int, int, int]], intermediate_sizes: tuple[int, ...], lengths: tuple[int, ...]
 ) -> np.ndarray:
-    """(shapes, 5) int64 in lexical order. widths: (hidden_size, num_attention_heads, num_key_value_heads) each."""
+    """Return all shapes of the grid, (shapes, 5) int64, in lexical order. widths: (hidden_size, num_attention_heads,
+    num_key_value_heads) each."""
     axes = np.array(widths), np.array(intermediate_sizes), np.array(lengths)
     which = np.meshgrid(*(np.arange(len(axis)) for axis in axes), indexing="ij")
     (hidden, *heads), mlp, length = (axis[index.ravel()].T for axis, index in zip(axes, which, strict=True))
@@ -344,19 +352,19 @@ def _grid(
 
 
 def _start_counts(shapes: np.ndarray, depth: int) -> np.ndarray:
-    """(shapes,) int64: at how many layers the block may start; 1 where none is dropped."""
+    """Return at how many layers the block of each shape may start, (shapes,) int64; 1 where none is dropped."""
     return np.where(shapes[:, 4] > 0, depth - shapes[:, 4] + 1, 1)
 
 
 def _with_starts(shapes: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(points, 6) int64: every shape with every place where its block may start, 0 where it drops none."""
+    """Return every shape with every place where its block may start, (points, 6) int64; 0 where it drops none."""
     starts = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.column_stack([np.repeat(shapes, counts, axis=0), starts]).astype(np.int64)
 
 
 def counts(space: SearchSpace, architecture: Architecture) -> dict[str, int | None]:
-    """The columns of the table that an architecture has by itself: counts and axes. Layers that are no block have no
-    start and no length."""
+    """Return the columns of the trials table that follow from an architecture alone: counts and axes. Dropped layers
+    that are no block have no start and no length."""
     measures = space.measures(architecture)
     start, length = architecture.dropped_block(space.teacher.num_hidden_layers) or (None, None)
     return {

@@ -10,10 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 from minitron_search.config.schema import Config
+from minitron_search.config.types import Precision
 from minitron_search.distillation.settings import LoopSettings
-from minitron_search.evaluation.evidence import SIGN, not_worse
+from minitron_search.evaluation.evidence import not_worse
 from minitron_search.models.architecture import Architecture
 from minitron_search.records.directory import TRIALS_SCHEMA, Log, RunDirectory
+from minitron_search.records.metrics import METRICS
 from minitron_search.search.samplers import Observation, promotable, propose
 from minitron_search.search.schedule import halving, search_tokens, whole_batches
 from minitron_search.search.space import SearchSpace, counts
@@ -21,53 +23,57 @@ from minitron_search.trials.settings import CONTROLS
 from minitron_search.trials.trial import Trial
 
 
-class Search:
-    """All trials by id, in the order they were made; a trial is running, stopped, complete or failed."""
+class SearchState:
+    """A search's trials by id, in the order they were made; a trial is running, stopped, complete or failed."""
 
-    def __init__(self, run: RunDirectory, config: Config, space: SearchSpace, settings: LoopSettings):
-        self.run, self.config, self.space, self.settings = run, config, space, settings
-        self.trials: dict[str, Trial] = {}  # of the search itself
+    def __init__(self, run_dir: RunDirectory, config: Config, space: SearchSpace, settings: LoopSettings):
+        self.run, self.config, self.space, self.settings = run_dir, config, space, settings
+        self.trials: dict[str, Trial] = {}  # candidates; controls are apart
         self.controls: dict[str, Trial] = {}
         self.rows: dict[str, dict[int, dict[str, Any]]] = {}  # rung -> row, by trial id
         self.failures: dict[str, str] = {}
         self.decisions: dict[str, dict[int, str]] = {}  # rung -> continue or stop, by trial id
-        self.alive: set[str] = set()  # handed out, and not heard the end of
-        self._events = Log(run.events_log)
+        self.alive: set[str] = set()  # handed out, and not known to have ended
+        self._events = Log(run_dir.events_log)
         self.rung_tokens = [whole_batches(config, tokens) for tokens in settings.milestones]
         self._read()
-        self.waiting = [trial for trial in self.everything().values() if self.status(trial.id) == "running"]
+        self.waiting = [trial for trial in self.all_trials().values() if self.status(trial.id) == "running"]
 
     def _read(self) -> None:
-        made = [json.loads(path.read_text()) for path in self.run.root.glob("trials/*/architecture.json")]
-        for trial in sorted(made, key=lambda trial: trial["proposal"]):
-            if trial["arm"] == "search" or trial["arm"] in CONTROLS:
-                self.add(self.make(Architecture.of_trial(trial), trial["proposal"], trial["seed"], trial["arm"]))
+        files = [json.loads(path.read_text()) for path in self.run.root.glob("trials/*/architecture.json")]
+        for described in sorted(files, key=lambda described: described["proposal"]):
+            arm = described["arm"]
+            if arm == "search" or arm in CONTROLS:
+                architecture = Architecture.of_trial(described)
+                self.add(self.new_trial(architecture, described["proposal"], described["seed"], arm))
         for row in self.run.rungs():
             if row["trial"] in self.rows:
                 self.rows[row["trial"]][row["rung"]] = row
-        for trial in self.everything():
-            ruled = self.run.decisions(trial)
-            self.decisions[trial] = {rung: line["decision"] for rung, line in ruled.items()}
+        for trial_id in self.all_trials():
+            decided = self.run.decisions(trial_id)
+            self.decisions[trial_id] = {rung: line["decision"] for rung, line in decided.items()}
         self.read_failures()
 
     def read_failures(self) -> None:
-        """A trial that diverged has said so itself; a retraining, which is no trial of the search, too."""
+        """Read from the events which trials have failed. One that diverges has said so itself, and so has a retraining,
+        which is no trial of the search."""
         for event in self._events.new():
             if event["event"] == "trial_failed":
                 self.failures[event["trial"]] = event["message"]
             elif event["event"] == "trial_finished" and event["status"] == "complete":
                 self.failures.pop(event["trial"], None)
 
-    def make(self, architecture: Architecture, proposal: int, seed: int, arm: str = "search") -> Trial:
-        return Trial(
-            architecture=architecture,
-            arm=arm,
+    def new_trial(self, architecture: Architecture, proposal: int, seed: int, arm: str = "search") -> Trial:
+        """Return a trial of the search, scored in the precision it trains in."""
+        return make_trial(
+            self.space,
+            architecture,
+            arm,
+            self.settings,
             seed=seed,
-            proposal=proposal,
             initialization=CONTROLS.get(arm, self.config.distillation.initialization),
-            settings=replace(self.settings, seed=seed),
+            proposal=proposal,
             score_precision=self.settings.precision,
-            counts=counts(self.space, architecture),
         )
 
     def add(self, trial: Trial) -> None:
@@ -75,7 +81,8 @@ class Search:
         self.rows.setdefault(trial.id, {})
         self.decisions.setdefault(trial.id, {})
 
-    def everything(self) -> dict[str, Trial]:
+    def all_trials(self) -> dict[str, Trial]:
+        """Return candidates and controls by id."""
         return {**self.trials, **self.controls}
 
     @property
@@ -96,23 +103,24 @@ class Search:
     # What was measured
 
     def record(self, result: dict[str, Any]) -> dict[str, Any]:
-        """The row of a rung that Tune reports."""
+        """Keep, and return, the row of a rung that Tune reports."""
         row = {name: result[name] for name in TRIALS_SCHEMA.names if name in result}
         return self.rows[row["trial"]].setdefault(row["rung"], row)
 
     def objective(self, row: dict[str, Any]) -> float:
+        """Return what rungs rank by, lower is better."""
         return minimised(row, self.config.search.ranks_by)
 
     def by_proposal(self) -> dict[int, list[Trial]]:
-        """The trials of every proposed architecture, a trial a seed."""
-        found: dict[int, list[Trial]] = {}
+        """Return the trials of every proposed architecture, a trial a seed."""
+        groups: dict[int, list[Trial]] = {}
         for trial in self.trials.values():
-            found.setdefault(trial.proposal, []).append(trial)
-        return found
+            groups.setdefault(trial.proposal, []).append(trial)
+        return groups
 
     def observed(self) -> list[Observation]:
-        """One observation per architecture, in the order proposed; of several seeds, the mean by rung."""
-        found = []
+        """Return one observation per architecture, in the order proposed: means over its seeds at each rung."""
+        observations = []
         for trials in self.by_proposal().values():
             states = [self.status(trial.id) for trial in trials]
             state = next((s for s in ("running", "stopped", "complete") if s in states), "failed")
@@ -120,21 +128,22 @@ class Search:
             values = tuple(self.mean_objective(trials, rung) for rung in range(shared))
             others = tuple(self._further(trials, rung) for rung in range(shared))
             seeds = tuple(trial.seed for trial in trials)
-            found.append(Observation(trials[0].architecture, values, state, others, seeds))
-        return found
+            observations.append(Observation(trials[0].architecture, values, state, others, seeds))
+        return observations
 
     def _further(self, trials: list[Trial], rung: int) -> tuple[float, ...]:
-        """Objectives besides the one that rungs rank by."""
+        """Return the objectives besides the one that rungs rank by."""
         rows = [self.rows[t.id][rung] for t in trials if rung in self.rows[t.id]]
         names = self.config.search.objectives[1:]
         return tuple(sum(minimised(row, name) for row in rows) / len(rows) for name in names)
 
     def mean_objective(self, trials: list[Trial], rung: int) -> float:
+        """Return the mean over seeds of what rungs rank by, lower is better."""
         values = [self.objective(self.rows[t.id][rung]) for t in trials if rung in self.rows[t.id]]
         return sum(values) / len(values)
 
     def committed_tokens(self) -> int:
-        """What the search's trials have trained on, or will have at the next rung of those that are running."""
+        """Return the tokens that candidates have trained on, counting those that run up to their next rung."""
         return sum(self._tokens_of(trial) for trial in self.trials)
 
     def _tokens_of(self, trial: str) -> int:
@@ -142,14 +151,14 @@ class Search:
         return self.rung_tokens[min(reached, self.last_rung + 1) - 1] if reached else 0
 
     def affords(self, more: int = 0) -> bool:
-        """Whether `search.tokens` allows what is committed and `more` tokens."""
-        asked = self.config.search.tokens
-        return asked == "auto" or self.committed_tokens() + more <= asked
+        """Return whether `search.tokens` allows what is committed and `more` tokens."""
+        limit = self.config.search.tokens
+        return limit == "auto" or self.committed_tokens() + more <= limit
 
     # What is next
 
     def next_trial(self) -> Trial | None:
-        """The next trial to start; None while that depends on trials that are running, and when there is none left."""
+        """Return the next trial to start; None while that depends on trials that are running, and when none is left."""
         if not self.waiting:
             proposed = self._proposed()
             self.waiting = [proposed] if proposed else []
@@ -168,7 +177,7 @@ class Search:
         if last is not None and not self._more_seeds_began():
             done = sum(trial.proposal == last.proposal for trial in self.trials.values())
             if done < seeds:  # the same architecture with its next seed
-                return self.make(last.architecture, last.proposal, self.config.seed + done)
+                return self.new_trial(last.architecture, last.proposal, self.config.seed + done)
         proposed = len({trial.proposal for trial in self.trials.values()})
         most = halving(self.config, self.config.search.trials)[0]
         if proposed >= most or not self.affords(self.rung_tokens[0]):
@@ -176,23 +185,24 @@ class Search:
         architecture = propose(
             self.space, self.observed(), sampler=self.config.search.sampler, seed=self.config.seed
         )  # fmt: skip
-        return self.make(architecture, proposed, self.config.seed) if architecture else None
+        return self.new_trial(architecture, proposed, self.config.seed) if architecture else None
 
     def _at(self, rung: int) -> list[list[Trial]]:
-        """The trials of every architecture that reached a rung and has not failed, best first, by the seeds that every
-        architecture runs with."""
+        """Return the trials of every architecture that reached a rung and has not failed, best first, by the seeds
+        that every architecture runs with."""
         first = [[t for t in trials if not self.is_extra(t)] for trials in self.by_proposal().values()]
         sound = [[t for t in trials if self.status(t.id) != "failed"] for trials in first]
         here = [trials for trials in sound if any(rung in self.rows[t.id] for t in trials)]
         return sorted(here, key=lambda trials: self.mean_objective(trials, rung))
 
     def _continued(self) -> list[Trial]:
-        """Stopped trials that go on from their checkpoints once all is proposed: those that successive halving passes
-        by the order of their rung, where a failed trial's place is the next one's; then, as far as tokens last, the
-        best of the highest rung, one after another."""
-        asked = self.config.search
-        left = (search_tokens(self.config) if asked.tokens == "auto" else asked.tokens) - self.committed_tokens()
-        at_any_cost = asked.scheduler == "halving" and asked.tokens == "auto"  # more than planned only where one failed
+        """Return the stopped trials that go on from their checkpoints once all is proposed: those that successive
+        halving passes by the order of their rung, where the next one takes a failed trial's place; then, as far as
+        tokens last, the best of the highest rung, one after another."""
+        config = self.config.search
+        left = (search_tokens(self.config) if config.tokens == "auto" else config.tokens) - self.committed_tokens()
+        # more than was planned only where a trial failed
+        at_any_cost = config.scheduler == "halving" and config.tokens == "auto"
         passing: list[Trial] = []
         others: list[tuple[int, list[Trial]]] = []
         numbers = halving(self.config, len(self.by_proposal()))
@@ -210,7 +220,7 @@ class Search:
         return self._go_on(*others[0])
 
     def _waiting(self, trials: list[Trial], rung: int) -> list[Trial]:
-        """Those that were stopped at a rung, and have ended."""
+        """Return the trials that were stopped at a rung, and have ended."""
         return [
             t for t in trials
             if self.rows[t.id] and max(self.rows[t.id]) == rung and self.status(t.id) == "stopped"
@@ -227,15 +237,15 @@ class Search:
         return trials
 
     def _more_seeds(self) -> list[Trial]:
-        """Seeds that finalists have not run with: of the best at the last rung, `reduction_factor` for each that is
-        promoted. Who they are was decided by the seeds that every architecture ran with."""
-        asked = self.config.search
+        """Return trials for the seeds that finalists have not run with: of the best at the last rung,
+        `reduction_factor` for each that is promoted. Who they are was decided by the seeds that all ran with."""
+        config = self.config.search
         missing = []
-        for trials in self._finalists() if asked.finalist_seeds > asked.seeds else []:
+        for trials in self._finalists() if config.finalist_seeds > config.seeds else []:
             seeds = {trial.seed for trial in trials}
             missing += [
-                self.make(trials[0].architecture, trials[0].proposal, self.config.seed + number)
-                for number in range(asked.seeds, asked.finalist_seeds) if self.config.seed + number not in seeds
+                self.new_trial(trials[0].architecture, trials[0].proposal, self.config.seed + number)
+                for number in range(config.seeds, config.finalist_seeds) if self.config.seed + number not in seeds
             ]  # fmt: skip
         return missing
 
@@ -243,38 +253,38 @@ class Search:
         return any(self.is_extra(trial) for trial in self.trials.values())
 
     def is_extra(self, trial: Trial) -> bool:
-        """Whether it runs to the last rung whatever its rank: a control, or a finalist's further seed."""
+        """Return whether a trial runs to the last rung whatever its rank: a control, or a finalist's further seed."""
         return trial.arm in CONTROLS or trial.seed >= self.config.seed + self.config.search.seeds
 
     def _finalists(self) -> list[list[Trial]]:
         first = [[t for t in trials if not self.is_extra(t)] for trials in self.by_proposal().values()]
         complete = [trials for trials in first if any(self.status(t.id) == "complete" for t in trials)]
         complete.sort(key=lambda trials: self.mean_objective(trials, self.last_rung))
-        asked = self.config.search
-        number = asked.reduction_factor * (1 if asked.promote == "not_worse" else asked.promote)
+        config = self.config.search
+        number = config.reduction_factor * (1 if config.promote == "not_worse" else config.promote)
         chosen = {id(trials) for trials in complete[:number]}
         return [self.by_proposal()[trials[0].proposal] for trials in complete if id(trials) in chosen]
 
     def _controls(self) -> list[Trial]:
         if not self.config.search.controls or not any(self.status(trial) == "complete" for trial in self.trials):
             return []
-        made = [
-            self.make(architecture, -1, self.config.seed, arm) for architecture in self.best() for arm in CONTROLS
+        controls = [
+            self.new_trial(architecture, -1, self.config.seed, arm) for architecture in self.best() for arm in CONTROLS
         ]  # fmt: skip
-        return [trial for trial in made if trial.id not in self.controls]
+        return [trial for trial in controls if trial.id not in self.controls]
 
     # What it ends with
 
     def best(self) -> list[Architecture]:
-        """The architectures to promote, best first, by the mean over seeds at the last rung: those on the Pareto front
-        of several objectives before the others, by the objective that rungs rank by.
+        """Return the architectures to promote, best first, by the mean over seeds at the last rung. With several
+        objectives, those on the Pareto front come before the others, each part by the objective that rungs rank by.
 
         Raises ValueError when no trial reached the last rung.
         """
-        asked = self.config.search
-        further = asked.finalist_seeds > asked.seeds  # then a lucky single seed is no match for a mean of several
-        found = self._finalists() if further else list(self.by_proposal().values())
-        sound = [[t for t in trials if self.status(t.id) != "failed"] for trials in found]
+        config = self.config.search
+        several = config.finalist_seeds > config.seeds  # then one lucky seed cannot compete with a mean of several
+        groups = self._finalists() if several else list(self.by_proposal().values())
+        sound = [[t for t in trials if self.status(t.id) != "failed"] for trials in groups]
         complete = [trials for trials in sound if trials and all(self.last_rung in self.rows[t.id] for t in trials)]
         if not complete:
             raise ValueError("search: no trial reached the last rung, so there is nothing to promote; "
@@ -284,34 +294,48 @@ class Search:
                         (self._further(trials, self.last_rung),)) for trials in complete
         ]  # fmt: skip
         architectures = [observation.architecture for observation in promotable(reached, 0)]
-        if asked.promote != "not_worse":
-            return architectures[: asked.promote]
+        if config.promote != "not_worse":
+            return architectures[: config.promote]
         rows = [self.rows[t.id][self.last_rung] for trials in complete for t in trials]
-        tied = not_worse(rows, self.run.scores(), asked.ranks_by)
+        tied = not_worse(rows, self.run.scores(), config.ranks_by)
         return [architecture for architecture in architectures if architecture.id in tied]
 
     def write_tables(self, promoted: frozenset[str] = frozenset()) -> None:
+        """Write trials.parquet with every trial's status; of `promoted`, those that are complete are promoted."""
         self.read_failures()
-        statuses = {trial: self.status(trial) for trial in self.everything()}
+        statuses = {trial: self.status(trial) for trial in self.all_trials()}
         done = {trial: "promoted" for trial in promoted if statuses[trial] == "complete"}
         self.run.write_trials({**statuses, **done}, self.failures)
 
 
 def minimised(row: Mapping[str, Any], objective: str) -> float:
-    return SIGN.get(objective, 1.0) * row[objective]
+    """Return an objective of a row of the table, so that lower is better."""
+    return METRICS[objective].sign * row[objective]
 
 
 def make_trial(
-    space: SearchSpace, architecture: Architecture, arm: str, config: Config, settings: LoopSettings
+    space: SearchSpace | None,
+    architecture: Architecture,
+    arm: str,
+    settings: LoopSettings,
+    *,
+    seed: int,
+    initialization: str,
+    proposal: int = -1,
+    score_precision: Precision = "float32",
 ) -> Trial:
-    """A trial outside the search. What users see of it and reload is scored in float32."""
+    """Return a trial, which trains with its own seed.
+
+    space: what counts the architecture's parameters; None leaves those columns empty. proposal: -1 outside the search.
+    score_precision: float32 for whatever users see and reload.
+    """
     return Trial(
         architecture=architecture,
         arm=arm,
-        seed=config.seed,
-        proposal=-1,
-        initialization="pruned" if arm == "teacher" else config.distillation.initialization,
-        settings=replace(settings, seed=config.seed),
-        score_precision="float32",
-        counts=counts(space, architecture),
+        seed=seed,
+        proposal=proposal,
+        initialization=initialization,
+        settings=replace(settings, seed=seed),
+        score_precision=score_precision,
+        counts=counts(space, architecture) if space else {},
     )

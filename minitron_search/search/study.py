@@ -15,7 +15,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.pool import StaticPool
 
-from minitron_search.evaluation.evidence import SIGN
+from minitron_search.records.metrics import METRICS
 from minitron_search.search.samplers import Observation, distributions_of, excess
 from minitron_search.search.space import SearchSpace
 
@@ -30,10 +30,10 @@ STATES = {
 
 
 class LiveStudy:
-    """study.db of a search in progress. Between refreshes it is kept in memory, where a trial that was running is
-    brought up to date; where a finished one changed (a stopped trial was continued), all are made again.
+    """study.db of a search in progress.
 
-    objectives: their names, in the order of `Observation.at`.
+    Between refreshes it is kept in memory, where a running trial is brought up to date; when a finished one changes (a
+    stopped trial was continued), all are made again. objectives: their names, in the order of `Observation.at`.
     """
 
     def __init__(self, path: Path, name: str, space: SearchSpace, objectives: Sequence[str]):
@@ -43,8 +43,8 @@ class LiveStudy:
         self._begin()
 
     def refresh(self, observed: Sequence[Observation], at_once: bool = False) -> bool:
-        """Write it, unless the last time cost too much to do it again now (`at_once`: even then) or a reader does not
-        let go of the file; returns whether it was written. Takes at most `SHARE` of the time of a search."""
+        """Write the study, unless the last time cost too much to do it again now (`at_once`: even then) or a reader
+        holds the file, and return whether it was written. Takes at most `SHARE` of a search's time."""
         began = time.monotonic()
         if began < self._rest_until and not at_once:
             return False
@@ -58,10 +58,11 @@ class LiveStudy:
         return written
 
     def write(self, observed: Sequence[Observation]) -> None:
-        """Write it now; raises TimeoutError when a reader holds the file for `PATIENCE` seconds.
+        """Write the study now. Raises TimeoutError when a reader holds the file for `PATIENCE` seconds.
 
-        Stopped trials are pruned; constraints are shares of a budget (`excess`); values are the tables' own, a margin
-        is maximised. Rungs are intermediate values; with several objectives, where Optuna has none, a user attribute.
+        Stopped trials are pruned; constraints are shares of a budget (`excess`); values are the tables' own, so a
+        margin is maximised. Rungs are intermediate values; with several objectives, where Optuna has none, a user
+        attribute.
         """
         changed = [
             index for index, (old, new) in enumerate(zip(self._told, observed, strict=False))
@@ -76,19 +77,19 @@ class LiveStudy:
             self._update(index, self._trial(observed[index]))
         self._study.add_trials(self._trial(observation) for observation in observed[len(self._told) :])
         self._told = list(observed)
-        made = self._storage.engine.raw_connection()
+        connection = self._storage.engine.raw_connection()
         try:
-            assert isinstance(made.driver_connection, sqlite3.Connection)
-            _replace(made.driver_connection, self.path)
+            assert isinstance(connection.driver_connection, sqlite3.Connection)
+            _replace(connection.driver_connection, self.path)
         finally:
-            made.close()
+            connection.close()
 
     def _begin(self) -> None:
-        """An empty study in memory."""
+        """Make an empty study in memory."""
         one_database = {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}}
         self._storage = RDBStorage("sqlite:///:memory:", engine_kwargs=one_database)
         directions = [
-            StudyDirection.MAXIMIZE if SIGN.get(objective, 1) < 0 else StudyDirection.MINIMIZE
+            StudyDirection.MAXIMIZE if METRICS[objective].sign < 0 else StudyDirection.MINIMIZE
             for objective in self.objectives
         ]
         self._study = optuna.create_study(storage=self._storage, study_name=self.name, directions=directions)
@@ -108,10 +109,12 @@ class LiveStudy:
             self._storage.set_trial_state_values(running._trial_id, now.state, now.values)
 
     def _trial(self, observation: Observation) -> FrozenTrial:
-        """A stopped trial is pruned at its last rung: its value is never taken for one at full tokens."""
+        """Return an observation as a trial. A stopped trial is pruned at its last rung, so that its value is never
+        taken for one at full tokens."""
         architecture, state = observation.architecture, STATES[observation.state]
-        params = {n: of for n, of in self.space.coordinates(architecture).items() if n in self._distributions}
-        signs = [SIGN.get(objective, 1) for objective in self.objectives]
+        coordinates = self.space.coordinates(architecture)
+        params = {name: value for name, value in coordinates.items() if name in self._distributions}
+        signs = [METRICS[objective].sign for objective in self.objectives]
         rungs = [
             tuple(sign * value for sign, value in zip(signs, observation.at(rung), strict=True))
             for rung in range(len(observation.values))
@@ -126,7 +129,7 @@ class LiveStudy:
             distributions={name: self._distributions[name] for name in params},
             user_attrs={
                 "architecture": architecture.id,
-                **self.space.coordinates(architecture),
+                **coordinates,
                 "params": int(measures.params),
                 "non_embedding_params": int(measures.non_embedding_params),
                 "memory_bytes": int(measures.memory_bytes),
@@ -138,7 +141,7 @@ class LiveStudy:
         )
 
 
-def _replace(made: sqlite3.Connection, path: Path) -> None:
+def _replace(source: sqlite3.Connection, path: Path) -> None:
     """Copy a database over the one at `path` in one transaction: a copy that is cut off is rolled back."""
     deadline = time.monotonic() + PATIENCE
 
@@ -148,6 +151,6 @@ def _replace(made: sqlite3.Connection, path: Path) -> None:
 
     target = sqlite3.connect(path, timeout=0)
     try:
-        made.backup(target, progress=give_up, sleep=0.02)
+        source.backup(target, progress=give_up, sleep=0.02)
     finally:
         target.close()

@@ -1,4 +1,4 @@
-"""TensorBoard's file of a trial: its points, appended as they come."""
+"""A trial's TensorBoard event file: its points, appended as they come."""
 
 import struct
 import time
@@ -13,15 +13,17 @@ from tensorboardX.summary import hparams
 
 
 class Point(NamedTuple):
-    """What a line of a trial's log says: values by tag, after so many tokens."""
+    """One line of a trial's log: values by tag, after so many tokens."""
 
     tokens: int
     values: dict[str, float]
 
 
 class EventFile:
-    """`points`: how many it holds. What a kill left of the last one is cut off when the file is opened again, so who
-    goes on from `points` writes none twice. tensorboardX's own writer begins a new file, which would hold them again.
+    """An event file that a resumed run appends to; `points` is how many it holds.
+
+    A last record that a kill cut short is removed when the file is opened again, so a writer that goes on from `points`
+    writes none twice. tensorboardX's own writer begins a new file, which would hold them again.
 
     about, scores: what TensorBoard's HPARAMS tab shows of a trial, and the tags that it sorts trials by.
     """
@@ -39,7 +41,7 @@ class EventFile:
             self._append(header)
 
     def append(self, points: Iterable[Point]) -> None:
-        """At the time of now: x is tokens, and TensorBoard's relative time is when it was told."""
+        """Append points at the present time: x is tokens, and TensorBoard's relative time is when they were told."""
         events = [Event(step=point.tokens, summary=_summary(point.values)) for point in points]
         self._append(events)
         self.points += len(events)
@@ -57,13 +59,13 @@ def _summary(values: Mapping[str, float]) -> Summary:
 
 
 def _record(data: bytes) -> bytes:
-    """TFRecord: length, its checksum, the data, their checksum."""
+    """Return `data` as a TFRecord: length, its checksum, the data, their checksum."""
     length = struct.pack("<Q", len(data))
     return length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))
 
 
 def _whole(path: Path) -> tuple[int, int]:
-    """(records, bytes) up to the first that is not whole."""
+    """Return (records, bytes) up to the first record that is not whole."""
     records, size = 0, 0
     content = path.read_bytes() if path.exists() else b""
     while len(content) >= size + 12:

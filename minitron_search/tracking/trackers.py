@@ -1,7 +1,7 @@
-"""Weights & Biases and MLflow: a run of theirs for each trial, which a continued trial goes on in.
+"""Weights & Biases and MLflow: one of their runs for each trial, resumed with the trial.
 
-All that is theirs to say (project, server, key, offline) is in their own environment variables. They are asked for by
-`trackers`, and come with `pip install 'minitron-search[wandb]'` or `[mlflow]`.
+Project, server, key and offline mode are set by their own environment variables. The configuration's `trackers` names
+them; they are installed with `pip install 'minitron-search[wandb]'` or `[mlflow]`.
 """
 
 import logging
@@ -15,31 +15,33 @@ from typing import Any, Protocol
 from minitron_search.records.directory import RunDirectory
 from minitron_search.tracking.tensorboard import Point
 
-MOST_METRICS = 1000  # of one call to MLflow
+MOST_METRICS = 1000  # in one call to MLflow
 
 
 class Tracker(Protocol):
+    """A service that trials are shown in."""
+
     name: str
 
     def tell(self, trial: str, about: Mapping[str, Any], points: Sequence[Point]) -> None:
-        """`about`: what architecture.json says of the trial."""
+        """Log points of a trial; `about` is the content of its architecture.json."""
 
     def end(self, trial: str, status: str) -> None:
-        """status: FINISHED, FAILED, or KILLED for a trial that is to go on another time."""
+        """End a trial's run with status FINISHED, FAILED, or KILLED for one that may be resumed."""
 
 
 def check_installed(trackers: Sequence[str]) -> None:
-    """Raises ValueError for a tracker whose package is not there."""
+    """Raise ValueError for a tracker whose package is not installed."""
     for name in trackers:
         spec = find_spec(name)
-        if spec is None or spec.origin is None:  # a folder of that name is no package: W&B leaves one where it wrote
+        if spec is None or spec.origin is None:  # a folder that W&B wrote is no package
             others = ",".join(other for other in trackers if other != name) or "[]"
             raise ValueError(f"trackers: {name} is not installed; valid: {others}, or "
                              f"pip install 'minitron-search[{name}]'")  # fmt: skip
 
 
 def log_in(trackers: Sequence[str]) -> None:
-    """W&B asks for its key where it has none, if there is a terminal. Raises ValueError where it gets none."""
+    """Log in to W&B, which asks for a missing key if there is a terminal. Raises ValueError where it gets none."""
     if "wandb" not in trackers:
         return
     import wandb
@@ -47,39 +49,41 @@ def log_in(trackers: Sequence[str]) -> None:
     try:
         wandb.login()
     except wandb.errors.Error as error:
-        raise ValueError(f"trackers: wandb: {error}; valid: `wandb login` before, or WANDB_MODE=offline") from None
+        raise ValueError(f"trackers: wandb: {error}; valid: `wandb login` first, or WANDB_MODE=offline") from None
 
 
-def tracker_of(name: str, group: str, run: RunDirectory) -> Tracker:
-    """group: the name that the trials of this run have in common."""
-    return (Wandb if name == "wandb" else Mlflow)(group, run)
+def tracker_of(name: str, group: str, run_dir: RunDirectory) -> Tracker:
+    """Return tracker `name`; `group` is the name that the trials of this run share."""
+    return (Wandb if name == "wandb" else Mlflow)(group, run_dir)
 
 
-def _id(run: RunDirectory, trial: str) -> str:
-    """Of a trial in all of the world: runs of one configuration have trials of the same ids."""
-    return f"{trial}-{run.events()[0]['time']:.3f}"
+def _id(run_dir: RunDirectory, trial: str) -> str:
+    """Return a globally unique id of a trial: runs of one configuration have trials of the same ids."""
+    return f"{trial}-{run_dir.events()[0]['time']:.3f}"
 
 
 class Wandb:
+    """Weights & Biases."""
+
     name = "wandb"
 
-    def __init__(self, group: str, run: RunDirectory):
-        self.group, self.run = group, run
+    def __init__(self, group: str, run_dir: RunDirectory):
+        self.group, self.run_dir = group, run_dir
         self._runs: dict[str, Any] = {}
 
     def tell(self, trial: str, about: Mapping[str, Any], points: Sequence[Point]) -> None:
         if trial not in self._runs:
-            self._runs[trial] = self._begun(trial, about)
+            self._runs[trial] = self._begin(trial, about)
         for point in points:
             self._runs[trial].log(point.values, step=point.tokens)
 
-    def _begun(self, trial: str, about: Mapping[str, Any]) -> Any:
+    def _begin(self, trial: str, about: Mapping[str, Any]) -> Any:
         import wandb
 
         return wandb.init(
             project=os.environ.get("WANDB_PROJECT", "minitron_search"),
             group=os.environ.get("WANDB_RUN_GROUP", self.group),
-            id=_id(self.run, trial),
+            id=_id(self.run_dir, trial),
             name=trial,
             job_type=about["arm"],
             config=dict(about),
@@ -93,42 +97,44 @@ class Wandb:
 
 
 class Mlflow:
+    """MLflow."""
+
     name = "mlflow"
 
-    def __init__(self, group: str, run: RunDirectory):
-        self.experiment, self.run = os.environ.get("MLFLOW_EXPERIMENT_NAME", group), run
+    def __init__(self, group: str, run_dir: RunDirectory):
+        self.experiment, self.run_dir = os.environ.get("MLFLOW_EXPERIMENT_NAME", group), run_dir
         self._runs: dict[str, str] = {}
 
     def tell(self, trial: str, about: Mapping[str, Any], points: Sequence[Point]) -> None:
         from mlflow.entities import Metric
 
         if trial not in self._runs:
-            self._runs[trial] = self._begun(trial, about)
+            self._runs[trial] = self._begin(trial, about)
         now = int(1000 * time.time())
-        told = [Metric(tag, value, now, point.tokens) for point in points for tag, value in point.values.items()]
-        for start in range(0, len(told), MOST_METRICS):
-            self._client.log_batch(self._runs[trial], metrics=told[start : start + MOST_METRICS])
+        metrics = [Metric(tag, value, now, point.tokens) for point in points for tag, value in point.values.items()]
+        for start in range(0, len(metrics), MOST_METRICS):
+            self._client.log_batch(self._runs[trial], metrics=metrics[start : start + MOST_METRICS])
 
-    def _begun(self, trial: str, about: Mapping[str, Any]) -> str:
+    def _begin(self, trial: str, about: Mapping[str, Any]) -> str:
         from mlflow.entities import Param
 
-        client, tag = self._client, "minitron_search.trials.trial"
-        found = client.get_experiment_by_name(self.experiment)
-        experiment = found.experiment_id if found else client.create_experiment(self.experiment)
-        same = client.search_runs([experiment], f"tags.`{tag}` = '{_id(self.run, trial)}'")
+        client, tag = self._client, "minitron_search.trial"
+        existing = client.get_experiment_by_name(self.experiment)
+        experiment = existing.experiment_id if existing else client.create_experiment(self.experiment)
+        same = client.search_runs([experiment], f"tags.`{tag}` = '{_id(self.run_dir, trial)}'")
         if same:
             client.update_run(same[0].info.run_id, status="RUNNING")
             return same[0].info.run_id
-        made = client.create_run(
-            experiment, run_name=trial, tags={tag: _id(self.run, trial), "run": self.run.root.name}
+        created = client.create_run(
+            experiment, run_name=trial, tags={tag: _id(self.run_dir, trial), "run": self.run_dir.root.name}
         )
         shown = [Param(key, str(value)) for key, value in about.items() if isinstance(value, str | int | float)]
-        client.log_batch(made.info.run_id, params=shown)
-        return made.info.run_id
+        client.log_batch(created.info.run_id, params=shown)
+        return created.info.run_id
 
     @cached_property
     def _client(self) -> Any:
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table that it makes
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it logs every table that it creates
         from mlflow.tracking import MlflowClient
 
         return MlflowClient()

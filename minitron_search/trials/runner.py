@@ -1,6 +1,5 @@
-"""One trial, from trim to its last rung: written once, and placed by `launchers`."""
+"""One trial, from trim to its last rung: written once, and placed by `cluster.launchers`."""
 
-import math
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,18 +12,21 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from minitron_search.depth.layer_choice import merges_of
-from minitron_search.distillation import checkpoints, loop, parallel
+from minitron_search.distillation import loop, parallel
+from minitron_search.distillation.batches import batch_plan
+from minitron_search.distillation.checkpoints import CheckpointFolder
 from minitron_search.distillation.correction import correcting_teacher, float32_of, trainable
 from minitron_search.distillation.loop import Milestone
-from minitron_search.distillation.settings import Correction, LoopSettings, method_of
-from minitron_search.distillation.teacher import Teacher, cached_teacher, live_teacher
+from minitron_search.distillation.parallel import Processes
+from minitron_search.distillation.settings import CorrectionSettings, LoopSettings, method_of
+from minitron_search.distillation.teacher import TeacherSource, cached_teacher, live_teacher
 from minitron_search.distillation.teacher_cache import CacheReader
 from minitron_search.distillation.training_log import DivergedError
 from minitron_search.evaluation.scoring import Scored, score, throughput
 from minitron_search.losses.intermediate import state_map
 from minitron_search.models.device import device, on_device
 from minitron_search.models.loading import load_teacher, random_student, reader
-from minitron_search.models.output_head import OutputHead, load_head
+from minitron_search.models.output_head import OutputHead, output_head
 from minitron_search.pruning.laco import merged_model
 from minitron_search.pruning.rankings import Rankings
 from minitron_search.pruning.trimming import as_views, trim
@@ -34,121 +36,142 @@ from minitron_search.trials.trial import Trial
 
 
 def run_trial(
-    materials: TrialInputs,
-    trial: Trial,
-    *,
-    decided: bool = True,
-    rank: int = 0,
-    world_size: int = 1,
+    inputs: TrialInputs, trial: Trial, *, decided: bool = True, processes: Processes = parallel.ALONE
 ) -> PreTrainedModel:
-    """Trim, distil to each milestone; there score and log the row. Returns the student.
+    """Trim, distil to each milestone, where the student is scored and its row logged; return the student.
 
     With `decided` the search says at every rung but the last whether to go on. A trial that was cut off goes on
     from its last checkpoint; a rung that is already in its log is not computed again. A rung at 0 tokens comes before
-    the teacher and the optimizer: most trials end there.
+    the teacher and the optimizer: most trials end there. Called by every one of `processes`.
+
+    Raises ValueError and DivergedError as `loop.train` does.
     """
-    run, settings = materials.run, trial.settings
-    assert settings.threads is not None
-    torch.set_num_threads(settings.threads)  # scoring too: how sums are split over threads decides their rounding
-    logged = {row["rung"] for row in run.metrics(trial.id) if row["kind"] == "rung"}
-    folder = run.checkpoint(trial.id)
-    resume = checkpoints.latest_checkpoint(folder, run.depot)
-    if world_size > 1:
-        logged, resume = parallel.agreed((logged, resume))
-        if resume is not None and run.depot is not None:
-            run.depot.fetch(resume)
-    began = time.monotonic()
-
-    def reached(milestone: Milestone) -> bool:
-        nonlocal began
-        rung = settings.milestones.index(milestone.tokens)
-        if rung not in logged:
-            with ThreadPoolExecutor(1) as writer:  # a checkpoint is written while the student is scored
-                if milestone.step > 0:
-                    saving = writer.submit(milestone.save, folder / f"step-{milestone.step:08d}")
-                if rank == 0:
-                    assert milestone.student is not None
-                    scored = score_student(materials, milestone.student, trial)
-                    columns = columns_of(materials, milestone.student, trial, scored)
-                if milestone.step > 0:
-                    saving.result()
-            if rank == 0:
-                row = {
-                    **trial.columns(),
-                    **columns,
-                    "rung": rung,
-                    "tokens": milestone.tokens_seen,
-                    "seconds": time.monotonic() - began,
-                }
-                run.log_scores(
-                    trial.id, rung, lm_loss=scored.by_window.tolist(), kl=scored.kl_by_window.tolist(),
-                    winogrande_correct=scored.correct.tolist(), winogrande_margin=scored.margin.tolist(),
-                    winogrande_twin=materials.packed.twin.tolist(),
-                )  # fmt: skip
-                run.log_rung(trial.id, row)
-            if rank == 0 or (run.depot is not None and parallel.leads_node()):
-                checkpoints.keep_newest(folder, run.depot if rank == 0 else None)
-            logged.add(rung)
-        last = rung == len(settings.milestones) - 1
-        go_on = last or not decided or wait_for_decision(run, trial.id, rung)
-        began = time.monotonic()
-        return go_on
-
-    if settings.milestones[0] == 0 and resume is None and not method_of(trial.initialization):
-        as_it_is = on_device(initial_student(materials, trial, trains=False)).eval()
-        if not reached(Milestone(0, 0, 0, as_it_is, lambda folder: None)) or settings.total_tokens == 0:
-            return as_it_is
-        del as_it_is
-    student, shards = initial_student(materials, trial), settings.shards(world_size)
-    if not shards:  # else its layers move one by one
-        student = on_device(student)
-    loop.train(
-        student,
-        materials.train,
-        settings,
-        teacher_of(materials, trial, world_size),
-        on_milestone=reached,
-        log=lambda record: run.log_step(trial.id, **record),
-        checkpoint_folder=folder,
-        depot=run.depot,
-        resume=resume,
-        world_size=world_size,
-        rank=rank,
-    )
-    return student.eval()
+    assert trial.settings.threads is not None
+    # for scoring too: how sums are split over threads decides their rounding
+    torch.set_num_threads(trial.settings.threads)
+    run = _TrialRun(inputs, trial, decided, processes)
+    if run.begins_untrained:
+        student = on_device(initial_student(inputs, trial, trains=False)).eval()
+        goes_on = run.reach(Milestone(0, 0, 0, student, lambda folder: None))
+        if not goes_on or trial.settings.total_tokens == 0:
+            return student
+        del student
+    return run.distil()
 
 
-def run_to_end(
-    materials: TrialInputs, trial: Trial, *, decided: bool = True, rank: int = 0, world_size: int = 1
-) -> None:
-    """`run_trial`; one whose loss diverges has failed and says so. It is not started again: it would only repeat it."""
+class _TrialRun:
+    """One trial in one process: what it has logged, where its checkpoints are, and the steps between rungs."""
+
+    def __init__(self, inputs: TrialInputs, trial: Trial, decided: bool, processes: Processes) -> None:
+        self.inputs, self.trial, self.decided, self.processes = inputs, trial, decided, processes
+        self.run_dir = inputs.run_dir
+        self.checkpoints = CheckpointFolder(self.run_dir.checkpoint(trial.id), self.run_dir.transfer)
+        self.logged = {row["rung"] for row in self.run_dir.metrics(trial.id) if row["kind"] == "rung"}
+        self.resume = self.checkpoints.latest()
+        if processes.world_size > 1:
+            self.logged, self.resume = parallel.agreed((self.logged, self.resume))
+            if self.resume is not None and self.run_dir.transfer is not None:
+                self.run_dir.transfer.fetch(self.resume)
+        self.began = time.monotonic()  # this rung's seconds
+
+    @property
+    def begins_untrained(self) -> bool:
+        """Return whether a rung at 0 tokens comes first, of a student and not of a teacher that is corrected."""
+        corrects = method_of(self.trial.initialization) is not None
+        return self.trial.settings.milestones[0] == 0 and self.resume is None and not corrects
+
+    def distil(self) -> PreTrainedModel:
+        """Train from the trim or the last checkpoint to the last rung, or to where the search stops the trial."""
+        inputs, trial = self.inputs, self.trial
+        student = initial_student(inputs, trial)
+        if not trial.settings.shards(self.processes.world_size):  # else its layers move one by one
+            student = on_device(student)
+        loop.train(
+            student,
+            inputs.train,
+            trial.settings,
+            teacher_of(inputs, trial, self.processes.world_size),
+            on_milestone=self.reach,
+            log=lambda record: self.run_dir.log_step(trial.id, **record),
+            checkpoints=self.checkpoints,
+            resume=self.resume,
+            processes=self.processes,
+        )
+        return student.eval()
+
+    def reach(self, milestone: Milestone) -> bool:
+        """Score the student and log its rung, unless that was done before; return whether to train on."""
+        rung = self.trial.settings.milestones.index(milestone.tokens)
+        if rung not in self.logged:
+            self._finish_rung(rung, milestone)
+        last = rung == len(self.trial.settings.milestones) - 1
+        goes_on = last or not self.decided or wait_for_decision(self.run_dir, self.trial.id, rung)
+        self.began = time.monotonic()
+        return goes_on
+
+    def _finish_rung(self, rung: int, milestone: Milestone) -> None:
+        with ThreadPoolExecutor(1) as writer:  # a checkpoint is written while the student is scored
+            if milestone.step > 0:
+                saving = writer.submit(milestone.save, self.checkpoints.at(milestone.step))
+            if self.processes.rank == 0:
+                assert milestone.student is not None
+                scored = score_student(self.inputs, milestone.student, self.trial)
+                columns = columns_of(self.inputs, milestone.student, self.trial, scored)
+            if milestone.step > 0:
+                saving.result()
+        if self.processes.rank == 0:
+            self._log_rung(rung, milestone.tokens_seen, scored, columns)
+        self.checkpoints.keep_newest(self.processes.rank)
+        self.logged.add(rung)
+
+    def _log_rung(self, rung: int, tokens: int, scored: Scored, columns: dict[str, Any]) -> None:
+        row = {
+            **self.trial.columns(),
+            **columns,
+            "rung": rung,
+            "tokens": tokens,
+            "seconds": time.monotonic() - self.began,
+        }
+        self.run_dir.log_scores(
+            self.trial.id, rung, lm_loss=scored.by_window.tolist(), kl=scored.kl_by_window.tolist(),
+            winogrande_correct=scored.correct.tolist(), winogrande_margin=scored.margin.tolist(),
+            winogrande_twin=self.inputs.packed.twin.tolist(),
+        )  # fmt: skip
+        self.run_dir.log_rung(self.trial.id, row)
+
+
+def run_to_end(inputs: TrialInputs, trial: Trial, *, decided: bool = True, rank: int = 0, world_size: int = 1) -> None:
+    """Run a trial; where its loss diverges, record that it has failed. It is not started again: it would only repeat
+    itself."""
     try:
-        run_trial(materials, trial, decided=decided, rank=rank, world_size=world_size)
+        run_trial(inputs, trial, decided=decided, processes=Processes(world_size, rank))
     except DivergedError as error:
         if rank == 0:
-            materials.run.event("trial_failed", trial=trial.id, message=str(error))
+            inputs.run_dir.event("trial_failed", trial=trial.id, message=str(error))
 
 
-def wait_for_decision(run: RunDirectory, trial: str, rung: int) -> bool:
-    """Whether the search lets `trial` train past `rung`. Blocks until it has said so: a trial that the search
+def wait_for_decision(run_dir: RunDirectory, trial: str, rung: int) -> bool:
+    """Return whether the search lets `trial` train past `rung`. Blocks until it has said so: a trial that the search
     stops has then trained exactly as far as its last row, whatever the timing."""
     began = time.monotonic()
-    while rung not in run.decisions(trial):
-        time.sleep(run.files.poll_s(time.monotonic() - began))
-    return run.decisions(trial)[rung]["decision"] == "continue"
+    while rung not in run_dir.decisions(trial):
+        time.sleep(run_dir.files.poll_s(time.monotonic() - began))
+    return run_dir.decisions(trial)[rung]["decision"] == "continue"
 
 
-def initial_student(materials: TrialInputs, trial: Trial, *, trains: bool = True) -> PreTrainedModel:
-    """Figure 6's starting points: pruned by importance, pruned at random, or random weights; or layers merged by LaCo.
-    A trial that corrects the teacher starts with the teacher itself. One that does not train is not to be written
-    to."""
-    folder = materials.teacher_folder
+def initial_student(inputs: TrialInputs, trial: Trial, *, trains: bool = True) -> PreTrainedModel:
+    """Return the student that a trial starts with, in host memory; unless it `trains` it must not be written to.
+
+    Pruned by importance, pruned at random, or random weights (2408.11796, Figure 6); or its layers merged by LaCo. A
+    trial that corrects the teacher starts with the teacher itself.
+    """
+    folder = inputs.teacher_folder
     if method := method_of(trial.initialization):
         return trainable(float32_of(folder), method, trial.seed)
     if trial.initialization == "random":
         return random_student(AutoConfig.from_pretrained(folder), trial.architecture, trial.seed)
     if trial.initialization == "merged":
-        merged, config = merges_of(materials.merges, trial.architecture.layers), AutoConfig.from_pretrained(folder)
+        merged, config = merges_of(inputs.merges, trial.architecture.layers), AutoConfig.from_pretrained(folder)
         return merged_model(reader(folder), config, trial.architecture, merged)
     rankings = None
     if trial.initialization == "random_pruned":
@@ -159,72 +182,77 @@ def initial_student(materials: TrialInputs, trial: Trial, *, trains: bool = True
 
 
 def is_float32(folder: Path) -> bool:
-    """Whether a model is stored in the dtype of students, float32 whatever the dtype of the products: the norms and the
-    residual stream of a bfloat16 model round where a student's do not."""
+    """Return whether a model is stored in the dtype of students, float32 whatever the dtype of the products: the norms
+    and the residual stream of a bfloat16 model round where a student's do not."""
     return AutoConfig.from_pretrained(folder).dtype == torch.float32
 
 
-def teacher_of(materials: TrialInputs, trial: Trial, world_size: int = 1) -> Teacher | None:
+def teacher_of(inputs: TrialInputs, trial: Trial, world_size: int = 1) -> TeacherSource | None:
+    """Return what the trial's student is distilled from: the cache, the teacher itself, or one that is corrected
+    meanwhile; None for the loss `ce`."""
     settings, states = trial.settings, None
     if not settings.asks_teacher:
         return None
     if settings.intermediate:
-        depth = len(materials.block_bi) - 1
+        depth = len(inputs.block_bi) - 1
         states = state_map(trial.architecture.layers, depth, settings.intermediate_layers, settings.embedding)
-    if materials.parallel is not None:
-        return corrected_meanwhile(materials, materials.parallel, settings, states, world_size)
-    if materials.train_cache is None and settings.shards(world_size):
-        sharded = parallel.sharded_teacher(load_teacher(materials.compute_folder))
+    if inputs.parallel is not None:
+        return corrected_meanwhile(inputs, inputs.parallel, settings, states, world_size)
+    if inputs.train_cache is None and settings.shards(world_size):
+        sharded = parallel.sharded_teacher(load_teacher(inputs.compute_folder))
         return live_teacher(sharded, settings.precision, states)
-    if materials.train_cache is None:
-        return live_teacher(on_device(load_teacher(materials.compute_folder)), settings.precision, states)
-    return cached_teacher(materials.train_cache, teacher_head(materials), settings.precision)
+    if inputs.train_cache is None:
+        return live_teacher(on_device(load_teacher(inputs.compute_folder)), settings.precision, states)
+    return cached_teacher(inputs.train_cache, teacher_head(inputs), settings.precision)
 
 
 def corrected_meanwhile(
-    materials: TrialInputs, correction: Correction, settings: LoopSettings, states: Mapping[int, int] | None,
+    inputs: TrialInputs, correction: CorrectionSettings, settings: LoopSettings, states: Mapping[int, int] | None,
     world_size: int,
-) -> Teacher:  # fmt: skip
-    assert materials.parallel_folder is not None
-    model = trainable(on_device(float32_of(materials.parallel_folder)), correction.method, correction.seed)
-    length = materials.train.shape[1]
-    batch = math.ceil(settings.batch_tokens / length)
+) -> TeacherSource:  # fmt: skip
+    """Return a live teacher that takes a step of its own on every batch (2408.11796, Figure 5)."""
+    assert inputs.parallel_folder is not None
+    model = trainable(on_device(float32_of(inputs.parallel_folder)), correction.method, correction.seed)
+    plan = batch_plan(settings, inputs.train.shape[1], world_size)
     return correcting_teacher(
         live_teacher(model, settings.precision, states),
         model,
-        correction.settings(settings),
-        share=batch // world_size,
-        steps=math.ceil(settings.total_tokens / (batch * length)),
+        correction.loop_settings(settings),
+        share=plan.share,
+        steps=plan.steps,
         world_size=world_size,
     )
 
 
-def teacher_head(materials: TrialInputs) -> OutputHead:
-    head = load_head(materials.compute_folder)
+def teacher_head(inputs: TrialInputs) -> OutputHead:
+    """Load the head of the model that teaches, on the device of the run."""
+    head = output_head(inputs.compute_folder)
     return head._replace(weight=head.weight.to(device()))
 
 
-def score_student(materials: TrialInputs, student: PreTrainedModel, trial: Trial) -> Scored:
+def score_student(inputs: TrialInputs, student: PreTrainedModel, trial: Trial) -> Scored:
+    """Score the student on the validation windows and on Winogrande, in the trial's score precision."""
     student.eval()
-    reader = CacheReader(materials.validation_cache)
-    everything = np.arange(len(materials.validation))
+    cache = CacheReader(inputs.validation_cache)
     return score(
         student,
-        materials.validation,
-        reader.hidden(everything, materials.validation),
-        teacher_head(materials),
-        materials.packed,
+        inputs.validation,
+        cache.hidden(np.arange(len(inputs.validation)), inputs.validation),
+        teacher_head(inputs),
+        inputs.packed,
         trial.score_precision,
     )
 
 
-def columns_of(materials: TrialInputs, student: PreTrainedModel, trial: Trial, scored: Scored) -> dict[str, Any]:
-    """The columns of `Score`, `bi` (the teacher's block importance of the block this architecture drops, None where
-    what it drops is no block) and `tokens_per_second` of a forward pass in the run's own precision, whatever the
-    score's."""
-    block = trial.architecture.dropped_block(len(materials.block_bi) - 1)
+def columns_of(inputs: TrialInputs, student: PreTrainedModel, trial: Trial, scored: Scored) -> dict[str, Any]:
+    """Return the columns of `Score`, `bi` and `tokens_per_second`.
+
+    bi: the teacher's block importance of the block that this architecture drops; None where it drops no block.
+    tokens_per_second: of a forward pass in the run's own precision, whatever the score's.
+    """
+    block = trial.architecture.dropped_block(len(inputs.block_bi) - 1)
     return {
         **asdict(scored.score),
-        "bi": None if block is None else float(materials.block_bi[block[0], sum(block)]),
-        "tokens_per_second": throughput(student, materials.validation, materials.precision),
+        "bi": None if block is None else float(inputs.block_bi[block[0], sum(block)]),
+        "tokens_per_second": throughput(student, inputs.validation, inputs.precision),
     }

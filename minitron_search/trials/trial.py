@@ -1,19 +1,21 @@
-"""What a trial is: (architecture, training settings, arm, seed). Search, controls and retraining are all trials."""
+"""A trial: (architecture, training settings, arm, seed). Search, controls and retraining are all trials."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from minitron_search.config.types import Precision
 from minitron_search.distillation.settings import LoopSettings
-from minitron_search.models.architecture import Architecture, digest
+from minitron_search.models.architecture import Architecture
+from minitron_search.records.cache import content_id
 from minitron_search.records.directory import TRIALS_SCHEMA
 
 
 @dataclass(frozen=True)
 class Trial:
-    """`score_precision` may differ from the run's: what users reload is scored in float32.
+    """One student and how it is trained and scored.
 
-    `counts` are the columns of the table that depend on the architecture alone.
+    score_precision: may differ from the run's: what users reload is scored in float32.
+    counts: the columns of the table that depend on the architecture alone.
     """
 
     architecture: Architecture
@@ -27,13 +29,16 @@ class Trial:
 
     @property
     def id(self) -> str:
-        return f"{self.arm}-{digest([self.architecture.to_dict(), self.seed, self.initialization])}"
+        """Return the name of the trial's folder: arm and a digest of architecture, seed and initialization."""
+        return f"{self.arm}-{content_id([self.architecture.to_dict(), self.seed, self.initialization])}"
 
     def describe(self) -> dict[str, Any]:
-        """What `architecture.json` holds: with it a killed search is rebuilt."""
-        made = {"trial": self.id, "architecture": self.architecture.id, "arm": self.arm, "seed": self.seed}
+        """Return what `architecture.json` holds: from it a killed search is rebuilt."""
         return {
-            **made,
+            "trial": self.id,
+            "architecture": self.architecture.id,
+            "arm": self.arm,
+            "seed": self.seed,
             "proposal": self.proposal,
             "initialization": self.initialization,
             "score_precision": self.score_precision,
@@ -43,5 +48,5 @@ class Trial:
         }
 
     def columns(self) -> dict[str, Any]:
-        """Those of `TRIALS_SCHEMA` that are known before it runs."""
+        """Return the columns of `TRIALS_SCHEMA` that are known before it runs."""
         return {name: value for name, value in self.describe().items() if name in TRIALS_SCHEMA.names}

@@ -14,14 +14,14 @@ import pytest
 import yaml
 from transformers import CONFIG_MAPPING
 
-from minitron_search.ablation.definition import Ablation, checked, is_ablation, load
+from minitron_search.ablation.definition import Ablation, checked, load
 from minitron_search.ablation.differences import differences, read_arms, shown, write_differences
 from minitron_search.ablation.runner import prepare_ablation, run_ablation
 from minitron_search.ablation.shapes import shaped
 from minitron_search.cli import main
 from minitron_search.cluster.session import UnfitError
+from minitron_search.config.loading import is_ablation, parse_config
 from minitron_search.config.loading import load_config as load_config
-from minitron_search.config.loading import parse_config
 from minitron_search.evaluation.statistics import holm
 from minitron_search.models.architecture import parameter_count
 from minitron_search.models.families import sizes, sizes_of, weights, whole
@@ -240,14 +240,14 @@ def test_an_arm_that_fails_is_said_to_and_the_others_go_on(
     text, ran = np.arange(WINDOWS) / 10, []
 
     def run(prepared: Prepared) -> None:
-        ran.append(prepared.run.root.name)
+        ran.append(prepared.run_dir.root.name)
         if ran[-1] == "two":
             raise ValueError("it diverged")
-        log(prepared.run, "search", "x", [text], params=1)
-        prepared.run.write_trials({})
-        (prepared.run.trial("search-x-0") / "checkpoint").mkdir()
-        prepared.run.write_config(prepared.config.dump())
-        prepared.run.event("run_finished")
+        log(prepared.run_dir, "search", "x", [text], params=1)
+        prepared.run_dir.write_trials({})
+        (prepared.run_dir.trial("search-x-0") / "checkpoint").mkdir()
+        prepared.run_dir.write_config(prepared.config.dump())
+        prepared.run_dir.event("run_finished")
 
     assert run_ablation(found, prepare_ablation(found, resume=False), run) == ["two"] and ran == ["one", "two", "three"]
     said = capsys.readouterr().out
@@ -330,7 +330,7 @@ WIDE = {"params": {"target": 15_000, "tolerance": 0.9}}
         ({"arms": {"a": {}, "../x": {}}}, "arms: '../x' names a folder"),
         ({"arms": {"a": {}, "before": {}}}, "arms: 'before' names a folder"),
         ({"before": {"b/c": {}}}, "before: 'b/c' names a folder"),
-        ({"baseline": "plane"}, "baseline: 'plane' is no arm; valid: plain, other"),
+        ({"baseline": "plane"}, "baseline: 'plane' is not an arm; valid: plain, other"),
         ({"question": None}, "question: none; valid: what the arms are to answer"),
         ({"search": {"rungs": [0, 64, 128], "trials": 4}}, "search.trials: an ablation sets it"),
         ({"stages": ["report"]}, "stages: an ablation sets it"),

@@ -75,7 +75,7 @@ class Runs:
         self.fail = fail
 
     def __call__(self, prepared: Prepared) -> None:
-        run, name = prepared.run, prepared.config.output.rpartition("/")[2]
+        run, name = prepared.run_dir, prepared.config.output.rpartition("/")[2]
         self.ran.append(name)
         if not run.config.exists():
             run.write_config(prepared.config.dump())
@@ -86,7 +86,7 @@ class Runs:
         run.write_trials({})
         (run.trial("search-x-0") / "checkpoint" / "step-00000008").mkdir(parents=True)
         if name == "middle":
-            shutil.copytree(prepared.teacher_folder, run.best())
+            shutil.copytree(prepared.pruned.folder, run.best())
         run.event("run_finished")
 
 
@@ -154,7 +154,7 @@ def test_storage_that_was_gone_when_an_arm_ended_has_it_after_a_resume(
 ) -> None:
     machine("one")
     with monkeypatch.context() as gone:
-        gone.setattr(ablation_storage, "kept", lambda run, address: nullcontext())
+        gone.setattr(ablation_storage, "stored", lambda run, address: nullcontext())
         gone.setattr(ablation_storage, "put", lambda ablation: None)
         arms = {name: changes for name, changes in ARMS.items() if name != "again"}
         values = yaml.safe_load(Path("a.yaml").read_text()) | {"arms": arms, "before": {}}

@@ -113,7 +113,7 @@ def test_limits_are_columns_of_their_own(tmp_path: Path) -> None:
     found = evaluation()
     found["results"] += [evaluated("best", "winogrande", 5, 0.6, limit=100, n=100)]
     run.write_evaluation(found)
-    page = Page(benchmark_tables.tables_card([load_run(run)]).body)
-    assert page.tags and "first 100 questions" in benchmark_tables.tables_card([load_run(run)]).body
+    page = Page(tables_card(load_run(run)).body)
+    assert page.tags and "first 100 questions" in tables_card(load_run(run)).body
     heads = [attributes for tag, attributes in page.tags if tag == "th" and attributes.get("class") == "number"]
     assert len(heads) >= 3  # winogrande of all questions, of the first 100, and the other task

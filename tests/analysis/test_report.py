@@ -17,7 +17,7 @@ from analysis import report, run_cards
 from analysis.cards.pareto import AXES
 from analysis.page.page import csv_link, embedded, fill, no_formula
 from analysis.report import main, write_report
-from minitron_search.records.bucket import Mirror
+from minitron_search.records.bucket import BucketCopy
 from minitron_search.records.directory import RunDirectory
 from tests.analysis.conftest import METRICS
 
@@ -152,7 +152,7 @@ def test_a_card_that_fails_says_so_in_its_place(finished: RunDirectory, monkeypa
     def broken_card(run: object) -> run_cards.Card:
         raise KeyError("depth")
 
-    monkeypatch.setattr(run_cards, "CARDS", [run_cards.summary_card, broken_card])
+    monkeypatch.setattr(run_cards, "CARDS", {"summary": run_cards.summary_card, "broken": broken_card})
     page = read(finished)
     assert page.titles == ["Summary", "Broken"] and "KeyError" in page.reasons[0]
 
@@ -180,7 +180,7 @@ def test_of_a_run_in_storage_the_report_is_all_that_is_put_there(
 ):
     there = Path(shutil.copytree(finished.root, tmp_path / "there", ignore=shutil.ignore_patterns("report.html")))
     before = {path: path.stat().st_mtime_ns for path in there.rglob("*") if path.is_file()}
-    monkeypatch.setattr(report, "mirror_of", lambda address, run: Mirror(there.as_uri(), run))
+    monkeypatch.setattr(report, "bucket_copy", lambda address, run: BucketCopy(there.as_uri(), run))
     here = tmp_path / "here"
     assert main([str(here)]) == 0 and (here / "report.html").exists()
     after = {path: path.stat().st_mtime_ns for path in there.rglob("*") if path.is_file()}

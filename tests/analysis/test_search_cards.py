@@ -192,20 +192,20 @@ def test_health_finds_what_is_wrong(make_run: Callable[..., RunDirectory], tmp_p
     run.event("run_started", stages=[])
     found = health_of(run)
     assert not found["Failed trials"].well and found["Failed trials"].found.startswith("1 of ")
-    assert found["LM loss that is no number"].found == "1 trial: again"
-    assert found["Training steps whose loss is no number"].found == "1 step: t001"
+    assert found["LM loss is not finite"].found == "1 trial: again"
+    assert found["Training loss is not finite"].found == "1 step: t001"
     assert found["Architectures trained twice with one seed"].found == "1 of 12 architectures: a0000001 (search)"
     assert found["Metrics on which the teacher is at chance"].found.startswith("Winogrande accuracy: ")
     assert found["Restarted trials"].found == "1 restart" and found["Hosts lost"].found == "1 lost, 1 joined"
     assert found["Storage"].well and "1 outage, 1 of them over" in found["Storage"].found
-    assert not found["Sessions"].well and "2 killed or still going" in found["Sessions"].found
+    assert not found["Sessions"].well and "2 killed or still running" in found["Sessions"].found
 
 
 def test_a_run_without_trouble_is_well_and_what_is_not_known_is_not_called_well(tmp_path: Path):
     run = searched(tmp_path, 3, lambda axes: 1.0)
     found = health_of(run)
-    assert found["Failed trials"].well and found["LM loss that is no number"].well
-    assert found["Training steps whose loss is no number"].well is None
+    assert found["Failed trials"].well and found["LM loss is not finite"].well
+    assert found["Training loss is not finite"].well is None
     assert found["Metrics on which the teacher is at chance"].well is None
 
 

@@ -14,12 +14,12 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from minitron_search.cluster import session
-from minitron_search.cluster.placement import at_the_workshop, in_parts, on_all_cpus
+from minitron_search.cluster.placement import in_parts, on_all_cpus, on_one_node
 from minitron_search.cluster.session import UnfitError, blind_node, slots
 from minitron_search.config import loading
 from minitron_search.config.training import ResourcesConfig
 from minitron_search.records.directory import RunDirectory
-from minitron_search.records.transfer import Depot
+from minitron_search.records.transfer import NodeTransfer
 
 
 def nodes(*resources: dict[str, float]) -> list[dict[str, Any]]:
@@ -44,14 +44,14 @@ def test_slots_are_counted_node_by_node(
     monkeypatch: pytest.MonkeyPatch, have: list[dict[str, float]], asked: dict[str, Any], fitting: int
 ) -> None:
     monkeypatch.setattr(session.ray, "nodes", lambda: [*nodes(*have), {"Alive": False, "Resources": {"CPU": 99}}])
-    monkeypatch.setattr(session, "draining", lambda: {})
+    monkeypatch.setattr(session, "draining_nodes", lambda: {})
     assert slots(ResourcesConfig(**asked)) == fitting
 
 
 def test_what_fits_nowhere_is_told_with_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     have = {"CPU": 8.0, "GPU": 1.0, "accelerator_type:L4": 1.0}
     monkeypatch.setattr(session.ray, "nodes", lambda: nodes(have))
-    monkeypatch.setattr(session, "draining", lambda: {})
+    monkeypatch.setattr(session, "draining_nodes", lambda: {})
     monkeypatch.setattr(session.ray, "cluster_resources", lambda: have)
     with pytest.raises(
         UnfitError, match="1 GPUs of kind H100 each does not fit the cluster's 8 CPUs and 1 GPUs of kind L4"
@@ -97,7 +97,7 @@ def test_what_is_beside_the_trials_is_on_one_node(three_nodes: Cluster) -> None:
     assert on_all_cpus(None, node_and_threads) == (largest, 3)
     found = in_parts(None, each, list(range(7)))
     assert [part for part, _ in found] == list(range(7)) and {node for _, node in found} == {largest}
-    node, parts = at_the_workshop(None, parts_from_there, 4)
+    node, parts = on_one_node(None, parts_from_there, 4)
     assert {node} == {node for _, node in parts} == {largest}
 
 
@@ -110,19 +110,23 @@ def written(folder: Path, text: str) -> Path:
 def test_folders_come_and_go_with_what_needs_and_makes_them(three_nodes: Cluster, tmp_path: Path) -> None:
     storage = tmp_path / "storage"
     storage.mkdir()
-    depot = Depot(storage.as_uri(), tmp_path / "run", run_is_shared=False)
+    transfer = NodeTransfer(storage.as_uri(), tmp_path / "run", run_is_shared=False)
     given = written(tmp_path / "given", "teacher")
-    made = at_the_workshop(depot, copied, given, tmp_path / "made")
-    assert depot.has(given) and depot.has(made) and (made / "file").read_text() == "teacher"
+    run_dir = RunDirectory(tmp_path / "run", transfer=transfer)
+    made = on_one_node(run_dir, copied, given, tmp_path / "made")
+    assert transfer.has(given) and transfer.has(made) and (made / "file").read_text() == "teacher"
 
 
 def copied(given: Path, into: Path) -> Path:
     return written(into, (given / "file").read_text())
 
 
-def test_nodes_that_come_and_go_are_events(three_nodes: Cluster, tmp_path: Path) -> None:
+def test_nodes_that_come_and_go_are_events(
+    three_nodes: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, said = RunDirectory(tmp_path / "run"), list[str]()
-    with session.watched(run, said.append):
+    monkeypatch.setattr(session, "say", said.append)
+    with session.watched(run):
         node = three_nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20)
         wait_for(lambda: said)
         before = slots(ResourcesConfig())

@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from minitron_search.data import corpus
+from minitron_search.data import tokens
 from minitron_search.data.corpus import Corpus, load_corpus
 
 WIKITEXT = Path(__file__).parents[3] / "shared" / "data" / "wikitext2_valid.txt"
@@ -176,7 +176,7 @@ def test_the_second_start_reads_the_cache_and_a_changed_file_does_not(tokenizer,
     write_jsonl(tmp_path / "a.jsonl", [prose(300, seed) for seed in range(9)])
     first = load("a.jsonl", "a.jsonl", tokenizer)
     with monkeypatch.context() as patch:
-        patch.setattr(corpus, "_tokenised", None)
+        patch.setattr(tokens, "_tokenised", None)
         assert load("a.jsonl", "a.jsonl", tokenizer).id == first.id
         # fewer tokens than are cached: a beginning of them
         assert (load("a.jsonl", "a.jsonl", tokenizer, train_tokens=1).validation == first.validation).all()

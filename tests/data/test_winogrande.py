@@ -261,7 +261,7 @@ def test_sources_and_limits(tmp_path: Path) -> None:
             winogrande.load_examples(source, limit)
     with pytest.raises(ValueError, match=r"no file .*near it: questions\.jsonl"):
         winogrande.load_examples(str(tmp_path / "question.jsonl"))
-    with pytest.raises(ValueError, match=r"'winograd' is none of: embedded, a \.jsonl file"):
+    with pytest.raises(ValueError, match=r"'winograd' is not valid; valid: embedded, a \.jsonl file"):
         winogrande.load_examples("winograd")
     with pytest.raises(ValueError, match="holds no examples"):
         winogrande.load_examples(write(tmp_path / "empty.jsonl"))

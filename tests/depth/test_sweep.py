@@ -16,8 +16,8 @@ from minitron_search.evaluation import winogrande as evaluation_winogrande
 from minitron_search.importance import importance
 from minitron_search.models.architecture import Architecture
 from minitron_search.models.families import final_hidden, whole
-from minitron_search.models.layerwise import Walk
-from minitron_search.models.output_head import head_logits
+from minitron_search.models.layerwise import LayerwiseModel
+from minitron_search.models.output_head import output_head
 from minitron_search.pruning.trimming import trim
 from tests import tiny
 
@@ -43,14 +43,14 @@ def student_without(folder: Path, cut: Cut):  # type: ignore[no-untyped-def]
 def losses_of(model, windows: np.ndarray) -> np.ndarray:  # type: ignore[no-untyped-def]
     ids = torch.from_numpy(windows.astype(np.int64))
     with torch.inference_mode():
-        logits = head_logits(model, final_hidden(model, ids))[:, :-1]
+        logits = output_head(model).logits(final_hidden(model, ids))[:, :-1]
         ce = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return ce.view(len(ids), -1).double().mean(1).numpy()
 
 
 def test_lm_loss_is_that_of_a_stock_model_without_the_layers(folder: Path, windows: np.ndarray) -> None:
     cuts = [TEACHER, *sweep.blocks([1, 2, 4], 5), (0, 2), (1, 3, 4)]
-    found = sweep.text_values(Walk(folder, "float32"), windows, cuts)["lm_loss"]
+    found = sweep.text_values(LayerwiseModel(folder, "float32"), windows, cuts)["lm_loss"]
     assert list(found) == cuts
     for cut in cuts:
         np.testing.assert_allclose(found[cut], losses_of(student_without(folder, cut), windows), atol=1e-5)
@@ -59,7 +59,7 @@ def test_lm_loss_is_that_of_a_stock_model_without_the_layers(folder: Path, windo
 def test_winogrande_is_that_of_a_stock_model_without_the_layers(folder: Path, tmp_path: Path) -> None:
     examples = winogrande.load_examples(str(tiny.winogrande_file(tmp_path / "w.jsonl", 30)))
     packed = winogrande_packing.pack(examples, tiny.tokenizer(), max_length=256)
-    cuts, walk = [TEACHER, *sweep.blocks([2], 5), (0, 4)], Walk(folder, "float32")
+    cuts, walk = [TEACHER, *sweep.blocks([2], 5), (0, 4)], LayerwiseModel(folder, "float32")
     found = {cut: np.zeros(2 * len(examples)) for cut in cuts}
     chunks = packed.batches(300)
     assert len(chunks) > 1
@@ -76,7 +76,7 @@ def test_winogrande_is_that_of_a_stock_model_without_the_layers(folder: Path, tm
 
 def test_bi_is_that_of_the_importance_pass_taken_before_the_final_norm(folder: Path, windows: np.ndarray) -> None:
     blocks = sweep.blocks([1, 2, 4], 5)
-    found = sweep.text_values(Walk(folder, "float32"), windows, [], blocks)["bi"]
+    found = sweep.text_values(LayerwiseModel(folder, "float32"), windows, [], blocks)["bi"]
     expected = importance.measure(trim(folder, whole(AutoConfig.from_pretrained(folder))), windows).block_bi
     for cut in blocks:
         assert found[cut].shape == (len(windows),)
@@ -86,7 +86,7 @@ def test_bi_is_that_of_the_importance_pass_taken_before_the_final_norm(folder: P
 def test_the_angular_distance_of_a_block_is_the_angle_at_the_last_position(folder: Path, windows: np.ndarray) -> None:
     """Gromov et al., equation for d(x^l, x^(l+n)): arccos of the cosine over pi, at the final token."""
     blocks = sweep.blocks([1, 2, 4], 5)
-    found = sweep.text_values(Walk(folder, "float32"), windows, [], blocks)["angular"]
+    found = sweep.text_values(LayerwiseModel(folder, "float32"), windows, [], blocks)["angular"]
     model = trim(folder, whole(AutoConfig.from_pretrained(folder)))
     ids = torch.from_numpy(windows.astype(np.int64))
     stream: list[torch.Tensor] = []
@@ -120,7 +120,7 @@ def test_an_angle_is_exact_however_small() -> None:
 
 
 def test_a_cuts_numbers_do_not_depend_on_the_cuts_beside_it(folder: Path, windows: np.ndarray) -> None:
-    walk, cuts = Walk(folder, "float32"), [TEACHER, *sweep.blocks([1, 3], 5)]
+    walk, cuts = LayerwiseModel(folder, "float32"), [TEACHER, *sweep.blocks([1, 3], 5)]
     together = sweep.text_values(walk, windows, cuts, cuts[1:])
     for cut in cuts:
         alone = sweep.text_values(walk, windows, [cut], [cut] if cut else [])
@@ -129,7 +129,7 @@ def test_a_cuts_numbers_do_not_depend_on_the_cuts_beside_it(folder: Path, window
 
 
 def test_layers_before_a_block_are_computed_once_for_all_blocks(folder: Path, windows: np.ndarray) -> None:
-    walk, calls = Walk(folder, "float32"), Counter[int]()
+    walk, calls = LayerwiseModel(folder, "float32"), Counter[int]()
     for index, layer in enumerate(walk.layers):
         layer.register_forward_hook(lambda *_, index=index: calls.update([index]))
     cuts = [TEACHER, *sweep.blocks([1, 3], 5)]
@@ -140,7 +140,7 @@ def test_layers_before_a_block_are_computed_once_for_all_blocks(folder: Path, wi
 
 
 def test_sets_that_begin_alike_share_their_beginning(folder: Path, windows: np.ndarray) -> None:
-    walk, calls = Walk(folder, "float32"), Counter[int]()
+    walk, calls = LayerwiseModel(folder, "float32"), Counter[int]()
     for index, layer in enumerate(walk.layers):
         layer.register_forward_hook(lambda *_, index=index: calls.update([index]))
     sweep.text_values(walk, windows, [(0, 3), (0, 4)])
@@ -174,7 +174,7 @@ def test_the_streams_of_one_chunk_have_a_budget() -> None:
 
 def test_the_table_has_every_row_once(folder: Path, windows: np.ndarray) -> None:
     cuts = sweep.blocks([1, 2], 5)
-    values = sweep.text_values(Walk(folder, "float32"), windows, [TEACHER, *cuts, (0, 2)], cuts)
+    values = sweep.text_values(LayerwiseModel(folder, "float32"), windows, [TEACHER, *cuts, (0, 2)], cuts)
     rows = sweep.table_rows(values, [1, 2], 5, {1: (2,), 2: (0, 2)})
     kinds = Counter((row["metric"], row["kind"], row["length"]) for row in rows)
     assert kinds == {
@@ -199,7 +199,8 @@ def test_the_reference_cuts_of_smollm2_are_reproduced() -> None:
     reference = json.loads((SHARED / "reference/smollm2_depth_lm_loss.json").read_text())
     text = (SHARED / "data/wikitext2_valid.txt").read_text()
     tokens = load_tokenizer("smollm2-135m")(text[:40_000], add_special_tokens=False)["input_ids"][: 8 * 256]
-    windows, walk = np.array(tokens, np.int32).reshape(8, 256), Walk(teacher_folder("smollm2-135m"), "float32")
+    windows = np.array(tokens, np.int32).reshape(8, 256)
+    walk = LayerwiseModel(teacher_folder("smollm2-135m"), "float32")
     asked = {block(cut["start"], cut["length"]): cut["lm_loss"] for cut in reference["cuts"]}
     asked = {cut: loss for cut, loss in asked.items() if len(cut) == 15 or cut in ((0,), (11,), (29,))}
     asked[TEACHER] = reference["teacher_loss"]

@@ -72,7 +72,7 @@ def materials(folder: Path, forwards: Forwards, k: int | None, live: bool = Fals
 
     examples = winogrande.load_examples(str(tiny.winogrande_file(folder / "w.jsonl")))
     return TrialInputs(
-        run=RunDirectory(folder / "run"), teacher_folder=teacher, compute_folder=teacher, train=train,
+        run_dir=RunDirectory(folder / "run"), teacher_folder=teacher, compute_folder=teacher, train=train,
         validation=validation, packed=winogrande_packing.pack(examples, tiny.tokenizer()),
         train_cache=None if live else cached(train, k), validation_cache=cached(validation, None),
         block_bi=np.zeros((5, 5)), precision="float32",
@@ -90,7 +90,7 @@ def run_two(of: TrialInputs, settings: LoopSettings = SETTINGS) -> list[dict[str
     rows = []
     for trial in trials(shape, settings):
         run_trial(of, trial, decided=False)
-        rows.append(of.run.metrics(trial.id)[-1])
+        rows.append(of.run_dir.metrics(trial.id)[-1])
     return rows
 
 
@@ -143,5 +143,5 @@ def test_the_gradient_of_few_tokens_lowers_the_full_divergence(tmp_path: Path, f
     asked = Request("teacher", "seen", made.train[:3], "float32", 24, VOCAB)
     path = ensure(asked, in_this_process(asked, lambda: load_teacher(made.teacher_folder))).path
     run_trial(replace(made, validation=asked.windows, validation_cache=path), trial, decided=False)
-    before, after = (row["kl"] for row in made.run.metrics(trial.id) if row["kind"] == "rung")
+    before, after = (row["kl"] for row in made.run_dir.metrics(trial.id) if row["kind"] == "rung")
     assert after < 0.7 * before

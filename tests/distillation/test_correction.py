@@ -12,10 +12,11 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from minitron_search.config.loading import parse_config
+from minitron_search.distillation.batches import stream
 from minitron_search.distillation.correction import correcting_teacher, float32_of, merged, norm_weights, trainable
-from minitron_search.distillation.loop import LoopSettings, Milestone, TrainResult, learning_rate_of, stream, train
-from minitron_search.distillation.settings import Correction, method_of
-from minitron_search.distillation.teacher import Teacher, live_teacher
+from minitron_search.distillation.loop import LoopSettings, Milestone, TrainResult, learning_rate_of, train
+from minitron_search.distillation.settings import CorrectionSettings, method_of
+from minitron_search.distillation.teacher import TeacherSource, live_teacher
 from minitron_search.export.student_folder import write_folder
 from minitron_search.pipeline.correction import made_from
 from minitron_search.trials.settings import correction, correction_settings, retraining_settings
@@ -177,12 +178,12 @@ def test_a_short_correction_warms_up_for_a_tenth_and_what_is_written_counts() ->
     assert (settings.total_tokens, settings.warmup_steps, settings.seed) == (8_000, 0, 5)
     written = {"method": "lora", "learning_rate": 1e-3, "warmup_steps": 7}
     asked = correction(parse_config({"teacher": {"correction": written}, "seed": 3}))
-    assert asked == Correction("lora", 1e-3, 1e-5, 7, 3)
+    assert asked == CorrectionSettings("lora", 1e-3, 1e-5, 7, 3)
     assert method_of(asked.initialization) == "lora" and method_of("pruned") is None
 
 
 def test_the_id_is_of_everything_that_makes_a_corrected_teacher() -> None:
-    asked = Correction("full", 1e-4, 1e-5, None, 0)
+    asked = CorrectionSettings("full", 1e-4, 1e-5, None, 0)
     base: tuple[Any, ...] = ("abc", WINDOWS, asked, SETTINGS, 1)
     other_text = WINDOWS.copy()
     other_text[-1, -1] += 1
@@ -235,14 +236,14 @@ def student() -> PreTrainedModel:
     return teacher(3, hidden_size=12)
 
 
-def in_parallel(settings: LoopSettings, method: Any = "full", share: int = BATCH, world_size: int = 1) -> Teacher:
+def in_parallel(settings: LoopSettings, method: Any = "full", share: int = BATCH, world_size: int = 1) -> TeacherSource:
     model = trainable(teacher(), method, 0)
-    own = Correction(method, 1e-3, 1e-4, 2, 0).settings(settings)
+    own = CorrectionSettings(method, 1e-3, 1e-4, 2, 0).loop_settings(settings)
     live = live_teacher(model, settings.precision)
     return correcting_teacher(live, model, own, share=share, steps=6, world_size=world_size)
 
 
-def run(settings: LoopSettings, taught: Teacher, **given: Any) -> tuple[list[dict[str, float]], TrainResult]:
+def run(settings: LoopSettings, taught: TeacherSource, **given: Any) -> tuple[list[dict[str, float]], TrainResult]:
     records: list[dict[str, float]] = []
     return records, train(student(), WINDOWS, settings, taught, log=records.append, **given)
 
@@ -255,7 +256,7 @@ def test_in_parallel_the_student_meets_the_teacher_of_its_step(precision: Any, t
     """Three steps written out with full logits: KL from the teacher as it is, then the teacher's own step."""
     settings = dataclasses.replace(DISTIL, precision=precision, micro_batch_tokens=LENGTH)
     model = teacher(tie_word_embeddings=tied)
-    own = Correction("full", 2e-2, 1e-4, 2, 0).settings(settings)
+    own = CorrectionSettings("full", 2e-2, 1e-4, 2, 0).loop_settings(settings)
     taught = correcting_teacher(live_teacher(model, precision), model, own, share=BATCH, steps=6)
     records, _ = run(settings, taught)
 

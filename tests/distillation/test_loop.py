@@ -18,10 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from minitron_search.distillation import checkpoints
-from minitron_search.distillation.checkpoints import latest_checkpoint
-from minitron_search.distillation.loop import LoopSettings, Milestone, TrainResult, stream, train
+from minitron_search.distillation.batches import stream
+from minitron_search.distillation.checkpoints import CheckpointFolder
+from minitron_search.distillation.loop import LoopSettings, Milestone, TrainResult, train
+from minitron_search.distillation.parallel import Processes
 from minitron_search.distillation.prefetch import ahead
-from minitron_search.distillation.teacher import Teacher, TeacherBatch, cached_teacher, live_teacher
+from minitron_search.distillation.teacher import TeacherBatch, TeacherSource, cached_teacher, live_teacher
 from minitron_search.distillation.teacher_cache import Request, ensure, in_this_process
 from minitron_search.distillation.training_log import DivergedError
 from minitron_search.models.output_head import output_head
@@ -56,7 +58,7 @@ def run(settings: LoopSettings = SETTINGS, **given: Any) -> tuple[list[dict[str,
     return records, train(student, WINDOWS, settings, teacher, log=records.append, **given)
 
 
-def cached(precision: Any) -> Teacher:
+def cached(precision: Any) -> TeacherSource:
     """`tiny(0, 24)`, asked once."""
     asked = Request("teacher", "data", WINDOWS, precision, hidden_size=24, vocab_size=VOCAB)
     built = ensure(asked, in_this_process(asked, lambda: tiny(0, 24)))
@@ -151,13 +153,13 @@ def test_a_continued_run_equals_an_unbroken_one_bit_for_bit(tied: bool, schedule
 
 def test_checkpoints_are_whole_and_only_the_newest_is_kept(tmp_path: Path) -> None:
     settings = dataclasses.replace(SETTINGS, checkpoint_tokens=3 * 64, total_tokens=7 * 64)
-    unbroken, _ = run(settings, checkpoint_folder=tmp_path)
+    unbroken, _ = run(settings, checkpoints=CheckpointFolder(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000006"]
     (tmp_path / ".step-00000007.partial").mkdir()  # as a killed process leaves it
-    newest = latest_checkpoint(tmp_path)
+    newest = CheckpointFolder(tmp_path).latest()
     assert newest == tmp_path / "step-00000006"
     assert losses(run(settings, resume=newest)[0]) == losses(unbroken)[6:]
-    assert latest_checkpoint(tmp_path / "none") is None
+    assert CheckpointFolder(tmp_path / "none").latest() is None
 
 
 def test_a_finished_checkpoint_has_nothing_left_to_train(tmp_path: Path) -> None:
@@ -192,7 +194,7 @@ def test_learning_rate_warms_up_and_ends_at_its_minimum() -> None:
     assert [record["learning_rate"] for record in run()[0]][2:] == pytest.approx([3e-3] * 10)
 
 
-def _broken(at: int, value: float) -> Teacher:
+def _broken(at: int, value: float) -> TeacherSource:
     """A teacher whose hidden states of batch `at` and later are `value` times too large."""
     teacher, calls = live_teacher(tiny(0, 24), "float32"), [0]
 
@@ -206,7 +208,7 @@ def _broken(at: int, value: float) -> Teacher:
 def test_divergence_is_an_error_that_names_the_step_and_keeps_no_checkpoint(tmp_path: Path) -> None:
     settings = dataclasses.replace(SETTINGS, checkpoint_tokens=64 * 4, total_tokens=64 * 20)
     with pytest.raises(DivergedError, match="step 7: loss nan") as not_finite:
-        run(settings, teacher=_broken(7, float("nan")), checkpoint_folder=tmp_path)
+        run(settings, teacher=_broken(7, float("nan")), checkpoints=CheckpointFolder(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
     with pytest.raises(DivergedError) as too_high:
         run(settings, teacher=_broken(14, -100.0), student=tiny(0, 24))
@@ -217,7 +219,7 @@ def test_divergence_is_an_error_that_names_the_step_and_keeps_no_checkpoint(tmp_
 
 def test_a_batch_that_processes_cannot_share_equally_is_refused() -> None:
     with pytest.raises(ValueError, match="64 is 4 windows of 16 tokens, which 3 processes.*valid: 96"):
-        run(world_size=3)
+        run(processes=Processes(3))
 
 
 def test_recomputed_layers_change_no_bit() -> None:
@@ -325,7 +327,7 @@ def test_a_checkpoint_that_is_there_is_left(tmp_path: Path) -> None:
         inode.append((tmp_path / "step-00000012").stat().st_ino)
         milestone.save(tmp_path / "step-00000012")
 
-    run(settings, checkpoint_folder=tmp_path, on_milestone=reached)
+    run(settings, checkpoints=CheckpointFolder(tmp_path), on_milestone=reached)
     assert inode == [(tmp_path / "step-00000012").stat().st_ino]
 
 
@@ -351,9 +353,9 @@ def test_a_process_killed_while_it_writes_a_checkpoint_leaves_the_one_before(
     with monkeypatch.context() as patched:
         patched.setattr(module, name, killing)
         with pytest.raises(Killed):
-            run(settings, checkpoint_folder=tmp_path)
-    newest = latest_checkpoint(tmp_path)
+            run(settings, checkpoints=CheckpointFolder(tmp_path))
+    newest = CheckpointFolder(tmp_path).latest()
     assert newest == tmp_path / "step-00000004"
-    records, _ = run(settings, checkpoint_folder=tmp_path, resume=newest)
+    records, _ = run(settings, checkpoints=CheckpointFolder(tmp_path), resume=newest)
     assert losses(records) == unbroken[4:]
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000012"]

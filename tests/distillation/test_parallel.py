@@ -14,11 +14,13 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from minitron_search.config.types import Strategy
-from minitron_search.distillation import checkpoints, parallel
+from minitron_search.distillation import parallel
+from minitron_search.distillation.checkpoints import CheckpointFolder, load_weights
 from minitron_search.distillation.loop import LoopSettings, Milestone, train
+from minitron_search.distillation.parallel import Processes
 from minitron_search.distillation.teacher import live_teacher
 from minitron_search.distillation.training_log import DivergedError
-from minitron_search.models.output_head import head_logits
+from minitron_search.models.output_head import output_head
 from tests import tiny
 from tests.distillation import test_correction
 from tests.distillation.test_correction import DISTIL
@@ -66,11 +68,11 @@ def trained(model: PreTrainedModel, settings: LoopSettings = SETTINGS, **given: 
 
 
 def plain(model: PreTrainedModel) -> list[np.ndarray]:
-    return [parallel.whole(parameter.detach()).clone().numpy() for parameter in model.parameters()]
+    return [parallel.gathered(parameter.detach()).clone().numpy() for parameter in model.parameters()]
 
 
 def placed(strategy: Strategy, rank: int) -> dict[str, Any]:
-    return {"settings": dataclasses.replace(SETTINGS, strategy=strategy), "rank": rank, "world_size": 2}
+    return {"settings": dataclasses.replace(SETTINGS, strategy=strategy), "processes": Processes(2, rank)}
 
 
 def both(rank: int, folder: str, told: Any) -> None:
@@ -133,7 +135,7 @@ def _sharded_teacher() -> dict[str, Any]:
         "equal": torch.equal(said, alone.ask(np.arange(4), ids).hidden),
         "head": torch.equal(asked.head.weight, alone.head.weight),
         "held": sum(p.to_local().numel() for p in body) / sum(p.numel() for p in body),  # after it has been asked
-        "logits": torch.equal(head_logits(shared, said), head_logits(whole, said)),
+        "logits": torch.equal(output_head(shared).logits(said), output_head(whole).logits(said)),
     }
 
 
@@ -159,7 +161,7 @@ def _diverged(strategy: Strategy, rank: int, folder: Path) -> tuple[str, list[st
     where["settings"] = dataclasses.replace(where["settings"], checkpoint_tokens=3 * 64, milestones=())
     kept = folder / f"diverged {strategy}"
     try:
-        trained(student("llama-tied"), teacher=good._replace(ask=ask), checkpoint_folder=kept, **where)
+        trained(student("llama-tied"), teacher=good._replace(ask=ask), checkpoints=CheckpointFolder(kept), **where)
     except DivergedError as error:
         dist.barrier()
         return str(error), sorted(path.name for path in kept.iterdir())
@@ -218,7 +220,7 @@ def test_a_plain_model_reads_the_weights_of_every_checkpoint(
     name: str, strategy: Strategy, two: Any, folder: Path
 ) -> None:
     model = student(name, seed=3)
-    checkpoints.load_weights(folder / f"{name} {strategy}", model)
+    load_weights(folder / f"{name} {strategy}", model)
     expected = two[0][f"{name} {strategy}"]
     assert all(np.array_equal(p.detach().numpy(), expected["weights"][key]) for key, p in model.named_parameters())
     assert np.array_equal(tiny.logits(model, torch.arange(12)[None]).numpy(), expected["logits"])

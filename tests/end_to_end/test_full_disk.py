@@ -12,7 +12,7 @@ import pytest
 from ray.exceptions import RayTaskError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from minitron_search.cluster.session import words_of
+from minitron_search.cluster.session import message_of
 from minitron_search.records.directory import RunDirectory
 from tests.runs import Command, in_background, rows
 
@@ -74,6 +74,6 @@ def test_what_the_system_refused_a_worker_is_told_without_a_traceback() -> None:
     task = RayTaskError("placed", "Traceback: many lines", full).as_instanceof_cause()
     group = WorkerGroupError("Traceback: many lines", {1: task})
     for error in (full, task, group, RayTaskError("above", "Traceback: many lines", group)):
-        assert words_of(error) == "[Errno 28] No space left on device: '/data/run/checkpoint'"
+        assert message_of(error) == "[Errno 28] No space left on device: '/data/run/checkpoint'"
     fault = RayTaskError("placed", "Traceback: many lines", TypeError("a fault")).as_instanceof_cause()
-    assert "Traceback: many lines" in words_of(fault)
+    assert "Traceback: many lines" in message_of(fault)

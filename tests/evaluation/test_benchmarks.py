@@ -330,7 +330,7 @@ def evaluate_in(models: dict[str, Path], counting: Counting) -> Evaluate:
                     precision: Any = "float32", **changed: Path) -> bool:  # fmt: skip
         ours = {"teacher": ("tiny", models["teacher"]), "best": ("best", models["student"])}
         ours |= {name: (name, folder) for name, folder in changed.items()}
-        return benchmarks.evaluate_all(run, ours, references, tasks, precision, limit, counting, lambda text: None)
+        return benchmarks.evaluate_all(run, ours, references, tasks, precision, limit, counting)
 
     return evaluate_in
 
@@ -531,8 +531,9 @@ def test_the_stage_of_a_run_evaluates_the_corrected_teacher_under_a_name_of_its_
     shutil.copytree(models["reference"], run.best(2))
     for corrected, name in ((None, "tiny"), (models["teacher"], "tiny, corrected")):
         config = SimpleNamespace(evaluation=asked, teacher=SimpleNamespace(model="tiny"))
-        prepared = SimpleNamespace(run=run, config=config, teacher_folder=models["teacher"], corrected=corrected)
-        run_command.evaluate_models(prepared, "float32", 2)  # type: ignore[arg-type]
+        pruned = SimpleNamespace(folder=models["teacher"])
+        prepared = SimpleNamespace(run_dir=run, config=config, precision="float32", pruned=pruned, corrected=corrected)
+        run_command.evaluate_models(prepared, 2)  # type: ignore[arg-type]
         found = run.read_evaluation()
         assert found["models"]["teacher"]["name"] == name
         assert [(row["model"], row["n"]) for row in found["results"]] == [("teacher", 4), ("best", 4), ("best-2", 4)]

@@ -14,6 +14,7 @@ from analysis.run_data import load_run
 from minitron_search.evaluation.chance import refuse_at_chance
 from minitron_search.evaluation.evidence import evidence, not_worse
 from minitron_search.records.directory import RunDirectory
+from minitron_search.records.metrics import METRICS
 
 WINDOWS, QUESTIONS = 16, 30
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -297,7 +298,7 @@ def test_the_card_shows_what_the_file_says(with_controls: RunDirectory) -> None:
     assert table["architecture"].tolist() == [about["architecture"] for about in found["finalists"]]
     assert table["lm_loss_minus_best"].isna().tolist() == [True, False, False]
     assert card.differences_plot(table, "lm_loss").data[0].x.tolist() == table["lm_loss_minus_best"].dropna().tolist()
-    assert card.body(found).count("<p>") == len(found["words"])
+    assert card.paragraphs(found).count("<p>") == len(found["words"])
     beside = card.controls(found)
     assert beside["arm"].tolist() == list(card.ARMS)
     drawn = {trace.y[0]: trace for trace in card.controls_plot(beside).data}
@@ -312,7 +313,7 @@ def test_the_card_of_each_objective_is_drawn_by_it(run: RunDirectory) -> None:
     for objective in ("kl", "winogrande_margin"):
         run.write_evidence(evidence(run, objective))
         (panel,) = evidence_card(load_run(run)).panels
-        assert len(panel.figure.data[0].x) == 2 and card.METRICS[objective] in panel.figure.layout.xaxis.title.text
+        assert len(panel.figure.data[0].x) == 2 and METRICS[objective].title in panel.figure.layout.xaxis.title.text
 
 
 def test_no_word_of_a_run_becomes_a_tag_of_the_card(run: RunDirectory) -> None:

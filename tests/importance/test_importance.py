@@ -199,7 +199,7 @@ def test_saved_importance_loads_as_it_was(tmp_path: Path) -> None:
     model, windows, _ = case(0)
     measured = measure(model, windows)
     path = tmp_path / "new" / "importance.safetensors"
-    measured.save(path, samples=7, asked=ImportanceConfig())
+    measured.save(path, samples=7, config=ImportanceConfig())
     loaded = Importance.load(path)
     for name in measured.tensors():
         assert torch.equal(getattr(loaded, name), getattr(measured, name))

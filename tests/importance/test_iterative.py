@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from minitron_search.config.inputs import ImportanceConfig
 from minitron_search.config.space import Axes
 from minitron_search.importance.importance import Importance, measure
-from minitron_search.importance.iterative import after_round, composed, in_rounds, smallest_widths
+from minitron_search.importance.iterative import after_round, composed, iterative_importance, smallest_widths
 from minitron_search.models.architecture import Architecture
 from minitron_search.models.families import is_expressible, whole
 from minitron_search.pruning.rankings import Rankings
@@ -59,7 +59,7 @@ def is_whole(rankings: Rankings) -> bool:
 def test_one_round_is_the_single_shot_order(seed: int, tmp_path: Path) -> None:
     folder, shape = teacher(tmp_path, seed)
     measured = Measured()
-    found = in_rounds(measured, folder, shape, 1, tmp_path / "scratch")
+    found = iterative_importance(measured, folder, shape, 1, tmp_path / "scratch")
     expected = Measured()(folder)
     assert found.order is None and len(measured.seen) == 1
     assert same(found.rankings(shape.num_key_value_heads), expected.rankings(shape.num_key_value_heads))
@@ -74,7 +74,7 @@ def test_rounds_order_everything_once_and_keep_what_went_first_behind(method: st
     smallest = replace(shape, hidden_size=6, intermediate_size=5, num_attention_heads=2)
     asked = ImportanceConfig(method=method)
     measured = Measured(asked)
-    found = in_rounds(measured, folder, smallest, 3, tmp_path / "scratch")
+    found = iterative_importance(measured, folder, smallest, 3, tmp_path / "scratch")
     assert [s.hidden_size for s in measured.seen] == [24, 18, 12]
     assert [s.intermediate_size for s in measured.seen] == [20, 15, 10]
     assert [s.num_attention_heads for s in measured.seen] == [6, 6, 4]
@@ -119,7 +119,7 @@ def test_a_composed_order_trims_to_the_trim_of_the_trim(seed: int) -> None:
 def test_what_is_composed_is_kept_in_the_file(tmp_path: Path) -> None:
     folder, shape = teacher(tmp_path, 0, attention_bias=False, mlp_bias=False)
     smallest = replace(shape, intermediate_size=2)
-    found = in_rounds(Measured(), folder, smallest, 2, tmp_path / "scratch")
+    found = iterative_importance(Measured(), folder, smallest, 2, tmp_path / "scratch")
     found.save(tmp_path / "importance.safetensors", 4, ASKED)
     loaded = Importance.load(tmp_path / "importance.safetensors")
     assert loaded.order is not None and found.order is not None and same(loaded.order, found.order)

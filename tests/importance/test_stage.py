@@ -16,7 +16,7 @@ from minitron_search.models.families import sizes, weights
 from minitron_search.pipeline import importance as importance_stage
 from minitron_search.pipeline import teacher
 from minitron_search.pipeline.importance import PART, calibration_windows, measure_importance
-from minitron_search.pipeline.teacher import make_materials
+from minitron_search.pipeline.teacher import make_trial_inputs
 from minitron_search.planning.prepare import Prepared, prepare
 from minitron_search.pruning.trimming import trim
 from minitron_search.records.paths import cache_folder
@@ -36,7 +36,7 @@ def prepared(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     for stage in (importance_stage, teacher):
         monkeypatch.setattr(stage, "in_parts", lambda depot, function, parts, *arguments: function(parts, *arguments))
         monkeypatch.setattr(stage, "on_all_cpus", lambda depot, function, *arguments: function(*arguments))
-    monkeypatch.setattr(teacher, "at_the_workshop", lambda depot, function, *arguments: function(*arguments))
+    monkeypatch.setattr(teacher, "on_one_node", lambda depot, function, *arguments: function(*arguments))
 
     def made(name: str = "run", **importance: Any) -> Prepared:
         given = {
@@ -55,9 +55,10 @@ def prepared(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
             "distillation": {"batch_tokens": 64},
             "retraining": {"tokens": 256},
             "importance": importance,
+            "precision": "float32",
         }  # fmt: skip
         ready = prepare(loading.parse_config(given), resume=False)
-        ready.run.root.mkdir(parents=True)
+        ready.run_dir.root.mkdir(parents=True)
         return ready
 
     return made
@@ -68,14 +69,14 @@ def test_every_method_goes_from_the_configuration_to_a_trimmed_student(
     method: str, prepared: Callable[..., Prepared]
 ) -> None:
     ready = prepared(method=method)
-    measure_importance(ready, "float32")
-    found = Importance.load(ready.run.importance)
-    model = AutoModelForCausalLM.from_pretrained(ready.teacher_folder).eval()
+    measure_importance(ready)
+    found = Importance.load(ready.run_dir.importance)
+    model = AutoModelForCausalLM.from_pretrained(ready.pruned.folder).eval()
     expected = measure(model, ready.corpus.calibration, ready.config.importance, seed=ready.config.seed)
     for name in ("hidden", "mlp", "heads", "block_bi"):
         actual, right = getattr(found, name), getattr(expected, name)
         torch.testing.assert_close(actual, right, rtol=1e-3, atol=1e-4 * float(right.abs().max()))
-    made = make_materials(ready, "float32")
+    made = make_trial_inputs(ready)
     permuted = AutoModelForCausalLM.from_pretrained(made.teacher_folder).eval()
     tokens = tiny.tokens(model.config)
     torch.testing.assert_close(tiny.logits(permuted, tokens), tiny.logits(model, tokens), rtol=1e-3, atol=1e-3)
@@ -86,8 +87,8 @@ def test_every_method_goes_from_the_configuration_to_a_trimmed_student(
 
 def test_pca_counts_the_head_that_it_unties(prepared: Callable[..., Prepared]) -> None:
     tied, untied = prepared("a"), prepared("b", method="pca")
-    extra = tied.teacher_config.vocab_size * tied.teacher_config.hidden_size
-    counts = [parameter_count(weights(ready.teacher_config), sizes(ready.teacher_config)) for ready in (tied, untied)]
+    extra = tied.pruned.config.vocab_size * tied.pruned.config.hidden_size
+    counts = [parameter_count(weights(ready.pruned.config), sizes(ready.pruned.config)) for ready in (tied, untied)]
     assert counts[1] - counts[0] == extra
     assert untied.space.measures(untied.space.teacher).params == counts[1]
 
@@ -101,9 +102,9 @@ def test_importance_is_kept_by_what_it_was_made_from(
 
     def run(name: str, **importance: Any) -> bytes:
         ready = prepared(name, **importance)
-        measure_importance(ready, "float32")
-        assert [path.name for path in ready.run.root.iterdir() if path.name.startswith(".")] == []
-        return ready.run.importance.read_bytes()
+        measure_importance(ready)
+        assert [path.name for path in ready.run_dir.root.iterdir() if path.name.startswith(".")] == []
+        return ready.run_dir.importance.read_bytes()
 
     first = run("a")
     assert run("b") == first and len(passes) == 1
@@ -123,12 +124,12 @@ def test_the_seed_draws_other_calibration_windows_and_the_same_validation(prepar
 
 def test_rounds_compose_an_order_of_the_searched_axes(prepared: Callable[..., Prepared]) -> None:
     ready = prepared(rounds=3)
-    measure_importance(ready, "float32")
-    found = Importance.load(ready.run.importance)
+    measure_importance(ready)
+    found = Importance.load(ready.run_dir.importance)
     assert found.order is not None and sorted(found.order.hidden.tolist()) == list(range(24))
     cache = cache_folder() / "importance"
     assert [path.suffix for path in cache.iterdir()] == [".safetensors"]  # the trims in between are gone
-    made = make_materials(ready, "float32")
+    made = make_trial_inputs(ready)
     trim(made.teacher_folder, ready.space.smallest_and_largest()[0])
 
 

@@ -358,7 +358,7 @@ def test_a_trial_compares_its_layers_with_the_permuted_teachers(
     def far(architecture: Architecture, initialization: str) -> float:
         asked = trial(architecture, settings, initialization)
         run_trial(made, asked, decided=False)
-        return next(row["intermediate"] for row in made.run.metrics(asked.id) if row["kind"] == "step")
+        return next(row["intermediate"] for row in made.run_dir.metrics(asked.id) if row["kind"] == "step")
 
     assert far(Architecture(24, 20, 4, 2, (0, 1, 2, 3)), "pruned") < 1e-3
     narrow = Architecture(12, 13, 4, 2, (0, 3))

@@ -11,8 +11,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from minitron_search.models.architecture import Architecture, digest, forward_flops, memory_bytes, parameter_count
+from minitron_search.models.architecture import Architecture, forward_flops, memory_bytes, parameter_count
 from minitron_search.models.families import sizes, sizes_of, student_config, weights
+from minitron_search.records.cache import content_id
 from tests import tiny
 
 SHAPE = Architecture(24, 20, 4, 2, (0, 1, 4))
@@ -136,7 +137,7 @@ def test_equal_shapes_have_equal_ids_in_every_process_and_unequal_ones_do_not() 
         ]
     ]  # fmt: skip
     assert len({SHAPE.id, *(other.id for other in others)}) == 7
-    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    assert content_id({"a": 1, "b": 2}) == content_id({"b": 2, "a": 1})
 
 
 def test_an_architecture_cannot_be_changed_or_be_illegal() -> None:

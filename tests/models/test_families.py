@@ -26,7 +26,7 @@ from minitron_search.models.families import (
     whole,
 )
 from minitron_search.models.family_tables import LLAMA
-from minitron_search.models.output_head import head_logits
+from minitron_search.models.output_head import output_head
 from tests import tiny
 
 SEEDS = range(20)
@@ -261,7 +261,7 @@ def test_body_and_head_are_the_model(model_type: str, seed: int) -> None:
     with torch.no_grad():
         hidden = final_hidden(model, input_ids)
         assert hidden.shape == (*input_ids.shape, config.hidden_size)
-        assert torch.equal(head_logits(model, hidden), tiny.logits(model, input_ids))
+        assert torch.equal(output_head(model).logits(hidden), tiny.logits(model, input_ids))
 
 
 @tiny.over(tiny.FAMILIES)

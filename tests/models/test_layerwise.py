@@ -9,12 +9,12 @@ import torch
 
 from minitron_search.models.device import autocast
 from minitron_search.models.families import final_hidden
-from minitron_search.models.layerwise import Walk
-from minitron_search.models.output_head import head_logits
+from minitron_search.models.layerwise import LayerwiseModel
+from minitron_search.models.output_head import output_head
 from tests import tiny
 
 
-def walked(walk: Walk, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def walked(walk: LayerwiseModel, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(final hidden states, logits) of the whole model, layer by layer."""
     with walk.computing():
         begun = walk.begin(*inputs)
@@ -24,7 +24,7 @@ def walked(walk: Walk, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
                 stream = layer(stream)
         hidden = walk.final_norm(stream)
         with walk.head() as head:
-            return hidden, walk.logits(head, hidden)
+            return hidden, head.logits(hidden)
 
 
 def test_a_walk_gives_the_models_own_numbers_to_the_last_bit(tmp_path: Path) -> None:
@@ -36,9 +36,9 @@ def test_a_walk_gives_the_models_own_numbers_to_the_last_bit(tmp_path: Path) -> 
         for precision in ("float32", "bfloat16"):
             with torch.inference_mode(), autocast(precision, model.device):
                 hidden = final_hidden(model, ids)
-                logits = head_logits(model, hidden)
+                logits = output_head(model).logits(hidden)
             for streamed in (False, True):
-                found = walked(Walk(folder, precision, streamed=streamed), ids)
+                found = walked(LayerwiseModel(folder, precision, streamed=streamed), ids)
                 case = model_type, seed, precision, streamed
                 assert torch.equal(found[0], hidden) and torch.equal(found[1], logits), case
 
@@ -54,7 +54,7 @@ def test_positions_and_masks_reach_every_layer(tmp_path: Path) -> None:
         model.save_pretrained(folder)
         with torch.inference_mode():
             expected = final_hidden(model, ids, positions, mask)
-        assert torch.equal(walked(Walk(folder, "float32"), ids, positions, mask)[0], expected), model_type
+        assert torch.equal(walked(LayerwiseModel(folder, "float32"), ids, positions, mask)[0], expected), model_type
 
 
 def test_weights_stored_in_bfloat16_are_computed_with_around_float32_sums(tmp_path: Path) -> None:
@@ -67,14 +67,14 @@ def test_weights_stored_in_bfloat16_are_computed_with_around_float32_sums(tmp_pa
         with torch.inference_mode():
             expected = final_hidden(whole, ids)
         for streamed in (False, True):
-            found = walked(Walk(folder, "float32", streamed=streamed), ids)[0]
+            found = walked(LayerwiseModel(folder, "float32", streamed=streamed), ids)[0]
             assert torch.equal(found, expected), (model_type, streamed)
 
 
 def test_a_streamed_walk_lets_go_of_what_it_has_used(tmp_path: Path) -> None:
     config = tiny.config()
     tiny.model(config).save_pretrained(tmp_path)
-    walk = Walk(tmp_path, "float32", streamed=True)
+    walk = LayerwiseModel(tmp_path, "float32", streamed=True)
     with walk.computing():
         begun = walk.begin(tiny.tokens(config))
         for index in range(len(walk.layers)):
@@ -93,13 +93,13 @@ import sys
 from pathlib import Path
 import numpy as np
 from minitron_search import depth
-from minitron_search.walk import Walk
+from minitron_search.walk import LayerwiseModel
 
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 
 before = peak()
-walk = Walk(Path(sys.argv[1]), "float32", streamed=True)
+walk = LayerwiseModel(Path(sys.argv[1]), "float32", streamed=True)
 windows = np.arange(4 * 32, dtype=np.int32).reshape(4, 32) % 97
 depth.text_values(walk, windows, [(), (0,), (3, 4)], [(3, 4)])
 print(peak() - before)

@@ -354,19 +354,20 @@ def test_a_run_that_goes_on_keeps_its_forecast_and_adds_what_it_lacks(
     )
     config = config_of(resources={"price_per_hour": 1})
     prepared: Any = SimpleNamespace(
-        config=config, run=RunDirectory(tmp_path), space=SearchSpace(config.space, tiny.config()),
-        teaching=SimpleNamespace(config=tiny.config()), packed=SimpleNamespace(row_lengths=np.array([3, 4])),
+        config=config, run_dir=RunDirectory(tmp_path), precision="float32",
+        space=SearchSpace(config.space, tiny.config()), teacher=SimpleNamespace(config=tiny.config()),
+        packed=SimpleNamespace(row_lengths=np.array([3, 4])),
     )  # fmt: skip
-    forecast_stage.write_forecast(prepared, "float32")
-    first = prepared.run.read_forecast()
+    forecast_stage.write_forecast(prepared)
+    first = prepared.run_dir.read_forecast()
     assert list(first) == ["teacher", "search", "retrain"] and measured[0][-1] == 4, "workers of one machine"
     assert first["search"]["price_per_hour"] == 2, "two machines"
     prepared.config = config_of(resources={"price_per_hour": 9})
-    forecast_stage.write_forecast(prepared, "float32")
-    assert prepared.run.read_forecast() == first and len(measured) == 1
+    forecast_stage.write_forecast(prepared)
+    assert prepared.run_dir.read_forecast() == first and len(measured) == 1
     prepared.config = config_of(resources={"price_per_hour": 9}, stages=["importance", "search", "retrain"])
-    forecast_stage.write_forecast(prepared, "float32")
-    now = prepared.run.read_forecast()
+    forecast_stage.write_forecast(prepared)
+    now = prepared.run_dir.read_forecast()
     assert list(now)[0] == "importance" and {name: now[name] for name in first} == first
 
 

@@ -279,7 +279,7 @@ def test_continuing_may_change_where_the_work_is_placed(good: list[str], here: P
 def test_a_path_through_a_file(refused: Refused, here: Path) -> None:
     (here / "file").write_text("in the way")
     for output in ("file", "file/run"):
-        assert "file is no folder that can be written to" in refused("--output", output)
+        assert "file is not a folder that can be written to" in refused("--output", output)
 
 
 def test_a_dry_run_of_something_wrong_is_refused_too(refused: Refused) -> None:

@@ -109,7 +109,7 @@ def validate(words: list[str]) -> None:
     for name in ("stages", "output"):
         if getattr(options, name) is not None:
             overrides += [f"--{name}", getattr(options, name)]
-    if definition.is_ablation(options.config):
+    if options.config and loading.is_ablation(options.config):
         made = definition.load(options.config, overrides)
         for arm, changes in made.changes.items():
             if not made.waits(arm, changes) and not hub(made.values):

@@ -1,34 +1,39 @@
-"""Imports go one way; Ray is where work is placed; analysis reads run directories and nothing else."""
+"""The house: imports go down only, every module has a room, Ray is where work is placed, analysis reads records."""
 
 import ast
 import graphlib
+from collections import Counter
+from functools import cache
 from pathlib import Path
 
-import pytest
+from tests.runs import ROOT
 
-ROOT = Path(__file__).parents[2]
-PACKAGE = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-    for path in sorted((ROOT / "minitron_search").rglob("*.py"))
-}
-ANALYSIS = sorted((ROOT / "analysis").rglob("*.py"))
-
-# where work is placed
-RAY = {
-    "cluster", "correction_stage", "depth_stage", "forecast_stage", "launchers", "retraining", "ruling", "run",
-    "kept_actors", "node_disks", "node_files", "search", "worker_group", "workshop",
-}  # fmt: skip
-# Each layer imports from those before it, and from itself where that makes no cycle.
-LAYERS = (
-    {"config", "architecture", "run_directory", "console", "precision"},
-    {"families", "search_space", "corpus", "winogrande", "rankings", "teacher", "latency"},
-    {"importance", "depth", "trimming", "distillation", "teacher_cache", "scoring"},
-    {"search", "ruling", "search_state", "retraining", "depth_stage", "correction_stage", "latency_stage"},
-    {"run"},
-)
+# Lowest first: a package imports from those before it and from itself.
+ORDER = (
+    "records", "config", "tracking", "models", "data", "losses", "evaluation", "pruning", "importance", "depth",
+    "distillation", "trials", "search", "export", "planning", "cluster", "pipeline", "ablation", "commands", "cli",
+    "run",
+)  # fmt: skip
+PLACES_WORK = {"cluster", "pipeline", "commands"}  # the only ones that import Ray
+LIGHT = {"records", "config", "cli", "run"}  # imported before the command says its first word
+LARGE = {"torch", "transformers", "ray"}
+MOST = 12  # modules in a folder
+PRIVATE_WORDS = {"workshop", "depot", "mirror", "ruling", "rounds", "walk", "feed", "materials", "pairing"}
 
 
-def imports(path: Path) -> set[str]:
+def modules(package: str) -> dict[str, Path]:
+    """Every module of a package by its dotted name."""
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sorted((ROOT / package).rglob("*.py"))
+    }
+
+
+PACKAGE, ANALYSIS = modules("minitron_search"), modules("analysis")
+
+
+@cache
+def imports(path: Path) -> frozenset[str]:
     """Every module that a file imports, wherever in it; `from a import b` gives a.b as well as a."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -37,63 +42,70 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module, f"{path}: a relative import"
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found
+    return frozenset(found)
 
 
-def of_package(path: Path) -> set[str]:
-    return {name for name in imports(path) if name in PACKAGE and name != "minitron_search"}
+def room(name: str) -> str:
+    """The package of a module, or its own name where it lies beside the packages."""
+    return name.split(".")[1]
+
+
+def imported(path: Path, among: dict[str, Path]) -> set[str]:
+    return {name for name in imports(path) if name in among}
 
 
 def top_level(path: Path) -> set[str]:
     return {name.partition(".")[0] for name in imports(path)}
 
 
-def test_there_is_something_to_look_at() -> None:
-    assert len(PACKAGE) > 15 and len(ANALYSIS) > 5
-    assert "minitron_search.config.schema" in of_package(PACKAGE["minitron_search.run"])
+def test_every_module_is_in_a_room_that_is_named() -> None:
+    """A new file cannot be outside the rule."""
+    assert len(PACKAGE) > 90 and len(ANALYSIS) > 20
+    assert {room(name) for name in PACKAGE if name != "minitron_search"} == set(ORDER)
 
 
-def test_imports_go_one_way() -> None:
-    graph = {name: of_package(path) - {name} for name, path in PACKAGE.items()}
-    tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the cycle
+def test_packages_import_downwards() -> None:
+    upwards = [
+        f"{name} imports {other}"
+        for name, path in PACKAGE.items()
+        for other in imported(path, PACKAGE)
+        if "." in name and "." in other and ORDER.index(room(other)) > ORDER.index(room(name))
+    ]
+    assert upwards == []
 
 
-def test_no_module_imports_from_a_layer_above_its_own_even_through_others() -> None:
-    graph = {name: of_package(path) - {name} for name, path in PACKAGE.items()}
-    reached: dict[str, set[str]] = {}
-    for name in graphlib.TopologicalSorter(graph).static_order():
-        reached[name] = graph[name].union(*(reached[other] for other in graph[name]))
-    for height, layer in enumerate(LAYERS):
-        above = {f"minitron_search.{name}" for upper in LAYERS[height + 1 :] for name in upper}
-        for name in layer & {name.removeprefix("minitron_search.") for name in PACKAGE}:
-            assert not reached[f"minitron_search.{name}"] & above, name
+def test_no_files_import_each_other_in_a_circle() -> None:
+    for package in (PACKAGE, ANALYSIS):
+        graph = {name: imported(path, package) - {name} for name, path in package.items()}
+        tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
 
 
-@pytest.mark.parametrize("name", PACKAGE)
-def test_ray_is_imported_only_where_work_is_placed(name: str) -> None:
-    if name.removeprefix("minitron_search.") not in RAY:
-        assert "ray" not in top_level(PACKAGE[name])
+def test_no_folder_is_more_than_a_screen() -> None:
+    folders = Counter(path.parent for path in (*PACKAGE.values(), *ANALYSIS.values()))
+    assert {str(folder): count for folder, count in folders.items() if count > MOST} == {}
 
 
-@pytest.mark.parametrize("path", ANALYSIS, ids=lambda path: path.stem)
-def test_analysis_reads_run_directories_with_neither_torch_nor_ray(path: Path) -> None:
-    assert not top_level(path) & {"torch", "ray", "transformers"}
-    assert of_package(path) <= {"minitron_search.records.directory", "minitron_search.records.bucket"}
-    for name in ("run_directory", "mirror", "logs", "depot"):
-        read = of_package(PACKAGE[f"minitron_search.{name}"])
-        assert read <= {
-            "minitron_search.records.paths",
-            "minitron_search.records.logs",
-            "minitron_search.records.transfer",
-            "minitron_search.records.directory",
-        }
+def test_no_module_is_named_in_a_private_word() -> None:
+    assert not {path.stem for path in (*PACKAGE.values(), *ANALYSIS.values())} & PRIVATE_WORDS
 
 
-def test_the_run_directory_needs_neither_torch_nor_ray() -> None:
-    assert not top_level(PACKAGE["minitron_search.records.directory"]) & {"torch", "ray", "transformers"}
-    assert not top_level(PACKAGE["minitron_search"]) & {"torch", "ray", "transformers"}
+def test_ray_is_imported_only_where_work_is_placed() -> None:
+    users = {name for name, path in PACKAGE.items() if "ray" in top_level(path)}
+    assert users and {room(name) for name in users} <= PLACES_WORK
 
 
-@pytest.mark.parametrize("name", PACKAGE)
-def test_the_package_imports_analysis_only_to_report(name: str) -> None:
-    assert "analysis" not in top_level(PACKAGE[name]) or name == "minitron_search.run"
+def test_what_is_imported_before_the_first_word_is_light() -> None:
+    for name, path in PACKAGE.items():
+        if "." not in name or room(name) in LIGHT:
+            assert not top_level(path) & LARGE, name
+
+
+def test_analysis_reads_records_with_neither_torch_nor_ray() -> None:
+    for name, path in ANALYSIS.items():
+        assert not top_level(path) & LARGE, name
+        assert {other for other in imported(path, PACKAGE) if "." in other and room(other) != "records"} == set(), name
+
+
+def test_the_package_imports_analysis_only_to_report() -> None:
+    users = {room(name) for name, path in PACKAGE.items() if "analysis" in top_level(path)}
+    assert users <= {"pipeline", "commands"}

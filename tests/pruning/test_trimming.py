@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from minitron_search.models.architecture import Architecture
 from minitron_search.models.families import decoder_layers, family_of, sizes, student_config, whole
 from minitron_search.models.loading import load_teacher, random_student, student_of
-from minitron_search.models.output_head import load_head, output_head
+from minitron_search.models.output_head import output_head
 from minitron_search.pruning.rankings import Rankings
 from minitron_search.pruning.trimming import permute_teacher, trim, trimmed_weights
 from tests import tiny
@@ -149,7 +149,7 @@ def test_the_permuted_teacher_computes_the_same_function(model_type: str, ratio:
     moved = permuted.get_input_embeddings().weight
     assert torch.equal(moved, teacher.get_input_embeddings().weight[:, rankings.hidden])
     assert torch.equal(tiny.logits(load_teacher(folder), input_ids), tiny.logits(permuted, input_ids))
-    head, of_model = load_head(folder), output_head(permuted)
+    head, of_model = output_head(folder), output_head(permuted)
     assert torch.equal(head.weight, of_model.weight) and head[2:] == of_model[2:]
     assert (head.bias is None) == (of_model.bias is None) == (model_type != "phi")
     assert head.bias is None or torch.equal(head.bias, of_model.bias)
@@ -341,7 +341,7 @@ def test_the_permuted_teacher_on_mapped_weights_is_what_from_pretrained_loads(
     assert mapped.dtype == plain.dtype == getattr(torch, dtype)
     input_ids = tiny.tokens(config)
     assert torch.equal(tiny.logits(mapped, input_ids), tiny.logits(plain, input_ids))
-    head = load_head(folder)
+    head = output_head(folder)
     assert torch.equal(head.weight, plain.get_output_embeddings().weight) and head.bias is None
     assert not list(tmp_path.glob(".*"))  # nothing half made
 

@@ -143,11 +143,11 @@ def test_a_trial_scored_on_views_has_the_scores_of_the_trimmed_student(
     file = made.teacher_folder / "model.safetensors"
     before = file.read_bytes()
     run_trial(made, asked, decided=False)
-    (on_views,) = rungs(made.run, asked.id)
+    (on_views,) = rungs(made.run_dir, asked.id)
     monkeypatch.setattr("minitron_search.trials.runner.is_float32", lambda folder: False)
     trimmed = replace(asked, arm="untrained")
     run_trial(made, trimmed, decided=False)
-    (of_trim,) = rungs(made.run, trimmed.id)
+    (of_trim,) = rungs(made.run_dir, trimmed.id)
     for key in ("lm_loss", "kl", "winogrande_margin"):
         assert on_views[key] == pytest.approx(of_trim[key], rel=1e-5)
     assert file.read_bytes() == before
@@ -165,7 +165,7 @@ def test_a_rung_at_0_tokens_is_the_trim_as_it_is_and_changes_nothing_after_it(
         settings = replace(SETTINGS, milestones=milestones, total_tokens=milestones[-1])
         asked = replace(trial(shape, settings, initialization), arm=arm)
         run_trial(made, asked, decided=decided)
-        return rungs(made.run, asked.id)
+        return rungs(made.run_dir, asked.id)
 
     (as_it_is,) = run("untrained", (0,))
     plain = run("plain", (64, 128))
@@ -175,11 +175,11 @@ def test_a_rung_at_0_tokens_is_the_trim_as_it_is_and_changes_nothing_after_it(
     assert [[row[name] for name in scores] for row in later] == [[row[name] for name in scores] for row in plain]
 
     name = replace(trial(shape, SETTINGS, initialization), arm="stopped").id
-    made.run.decide(name, 0, "stop")
+    made.run_dir.decide(name, 0, "stop")
     assert len(run("stopped", (0, 64, 128), decided=True)) == 1
-    assert not made.run.checkpoint(name).exists(), "nothing to go on from but the teacher"
-    made.run.decide(name, 0, "continue")
-    made.run.decide(name, 1, "continue")
+    assert not made.run_dir.checkpoint(name).exists(), "nothing to go on from but the teacher"
+    made.run_dir.decide(name, 0, "continue")
+    made.run_dir.decide(name, 1, "continue")
     assert [[row[s] for s in scores] for row in run("stopped", (0, 64, 128), decided=True)[1:]] == [
         [row[s] for s in scores] for row in plain
     ]

@@ -11,7 +11,7 @@ import pytest
 from pyarrow.fs import FileSystem
 
 from minitron_search.records import bucket as module
-from minitron_search.records.bucket import Mirror
+from minitron_search.records.bucket import BucketCopy
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.paths import is_uri, working_folder
 
@@ -26,9 +26,9 @@ def there(tmp_path: Path) -> Path:
     return tmp_path / "there"
 
 
-def mirror(there: Path, run: RunDirectory) -> Mirror:
+def mirror(there: Path, run: RunDirectory) -> BucketCopy:
     there.mkdir(exist_ok=True)
-    return Mirror(there.as_uri(), run)
+    return BucketCopy(there.as_uri(), run)
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -67,13 +67,13 @@ def test_what_is_here_comes_back_on_an_empty_machine(tmp_path: Path, run: RunDir
 @pytest.fixture
 def put(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of what is put there from now on."""
-    names, original = list[str](), Mirror.put
+    names, original = list[str](), BucketCopy.put
 
-    def noted(self: Mirror, file: Path, name: Any) -> None:
+    def noted(self: BucketCopy, file: Path, name: Any) -> None:
         names.append(str(name))
         original(self, file, name)
 
-    monkeypatch.setattr(Mirror, "put", noted)
+    monkeypatch.setattr(BucketCopy, "put", noted)
     return names
 
 
@@ -126,7 +126,7 @@ def test_a_folder_that_is_not_whole_there_does_not_come_back(tmp_path: Path, run
     assert not other.best().exists() and (other.checkpoint("a") / "step-00000008" / "weights").exists()
     mirror(there, run).pull()  # here is what wrote it: it is whole, and put there again
     assert run.best().exists()
-    with mirror(there, run).kept(lambda said: None):
+    with mirror(there, run).kept_up_to_date():
         pass
     assert (there / "best.whole").exists()
 
@@ -138,7 +138,7 @@ def test_a_run_that_goes_on_puts_no_whole_folder_there_again_and_takes_away_what
     mirror(there, run).push()
     shutil.rmtree(run.checkpoint("a") / "step-00000008")
     put.clear()
-    with mirror(there, run).kept(lambda said: None):
+    with mirror(there, run).kept_up_to_date():
         pass
     assert put and not any(name.startswith("best") for name in put)
     assert contents(there) == contents(run.root)
@@ -164,21 +164,23 @@ def test_the_copy_whose_log_of_events_goes_on_from_the_others_is_kept(
 def test_storage_that_fails_for_a_while_loses_nothing_and_says_so(
     run: RunDirectory, there: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    said = list[str]()
+    monkeypatch.setattr(module, "say", said.append)
     monkeypatch.setattr(module, "LOOK_S", 0.02)
     monkeypatch.setattr(module, "BACK_OFF_S", (0.02, 0.05))
     fill(run)
-    kept, said, gone, failed = mirror(there, run), list[str](), threading.Event(), threading.Event()
-    original = Mirror.put
+    kept, gone, failed = mirror(there, run), threading.Event(), threading.Event()
+    original = BucketCopy.put
 
-    def put(self: Mirror, file: Path, name: Any) -> None:
+    def put(self: BucketCopy, file: Path, name: Any) -> None:
         if gone.is_set():
             failed.set()
             raise OSError("no route to storage")
         original(self, file, name)
 
-    monkeypatch.setattr(Mirror, "put", put)
+    monkeypatch.setattr(BucketCopy, "put", put)
     gone.set()
-    with kept.kept(said.append):
+    with kept.kept_up_to_date():
         assert failed.wait(10)
         run.event("while it is gone")
         while not said:
@@ -200,11 +202,11 @@ def test_storage_that_never_comes_back_ends_with_where_everything_is(
     fill(run)
     kept = mirror(there, run)
 
-    def put(self: Mirror, file: Path, name: Any) -> None:
+    def put(self: BucketCopy, file: Path, name: Any) -> None:
         raise OSError("no route to storage")
 
-    monkeypatch.setattr(Mirror, "put", put)
-    with pytest.raises(RuntimeError, match=f"no route to storage.*{run.root}"), kept.kept(lambda said: None):
+    monkeypatch.setattr(BucketCopy, "put", put)
+    with pytest.raises(RuntimeError, match=f"no route to storage.*{run.root}"), kept.kept_up_to_date():
         pass
 
 
@@ -233,7 +235,7 @@ def test_addresses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize("uri", ["s3://", "s3:///a", "s3://bucket/run?no_such_option=1"])
 def test_an_address_that_is_none_is_refused_by_name(uri: str, run: RunDirectory) -> None:
     with pytest.raises(ValueError, match="output: "):
-        Mirror(uri, run).check_writable()
+        BucketCopy(uri, run).check_writable()
 
 
 def test_storage_that_cannot_be_written_to_is_refused(run: RunDirectory, there: Path, monkeypatch: Any) -> None:
@@ -244,4 +246,4 @@ def test_storage_that_cannot_be_written_to_is_refused(run: RunDirectory, there: 
     there.write_text("a file where a folder should be")
     with pytest.raises(ValueError, match="cannot be written to"):
         kept.check_writable()
-    assert isinstance(kept.there, FileSystem)
+    assert isinstance(kept.storage, FileSystem)

@@ -15,7 +15,7 @@ from minitron_search.records.logs import LOCAL, Files, Log, append_line, read_li
 @pytest.fixture(scope="module")
 def far(shared_ray: Path) -> Files:
     """As on another node than the actor's."""
-    return FarFiles(keep_files().desk, "another node")
+    return FarFiles(keep_files().actor, "another node")
 
 
 @pytest.fixture(params=["local", "far"])
@@ -62,7 +62,7 @@ def test_files_and_their_names(tmp_path: Path, files: Files) -> None:
 
 def test_a_run_that_is_sent_reads_and_writes_where_it_was_sent_from(tmp_path: Path, far: FarFiles) -> None:
     node = ray.get_runtime_context().get_node_id()
-    run = RunDirectory(tmp_path / "run", KeptFiles(far.desk, node))
+    run = RunDirectory(tmp_path / "run", KeptFiles(far.actor, node))
     here = pickle.loads(ray.cloudpickle.dumps(run))
     assert type(here.files) is KeptFiles
     there = pickle.loads(ray.cloudpickle.dumps(RunDirectory(tmp_path / "run", far)))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from minitron_search.distillation.checkpoints import keep_newest, latest_checkpoint
+from minitron_search.distillation.checkpoints import CheckpointFolder
 from minitron_search.records import transfer as module
-from minitron_search.records.transfer import Depot
+from minitron_search.records.transfer import NodeTransfer
 
 
 @pytest.fixture
@@ -20,8 +20,8 @@ def storage(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def depot(tmp_path: Path, storage: Path) -> Depot:
-    return Depot(storage.as_uri(), tmp_path / "node" / "run", run_is_shared=False)
+def transfer(tmp_path: Path, storage: Path) -> NodeTransfer:
+    return NodeTransfer(storage.as_uri(), tmp_path / "node" / "run", run_is_shared=False)
 
 
 def folder_in(parent: Path, text: str = "weights") -> Path:
@@ -36,12 +36,12 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_a_folder_reaches_another_node(tmp_path: Path, depot: Depot, storage: Path, inside: bool) -> None:
-    folder = folder_in(depot.run / "trials" / "a" / "x" if inside else tmp_path / "node" / "cache" / "x")
+def test_a_folder_reaches_another_node(tmp_path: Path, transfer: NodeTransfer, storage: Path, inside: bool) -> None:
+    folder = folder_in(transfer.root / "trials" / "a" / "x" if inside else tmp_path / "node" / "cache" / "x")
     before = contents(folder)
-    depot.put(folder)
+    transfer.put(folder)
     shutil.rmtree(tmp_path / "node")  # as on a node that has nothing
-    again = pickle.loads(pickle.dumps(depot))
+    again = pickle.loads(pickle.dumps(transfer))
     again.fetch(folder)
     assert contents(folder) == before
     there = storage / ("trials/a/x" if inside else f".cache/{folder.relative_to('/')}")
@@ -49,41 +49,43 @@ def test_a_folder_reaches_another_node(tmp_path: Path, depot: Depot, storage: Pa
     assert [file.name for file in folder.parent.iterdir() if file.is_dir()] == ["x"]
 
 
-def test_what_is_not_marked_is_not_there(depot: Depot) -> None:
-    folder = folder_in(depot.run / "x")
-    depot.put_files(folder)
+def test_what_is_not_marked_is_not_there(transfer: NodeTransfer) -> None:
+    folder = folder_in(transfer.root / "x")
+    transfer.put_files(folder)
     shutil.rmtree(folder)
-    assert not depot.has(folder) and depot.names(folder.parent) == []
+    assert not transfer.has(folder) and transfer.names(folder.parent) == []
     with pytest.raises(FileNotFoundError, match="neither on this node nor in file://"):
-        depot.fetch(folder)
+        transfer.fetch(folder)
     assert not folder.exists()
 
 
-def test_what_is_there_is_not_put_again_and_what_is_here_not_fetched(depot: Depot, storage: Path) -> None:
-    folder = folder_in(depot.run / "x")
-    depot.put(folder)
+def test_what_is_there_is_not_put_again_and_what_is_here_not_fetched(transfer: NodeTransfer, storage: Path) -> None:
+    folder = folder_in(transfer.root / "x")
+    transfer.put(folder)
     (folder / "config.json").write_text("changed")
-    depot.put(folder)
+    transfer.put(folder)
     assert (storage / "x" / "config.json").read_text() == "{}"
-    depot.fetch(folder)
+    transfer.fetch(folder)
     assert (folder / "config.json").read_text() == "changed"
 
 
 def test_a_run_that_all_nodes_see_does_not_travel_but_caches_do(tmp_path: Path, storage: Path) -> None:
-    depot = Depot(storage.as_uri(), storage, run_is_shared=True)
+    transfer = NodeTransfer(storage.as_uri(), storage, run_is_shared=True)
     checkpoint, cache = folder_in(storage / "trials" / "a"), folder_in(tmp_path / "cache")
-    depot.put(checkpoint)
-    depot.put(cache)
-    assert not depot.travels(checkpoint) and not checkpoint.with_name("a.whole").exists()
-    assert depot.travels(cache) and depot.has(cache)
-    depot.fetch(storage / "trials" / "b")  # nobody's to fetch
-    depot.clear(".cache")
+    transfer.put(checkpoint)
+    transfer.put(cache)
+    assert not transfer.travels(checkpoint) and not checkpoint.with_name("a.whole").exists()
+    assert transfer.travels(cache) and transfer.has(cache)
+    transfer.fetch(storage / "trials" / "b")  # nobody's to fetch
+    transfer.clear(".cache")
     assert not (storage / ".cache").exists() and checkpoint.exists()
 
 
-def test_of_many_processes_that_need_a_folder_one_fetches_it(depot: Depot, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, copied = folder_in(depot.run / "x"), list[str]()
-    depot.put(folder)
+def test_of_many_processes_that_need_a_folder_one_fetches_it(
+    transfer: NodeTransfer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, copied = folder_in(transfer.root / "x"), list[str]()
+    transfer.put(folder)
     shutil.rmtree(folder)
     original = module.copy_files
 
@@ -92,7 +94,7 @@ def test_of_many_processes_that_need_a_folder_one_fetches_it(depot: Depot, monke
         original(source, *arguments, **named)
 
     monkeypatch.setattr(module, "copy_files", counted)
-    threads = [threading.Thread(target=depot.fetch, args=(folder,)) for _ in range(8)]
+    threads = [threading.Thread(target=transfer.fetch, args=(folder,)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -100,7 +102,7 @@ def test_of_many_processes_that_need_a_folder_one_fetches_it(depot: Depot, monke
     assert len(copied) == len(contents(folder)) == 2
 
 
-def test_storage_that_fails_for_a_while_is_waited_for(depot: Depot, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_that_fails_for_a_while_is_waited_for(transfer: NodeTransfer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BACK_OFF_S", (0.01, 0.02))
     left, original = [3], module.copy_files
 
@@ -111,29 +113,29 @@ def test_storage_that_fails_for_a_while_is_waited_for(depot: Depot, monkeypatch:
         original(*arguments, **named)
 
     monkeypatch.setattr(module, "copy_files", failing)
-    folder = folder_in(depot.run / "x")
-    depot.put(folder)
-    assert depot.has(folder) and not left[0]
+    folder = folder_in(transfer.root / "x")
+    transfer.put(folder)
+    assert transfer.has(folder) and not left[0]
     left[0] = 10**9
     monkeypatch.setattr(module, "PATIENCE_S", 0.05)
     with pytest.raises(OSError, match="no route"):
-        depot.put(folder_in(depot.run / "y"))
-    assert not depot.has(depot.run / "y")
+        transfer.put(folder_in(transfer.root / "y"))
+    assert not transfer.has(transfer.root / "y")
 
 
-def test_the_newest_checkpoint_is_the_newest_of_any_node(depot: Depot) -> None:
-    folder = depot.run / "trials" / "a" / "checkpoint"
+def test_the_newest_checkpoint_is_the_newest_of_any_node(transfer: NodeTransfer) -> None:
+    folder = transfer.root / "trials" / "a" / "checkpoint"
     for step in (8, 16):
-        depot.put(folder_in(folder / f"step-{step:08d}", str(step)))
+        transfer.put(folder_in(folder / f"step-{step:08d}", str(step)))
     shutil.rmtree(folder)
     folder_in(
         folder / "step-00000024"
     )  # whoever wrote it was lost before it was put there, and its row was not written
-    newest = latest_checkpoint(folder, depot)
+    newest = CheckpointFolder(folder, transfer).latest()
     assert newest == folder / "step-00000016" and (newest / "sub" / "weights").read_text() == "16"
-    keep_newest(folder, depot)
-    assert depot.names(folder) == ["step-00000016"]
-    assert latest_checkpoint(depot.run / "none", depot) is None
+    CheckpointFolder(folder, transfer).keep_newest()
+    assert transfer.names(folder) == ["step-00000016"]
+    assert CheckpointFolder(transfer.run / "none", transfer).latest() is None
 
 
 @pytest.mark.parametrize(
@@ -144,4 +146,4 @@ def test_the_newest_checkpoint_is_the_newest_of_any_node(depot: Depot) -> None:
     ],
 )
 def test_addresses_beneath_a_run(uri: str, found: str) -> None:
-    assert Depot(uri, Path("/run"), run_is_shared=False).address(".ray") == found
+    assert NodeTransfer(uri, Path("/run"), run_is_shared=False).address(".ray") == found

@@ -222,19 +222,19 @@ def asked(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     axes = {"hidden_size": {"choices": [12, 24]}, "drop_block": {"lengths": [0, 1]}}
     config = parse_config({"output": str(tmp_path / "run"), "space": {"budget": budget, "axes": axes}})
     made = SearchSpace(config.space, TEACHER)
-    return SimpleNamespace(config=config, run=RunDirectory(config.output), space=made)
+    return SimpleNamespace(config=config, run_dir=RunDirectory(config.output), precision="float32", space=made)
 
 
 def test_a_run_measures_once_and_goes_on_with_what_it_measured(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, found = latency_stage.hold_to_speed(asked, "float32")
-    assert not asked.run.root.exists(), "a run begins when its space is known"
-    asked.run.write_latency(found)
+    first, found = latency_stage.hold_to_speed(asked)
+    assert not asked.run_dir.root.exists(), "a run begins when its space is known"
+    asked.run_dir.write_latency(found)
     assert found["on"] == "1 CPU thread" and found["precision"] == "float32"
     assert len(found["tables"][0]["whole"]) == 2  # the smallest is the least deep
     assert all(row["summed_ms"] > 0 < row["measured_ms"] for row in found["tables"][0]["whole"])
     monkeypatch.setattr(latency_stage, "on_all_cpus", lambda *_, **__: pytest.fail("measured again"))
     monkeypatch.setattr(latency_stage, "measure_tables", lambda *_, **__: pytest.fail("measured again"))
-    again, _ = latency_stage.hold_to_speed(asked, "float32")
+    again, _ = latency_stage.hold_to_speed(asked)
     there = latency_stage.held_here(asked.config, asked.space)
     for held in (again.space, there):
         assert [a.id for a in held.architectures()] == [a.id for a in first.space.architectures()]
@@ -244,12 +244,12 @@ def test_a_dry_run_measures_here_and_says_so(asked: Any, capsys: pytest.CaptureF
     latency_stage.held_here(asked.config, asked.space)
     said = " ".join(capsys.readouterr().out.split())
     assert "on this machine" in said and "1 x 8 tokens on 1 CPU thread" in said
-    assert "architectures are within latency_ms" in said and not asked.run.root.exists()
+    assert "architectures are within latency_ms" in said and not asked.run_dir.root.exists()
 
 
 def test_without_a_budget_on_speed_nothing_is_measured() -> None:
-    plain = SimpleNamespace(space=space({"params": {"target": 11_000, "tolerance": 0.9}}), run=None)
-    held, measured = latency_stage.hold_to_speed(plain, "float32")
+    plain = SimpleNamespace(space=space({"params": {"target": 11_000, "tolerance": 0.9}}), config=parse_config({}))
+    held, measured = latency_stage.hold_to_speed(plain)
     assert held is plain and measured == {}
 
 
@@ -258,5 +258,5 @@ def test_a_speed_that_nothing_reaches_is_refused_before_the_run_begins(asked: An
     config = parse_config({"space": {"budget": budget, "axes": {"hidden_size": {"choices": [12, 24]}}}})
     asked.space = SearchSpace(config.space, TEACHER)
     with pytest.raises(UnfitError, match="latency_ms"):
-        latency_stage.hold_to_speed(asked, "float32")
-    assert not asked.run.root.exists()
+        latency_stage.hold_to_speed(asked)
+    assert not asked.run_dir.root.exists()

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from minitron_search.config.loading import load_config, parse_config
+from minitron_search.search.samplers import check_sampler
 from tests.tiny import over
 
 
@@ -35,9 +36,6 @@ def test_the_command_line_takes_a_list_and_a_name() -> None:
     ({"objective": "params"}, "search.objective: params: rungs rank by the first, .*valid: lm_loss,params"),
     ({"objective": ["params", "lm_loss"]}, "search.objective: params,lm_loss: .*valid: lm_loss,params"),
     ({"objective": []}, "search.objective: empty: .*valid: lm_loss"),
-    ({"sampler": "nsga2"}, "search.sampler: nsga2 with the one objective lm_loss.*valid: tpe"),
-    ({"sampler": "nsga3", "objective": "kl"}, "search.sampler: nsga3 with the one objective kl.*valid: tpe"),
-    ({"sampler": "cmaes"}, "search.sampler: 'cmaes'.*'tpe', 'random', 'grid', 'nsga2', 'nsga3' or 'gp'"),
     ({"objective": 3}, "search.objective"),
     ({"objective": None}, "search.objective"),
     ({"objective": {"lm_loss": 1}}, "search.objective"),
@@ -47,6 +45,16 @@ def test_what_cannot_be_is_refused_by_name(asked: dict[str, Any], message: str) 
         parse_config({"search": asked})
 
 
+@pytest.mark.parametrize(("sampler", "objective", "message"), [
+    ("nsga2", "lm_loss", "search.sampler: nsga2 with the one objective lm_loss.*valid: tpe"),
+    ("nsga3", "kl", "search.sampler: nsga3 with the one objective kl.*valid: tpe"),
+    ("cmaes", "lm_loss", "search.sampler: 'cmaes' is no sampler; valid: tpe, random, grid, nsga2, nsga3, gp"),
+])  # fmt: skip
+def test_a_sampler_that_cannot_search_is_refused_by_name(sampler: str, objective: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_sampler(sampler, [objective])
+
+
 @over(["tpe", "random", "grid", "nsga2", "nsga3", "gp"])
 def test_every_sampler_takes_several(sampler: str) -> None:
-    assert parse_config({"search": {"sampler": sampler, "objective": ["lm_loss", "params"]}}).search.sampler == sampler
+    check_sampler(sampler, ["lm_loss", "params"])

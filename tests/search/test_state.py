@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from minitron_search.cluster.schedulers import ruling
+from minitron_search.cluster.schedulers import rung_scheduler
 from minitron_search.config import loading
 from minitron_search.config.schema import Config
 from minitron_search.records.directory import RunDirectory
 from minitron_search.search.space import SearchSpace
-from minitron_search.search.state import CONTROLS, Search
+from minitron_search.search.state import CONTROLS, SearchState
 from minitron_search.trials.settings import distillation_settings
 from minitron_search.trials.trial import Trial
 from tests import tiny
@@ -38,9 +38,9 @@ def asked(**search: Any) -> Config:
     })  # fmt: skip
 
 
-def search_in(folder: Path, config: Config) -> Search:
+def search_in(folder: Path, config: Config) -> SearchState:
     space = SearchSpace(config.space, TEACHER)
-    return Search(RunDirectory(folder), config, space, distillation_settings(config, "float32"))
+    return SearchState(RunDirectory(folder), config, space, distillation_settings(config, "float32"))
 
 
 def loss(trial: Trial, rung: int) -> float:
@@ -51,8 +51,8 @@ def loss(trial: Trial, rung: int) -> float:
 class Driver:
     """Runs what is handed out, as Tune does: `slots` at once, one rung of one of them at a time."""
 
-    def __init__(self, search: Search, slots: int = 1, order: int = 0):
-        self.search, self.ruling, self.slots = search, ruling(search), slots
+    def __init__(self, search: SearchState, slots: int = 1, order: int = 0):
+        self.search, self.ruling, self.slots = search, rung_scheduler(search), slots
         self.running: list[Trial] = []
         self.order = random.Random(order)
 
@@ -83,7 +83,7 @@ class Driver:
         return table(self.search)
 
 
-def table(search: Search) -> list[tuple[str, int]]:
+def table(search: SearchState) -> list[tuple[str, int]]:
     return sorted((row["trial"], row["rung"]) for row in search.run.rungs())
 
 
@@ -244,7 +244,7 @@ def test_hyperband_stops_some_later_and_its_brackets_survive_a_resume(tmp_path: 
     first = Driver(search_in(tmp_path, config))
     for _ in range(12):
         first.step()
-    again = ruling(search_in(tmp_path, config))
+    again = rung_scheduler(search_in(tmp_path, config))
     brackets = {trial: first.ruling._brackets.index(of) for trial, of in first.ruling._trial_info.items()}
     assert set(brackets.values()) == {0, 1}
     ruled = {trial: again._brackets.index(of) for trial, of in again._trial_info.items()}

@@ -15,7 +15,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 from tensorboardX.record_writer import masked_crc32c
 
-from minitron_search.records.bucket import Mirror
+from minitron_search.records.bucket import BucketCopy
 from minitron_search.records.directory import RunDirectory
 from minitron_search.tracking import curves
 from minitron_search.tracking.curves import Tracking, tracked
@@ -91,7 +91,7 @@ def test_losses_and_scores_are_told_at_their_tokens(run: RunDirectory) -> None:
     rung(run, "a", 0, 0)
     steps(run, "a", 1, 2)
     rung(run, "a", 1, 128)
-    Tracking(run, [], print).look()
+    Tracking(run, []).look()
     found = shown(run)
     assert found["train/loss"] == [(64, 10.0), (128, 5.0)]
     assert found["validation/kl"] == [(0, 1.0), (128, 2.0)]
@@ -102,7 +102,7 @@ def test_losses_and_scores_are_told_at_their_tokens(run: RunDirectory) -> None:
 
 def test_the_file_begins_with_its_version_and_says_what_the_trial_is(run: RunDirectory) -> None:
     steps(run, "a", 1)
-    Tracking(run, [], print).look()
+    Tracking(run, []).look()
     version, experiment, begun, *_ = records(run.tensorboard("a"))
     assert version.file_version == "brain.Event:2"
     plugin = [HParamsPluginData.FromString(event.summary.value[0].metadata.plugin_data.content)
@@ -115,7 +115,7 @@ def test_the_file_begins_with_its_version_and_says_what_the_trial_is(run: RunDir
 
 def test_steps_that_a_restarted_trial_repeats_are_told_once(run: RunDirectory) -> None:
     steps(run, "a", 1, 2, 3, 4)
-    curves = Tracking(run, [], print)
+    curves = Tracking(run, [])
     curves.look()
     steps(run, "a", 3, 4, 5)  # from the checkpoint of step 2
     rung(run, "a", 0, 320)
@@ -129,27 +129,27 @@ def test_steps_that_a_restarted_trial_repeats_are_told_once(run: RunDirectory) -
 def test_a_run_that_goes_on_tells_what_is_left_wherever_it_was_cut_off(run: RunDirectory, cut: int) -> None:
     """Killed after any byte of the file, and with lines logged twice before and after."""
     steps(run, "a", 1, 2, 3, 2, 3, 4)
-    Tracking(run, [], print).look()
+    Tracking(run, []).look()
     file = run.tensorboard("a")
     whole = file.read_bytes()
     assert len(whole) > cut
     file.write_bytes(whole[: len(whole) - cut])
     steps(run, "a", 4, 5)
     rung(run, "a", 0, 320)
-    Tracking(run, [], print).look()
+    Tracking(run, []).look()
     assert [tokens for tokens, _ in shown(run)["train/loss"]] == [64, 128, 192, 256, 320]
     assert [tokens for tokens, _ in shown(run)["validation/lm_loss"]] == [320]
     before = file.read_bytes()
-    Tracking(run, [], print).look()
+    Tracking(run, []).look()
     assert file.read_bytes() == before, "nothing new is nothing told"
 
 
 def test_a_log_that_lost_its_end_with_the_machine_is_told_once_when_it_is_written_again(run: RunDirectory) -> None:
     steps(run, "a", 1, 2, 3)
-    Tracking(run, [], print).look()
+    Tracking(run, []).look()
     log = run.trial("a") / "metrics.jsonl"
     log.write_text(log.read_text().splitlines()[0] + "\n")  # steps are not fsynced
-    curves = Tracking(run, [], print)
+    curves = Tracking(run, [])
     curves.look()
     steps(run, "a", 2, 3, 4)
     curves.look()
@@ -161,11 +161,11 @@ def test_every_trial_has_its_file_and_those_of_another_session_are_not_begun_aga
     steps(run, "a", 1)
     steps(run, "b", 1)
     first = Told()
-    Tracking(run, [first], print).end("KILLED")
+    Tracking(run, [first]).end("KILLED")
     assert {trial for trial, _ in first.points} == {"a", "b"} == {trial for trial, _ in first.ends}
     steps(run, "b", 2)
     second = Told()
-    Tracking(run, [second], print).end("FINISHED")
+    Tracking(run, [second]).end("FINISHED")
     assert second.points == [("b", Point(128, {"train/loss": 5.0, "train/lm_loss": 3.0, "train/learning_rate": 1e-3}))]
     assert second.ends == [("b", "FINISHED")]
 
@@ -173,7 +173,7 @@ def test_every_trial_has_its_file_and_those_of_another_session_are_not_begun_aga
 def test_a_trial_ends_as_its_event_says_after_its_last_point(run: RunDirectory) -> None:
     begin(run, "b")
     told = Told()
-    curves = Tracking(run, [told], print)
+    curves = Tracking(run, [told])
     for trial, kind in (("a", "trial_finished"), ("b", "trial_failed")):
         steps(run, trial, 1)
         curves.look()
@@ -201,7 +201,7 @@ def test_a_tracker_that_fails_ends_no_run_and_is_told_no_more(run: RunDirectory)
         steps(run, "a", step)
         curves.look()
     curves.end("FINISHED")
-    assert said == ["trackers: failing is told no more: no server"]
+    assert said == ["trackers: failing is dropped: no server"]
     (event,) = [event for event in run.events() if event["event"] == "tracker_failed"]
     assert event["tracker"] == "failing" and event["message"] == "no server"
     assert len(well.points) == 2 == len(shown(run)["train/loss"])
@@ -211,7 +211,7 @@ def test_what_is_logged_while_a_run_runs_is_told_meanwhile_and_at_its_end(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(curves, "LOOK_S", 0.01)
-    with pytest.raises(KeyboardInterrupt), tracked(run, "name", [], print):
+    with pytest.raises(KeyboardInterrupt), tracked(run, "name", []):
         steps(run, "a", 1)
         deadline = time.monotonic() + 20
         while not run.tensorboard("a").exists() or "train/loss" not in shown(run):
@@ -225,22 +225,22 @@ def test_what_is_logged_while_a_run_runs_is_told_meanwhile_and_at_its_end(
 def test_it_travels_with_a_run_in_storage_and_goes_on_from_there(tmp_path: Path, run: RunDirectory) -> None:
     run.write_config({"seed": 0})
     steps(run, "a", 1, 2)
-    Tracking(run, [], print).look()
+    Tracking(run, []).look()
     (tmp_path / "there").mkdir()
-    Mirror((tmp_path / "there").as_uri(), run).push()
+    BucketCopy((tmp_path / "there").as_uri(), run).push()
     other = RunDirectory(tmp_path / "another machine")
-    Mirror((tmp_path / "there").as_uri(), other).pull()
+    BucketCopy((tmp_path / "there").as_uri(), other).pull()
     steps(other, "a", 2, 3)
-    Tracking(other, [], print).look()
+    Tracking(other, []).look()
     assert [tokens for tokens, _ in shown(other)["train/loss"]] == [64, 128, 192]
-    Mirror((tmp_path / "there").as_uri(), other).push()
+    BucketCopy((tmp_path / "there").as_uri(), other).push()
     (file,) = (tmp_path / "there").rglob("*tfevents*")
     assert file.read_bytes() == other.tensorboard("a").read_bytes(), "one file a trial, there too"
 
 
 def test_a_loss_that_is_no_number_is_told_as_it_is(run: RunDirectory) -> None:
     run.log_step("a", step=1, tokens=64, loss=math.nan)
-    Tracking(run, [], print).look()
+    Tracking(run, []).look()
     assert math.isnan(shown(run)["train/loss"][0][1])
 
 
@@ -250,7 +250,7 @@ def test_tensorboard_itself_reads_it(run: RunDirectory) -> None:
     )
     steps(run, "a", 1, 2)
     rung(run, "a", 0, 128)
-    Tracking(run, [], print).look()
+    Tracking(run, []).look()
     read = event_accumulator.EventAccumulator(str(run.trial("a"))).Reload()
     assert [(event.step, event.value) for event in read.Scalars("train/loss")] == [(64, 10.0), (128, 5.0)]
     assert [event.value for event in read.Scalars("validation/winogrande_margin")] == [3.0]
@@ -282,9 +282,9 @@ def test_wandb_has_a_run_for_each_trial(
     steps(run, "a", 1, 2)
     rung(run, "a", 0, 128)
     steps(run, "b", 1)
-    Tracking(run, [tracker_of("wandb", "small", run)], print).end("FINISHED")
+    Tracking(run, [tracker_of("wandb", "small", run)]).end("FINISHED")
     steps(run, "a", 3)
-    Tracking(run, [tracker_of("wandb", "small", run)], print).end("FINISHED")  # another session
+    Tracking(run, [tracker_of("wandb", "small", run)]).end("FINISHED")  # another session
     deadline = time.monotonic() + 60  # its own process writes the files
     runs = wandb_runs(tmp_path)
     while sum(len(history) for _, history in runs) < 4 and time.monotonic() < deadline:
@@ -363,7 +363,7 @@ def test_mlflow_has_a_run_for_each_trial_in_which_another_session_goes_on(
     rung(run, "a", 0, 64 * 599)
     steps(run, "b", 1)
     run.event("trial_failed", trial="b", message="diverged")
-    curves = Tracking(run, [tracker_of("mlflow", "small", run)], print)
+    curves = Tracking(run, [tracker_of("mlflow", "small", run)])
     curves._events = type(curves._events)(run.events_log)  # the event is of this session
     curves.end("KILLED")
     client = tracking_of.MlflowClient()
@@ -374,7 +374,7 @@ def test_mlflow_has_a_run_for_each_trial_in_which_another_session_goes_on(
 
     assert {name: found.info.status for name, found in runs().items()} == {"a": "KILLED", "b": "FAILED"}
     steps(run, "a", 600)
-    Tracking(run, [tracker_of("mlflow", "small", run)], print).end("FINISHED")
+    Tracking(run, [tracker_of("mlflow", "small", run)]).end("FINISHED")
     assert {name: found.info.status for name, found in runs().items()} == {"a": "FINISHED", "b": "FAILED"}
     found = runs()["a"]
     history = client.get_metric_history(found.info.run_id, "train/loss")

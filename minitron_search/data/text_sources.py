@@ -1,0 +1,149 @@
+"""Where text comes from, as documents: the embedded text, files, or a Hub data set.
+
+A source is one of
+    docstrings                      the embedded text
+    a.txt, b.jsonl, c.parquet, d/*  a file or a glob: a .txt is one document, tokenised whole; a .jsonl has
+                                    one per line (field `text`), a .parquet one per row (column `text`)
+    owner/name[/config][:split]     a Hub data set, column `text`, split `train` unless named; streamed
+"""
+
+import glob
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from minitron_search.data.docstrings import documents as docstring_documents
+from minitron_search.models.sources import near_names
+from minitron_search.records.cache import content_id
+
+HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
+
+
+@dataclass(frozen=True)
+class TextSource:
+    id: str  # of the content: two names of the same text have one id
+    documents: Callable[[], Iterable[str]]
+
+
+def text_source(field: str, name: str) -> TextSource:
+    """Return the source that configuration key `field` names. Raises ValueError, with the key, for one that is missing
+    or has no reader; reading its documents raises ValueError for one that is damaged."""
+    if name == "docstrings":
+        texts = docstring_documents()
+        return TextSource(content_id(texts, digits=16), lambda: texts)
+    path = Path(name).expanduser()
+    local = name.startswith((".", "/", "~")) or path.suffix in READERS or path.exists()
+    if local or glob.has_magic(name):
+        return _files(field, name)
+    if match := HUB_NAME.fullmatch(name):
+        return _hub(field, name, match["path"], match["config"], match["split"] or "train")
+    raise ValueError(f"{field}: {name!r} is no file here{near_names(path)}; valid: {_valid()}")
+
+
+def _files(field: str, name: str) -> TextSource:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{field}: {name!r} is a folder; valid: a glob of its files, as in {name.rstrip('/')}/*.txt")
+    paths = [path]
+    if not path.exists():
+        if not glob.has_magic(name):
+            raise ValueError(f"{field}: {name!r} does not exist{near_names(path)}; valid: {_valid()}")
+        paths = sorted(Path(found) for found in glob.glob(str(path), recursive=True) if Path(found).is_file())
+        if not paths:
+            raise ValueError(f"{field}: {name!r} matches no file; valid: {_valid()}")
+    for path in paths:
+        if path.suffix not in READERS:
+            raise ValueError(f"{field}: {str(path)!r} is none of {', '.join(READERS)}; valid: {_valid()}")
+    return TextSource(
+        content_id([(path.suffix, path) for path in paths], digits=16),
+        lambda: (text for path in paths for text in READERS[path.suffix](field, path)),
+    )
+
+
+def _txt(field: str, path: Path) -> Iterator[str]:
+    try:
+        yield path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{field}: {str(path)!r} is not UTF-8 at byte {error.start}; valid: UTF-8 text") from error
+
+
+def _jsonl(field: str, path: Path) -> Iterator[str]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield _text(json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{field}: {str(path)!r}, line {number}: {line[:60]!r} is no object with a text; "
+                    'valid: {"text": "..."}'
+                ) from error
+
+
+def _parquet(field: str, path: Path) -> Iterator[str]:
+    try:
+        file = pq.ParquetFile(path)
+        columns = file.schema_arrow.names
+        if "text" not in columns:
+            raise ValueError(f"it has the columns {', '.join(columns)}")
+        for batch in file.iter_batches(columns=["text"]):
+            for row in batch.to_pylist():
+                if row["text"] is not None:
+                    yield _text(row)
+    except (ValueError, TypeError, OSError) as error:  # pyarrow's own errors are ValueError or OSError
+        raise ValueError(f"{field}: {str(path)!r} is no parquet file with a string column `text` ({error})") from error
+
+
+# By suffix: (configuration key, file) -> its documents; raises ValueError, with the key, for a file that is damaged.
+READERS: dict[str, Callable[[str, Path], Iterator[str]]] = {
+    ".txt": _txt,
+    ".jsonl": _jsonl,
+    ".parquet": _parquet,
+}
+
+
+def _valid() -> str:
+    *suffixes, last = READERS
+    return (f"'docstrings', a {', '.join(suffixes)} or {last} file or glob, or a Hub data set as "
+            "owner/name[/config][:split]")  # fmt: skip
+
+
+def _text(row: Any) -> str:
+    """Return the text of a record. Raises KeyError or TypeError where there is none."""
+    if not isinstance(row["text"], str):
+        raise TypeError(f"`text` is {type(row['text']).__name__}")
+    return row["text"]
+
+
+def _hub(field: str, name: str, path: str, config: str | None, split: str) -> TextSource:
+    import datasets  # takes a second: only for who uses the Hub
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        builder = datasets.load_dataset_builder(path, config)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, HfHubHTTPError) as error:
+        raise ValueError(
+            f"{field}: {name!r} is no file here, and the Hub did not give it ({str(error).splitlines()[0]}); "
+            f"valid: {_valid()}"
+        ) from error
+
+    def rows() -> Iterator[str]:
+        try:
+            # Streaming reads the Hub: without it, what is in the datasets cache has to do.
+            stream = datasets.load_dataset(path, config, split=split, streaming=not is_offline_mode())
+            for row in stream:
+                yield _text(row)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{field}: {name!r} has no split {split!r} with strings in a column `text` ({error})"
+            ) from error
+
+    # The builder's hash is that of the data set's commit.
+    return TextSource(content_id([path, config, split, builder.hash], digits=16), rows)

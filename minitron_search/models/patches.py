@@ -1,0 +1,48 @@
+"""Every place where transformers is made to do what it does not by itself; nothing else in this project patches it.
+
+patch                        version of transformers that makes it unnecessary
+windows_are_not_packed       none yet (5.23 looks for packed sequences in every forward pass)
+llama_as_mistral             none yet (huggingface/transformers#46082)
+dequantised                  none yet (5.23 saves a converted GGUF as if it were still quantised)
+recompute_activations        6, which renames what 5 warns of
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+from transformers import MistralConfig, PretrainedConfig, PreTrainedModel, masking_utils
+
+
+@contextmanager
+def windows_are_not_packed() -> Iterator[None]:
+    """Skip the search for position ids that begin anew inside a window: every forward pass asks, and waits for the
+    device to answer, and windows here are one sequence each or come with a mask of their own. Also a decorator."""
+    with patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None):
+        yield
+
+
+def llama_as_mistral(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the configuration of the same function under a name that may have hidden_size 448 with 6 heads of 64.
+
+    transformers 5 refuses that of `llama` even with `head_dim` written; without biases and without a sliding window
+    Mistral is Llama, weight names included.
+    """
+    known = {key: value for key, value in config.to_dict().items() if key in MistralConfig.__dataclass_fields__}
+    known |= {"model_type": "mistral", "sliding_window": None, "architectures": ["MistralForCausalLM"]}
+    return MistralConfig(**known)
+
+
+def dequantised(model: PreTrainedModel) -> PreTrainedModel:
+    """Return `model`, loaded from a GGUF file and plain float32 by now, without what tells save_pretrained that its
+    weights are quantised."""
+    model.is_quantized, model.hf_quantizer = False, None  # type: ignore[assignment]
+    del model.config.quantization_config
+    return model
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Switch gradient checkpointing on: activations inside a layer are computed again in the backward pass."""
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
