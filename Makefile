@@ -9,12 +9,13 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 run: $(VENV)/.installed
 	$(BIN)/python -m minitron_search.run $(ARGS)
 
-# two passes: what is quick side by side, then the slow ones, which kill processes and take every core, one at a time
+# Two passes: the quick tests side by side, a file to a process, so that fixtures are made once; then the slow ones, which
+# kill processes and take every core, one at a time.
 test: $(VENV)/.installed
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow"
 	$(BIN)/python -m pytest -m slow
 endif
 

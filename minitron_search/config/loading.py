@@ -87,7 +87,7 @@ def read_yaml(file: str) -> dict[str, Any]:
 
 
 def _pairs(arguments: list[str]) -> Iterator[tuple[str, str]]:
-    """`--a.b VALUE` and `--a.b=VALUE`, in order."""
+    """Yield (key, value) of every `--a.b VALUE` and `--a.b=VALUE`, in order."""
     rest = list(arguments)
     while rest:
         flag = rest.pop(0)

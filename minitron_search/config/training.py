@@ -22,20 +22,23 @@ from minitron_search.records.metrics import objectives, ranking_objectives
 
 
 class SearchConfig(Section):
-    """objective: a name or several; rungs rank by the first, the others are for the sampler and the Pareto front.
-    rungs: tokens at which trials are compared; the first may be 0, the trim as it is: a score, and no training.
-    scheduler: who may train past a rung, and when. halving: the best 1 / reduction_factor of all that came to it, once
-        all have. asha: Ray Tune's, which decides at once and for good, and so waits for nobody and passes the first to
-        come. hyperband: the same with a bracket a rung, of which some decide later.
-    tokens: what all proposals may train on together; auto is what successive halving of `trials` takes, which bounds
-        only how long stopped trials are continued.
-    promote: how many are retrained; not_worse is every one that no paired test tells from the best at the last rung.
-    finalist_seeds: seeds, in all, of the best at the last rung (reduction_factor of them for each that is promoted).
-    controls: whether the winner's shape is also trained pruned at random and from random weights, to the last rung.
+    """How candidates are proposed, compared and promoted.
+
+    sampler: a key of `search.samplers.SAMPLERS`.
+    objective: a name or several. Rungs rank by the first; the others are for the sampler and the Pareto front.
+    rungs: the tokens at which trials are compared. The first may be 0: the untrained trim is scored.
+    scheduler: which trials may train past a rung, and when. halving: the best 1 / reduction_factor of those at the
+        rung, once all have reached it. asha: Ray Tune's, which decides about each trial as it arrives, and so waits for
+        none and passes the first. hyperband: the same with a bracket for every rung, some of which decide later.
+    tokens: the tokens that all proposals may train on together. auto is what successive halving of `trials` takes; it
+        bounds only how long stopped trials are continued.
+    promote: how many candidates are retrained. not_worse: all that no paired test tells from the best of the last rung.
+    finalist_seeds: how many seeds the best of the last rung get in all (reduction_factor of them for each promoted one).
+    controls: whether the winner's shape is also pruned at random and started from random weights, up to the last rung.
     """
 
     trials: Count = 12
-    sampler: str = "tpe"  # a key of `search.samplers.SAMPLERS`, which the run's checks hold it to
+    sampler: str = "tpe"  # the checks of a run hold it to `search.samplers.SAMPLERS`
     objective: Annotated[str | tuple[str, ...], BeforeValidator(one_or_several)] = "lm_loss"
     rungs: Annotated[tuple[CountOrZero, ...], BeforeValidator(as_list), Field(min_length=1)] = (0, 4_000, 12_000)
     reduction_factor: Annotated[int, BeforeValidator(as_number), Field(ge=2)] = 3
@@ -49,11 +52,12 @@ class SearchConfig(Section):
 
     @property
     def objectives(self) -> tuple[str, ...]:
+        """Return all objectives; rungs rank by the first."""
         return (self.objective,) if isinstance(self.objective, str) else self.objective
 
     @property
     def ranks_by(self) -> str:
-        """The objective that rungs rank by."""
+        """Return the objective that rungs rank by."""
         return self.objectives[0]
 
     @model_validator(mode="after")
@@ -125,7 +129,7 @@ class DistillationConfig(Section):
                              f"{asked} needs of the teacher itself; valid: off or auto, or intermediate 0")  # fmt: skip
         if self.loss == "ce" and self.intermediate == "auto":
             raise ValueError("distillation.intermediate: auto balances against the loss of the logits, which loss ce "
-                             "has not; valid: a number such as 1.0, or loss clm+kld")  # fmt: skip
+                             "lacks; valid: a number such as 1.0, or loss clm+kld")  # fmt: skip
         if self.initialization == "random_pruned":
             raise ValueError(f"distillation.initialization: random_pruned keeps channels that are not the teacher's "
                              f"leading ones, with which {asked} compares them; valid: pruned or random, or "
@@ -142,6 +146,8 @@ class DistillationConfig(Section):
 
 
 class RetrainingConfig(Section):
+    """The full retraining of promoted candidates, from their trims."""
+
     tokens: Count = 32_000
     learning_rate: Positive = 3e-4
     min_learning_rate: Annotated[Real, Field(ge=0)] = 1e-5
@@ -197,7 +203,7 @@ class ResourcesConfig(Section):
     price_per_hour: Annotated[Real, Field(ge=0)] | None = None
 
     def of_worker(self) -> dict[str, float]:
-        """What one worker asks of Ray."""
+        """Return what one worker asks of Ray, by Ray's names of resources."""
         asked = {"CPU": float(self.cpus_per_worker)}
         if self.gpus_per_worker:
             asked["GPU"] = float(self.gpus_per_worker)

@@ -35,7 +35,7 @@ class Objective(nn.Module):
         The intermediate loss is before alpha.
         """
         targets = {} if teacher is None else teacher.states
-        assert targets or not self.settings.intermediate, "the teacher gives no states for L_is to compare"
+        assert targets or not self.settings.intermediate, "a teacher without the states that L_is compares"
         with autocast(self.settings.precision, ids.device), recorded(self.student, targets) as states:
             hidden = final_hidden(self.student, ids)
             output = output_loss(

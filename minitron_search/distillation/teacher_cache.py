@@ -91,7 +91,7 @@ class Built(NamedTuple):
 
 
 def cache_path(request: Request) -> Path:
-    """The folder of the cache, named by the content of all that makes it."""
+    """Return the folder of the cache, named by the content of everything that goes into it."""
     return cache.entry("teacher_cache", content_id(_key_content(request), digits=32))
 
 

@@ -1,4 +1,4 @@
-"""evidence.json in sentences."""
+"""Sentences about what evidence.json holds."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -11,8 +11,7 @@ from minitron_search.config.training import ResourcesConfig
 from minitron_search.records.console import say
 from minitron_search.records.directory import RunDirectory
 from minitron_search.search.schedule import gang_workers
-from minitron_search.trials.inputs import TrialInputs
-from minitron_search.trials.runner import run_to_end, run_trial
+from minitron_search.trials.runner import run_to_end
 from minitron_search.trials.trial import Trial
 
 PROGRESS_S = 20.0
@@ -77,9 +76,3 @@ def _follow(training: ray.ObjectRef, trial: Trial, run_dir: RunDirectory, what: 
             left = max(0, total - last["tokens"]) / last["tokens_per_second"] / 60
             say(f"{what}: {last['tokens']:,} of {total:,} tokens, loss {last['loss']:.3f}, "
                 f"{last['tokens_per_second']:.0f} tokens/s, about {left:.0f} min left")  # fmt: skip
-
-
-def score_now(inputs: TrialInputs, trial: Trial) -> None:
-    """Score a trial that does not train, in this process, unless it has been scored."""
-    if not any(row["kind"] == "rung" for row in inputs.run_dir.metrics(trial.id)):
-        run_trial(inputs, trial, decided=False)

@@ -40,6 +40,7 @@ from minitron_search.records.directory import RunDirectory
 from minitron_search.records.summary import summary_table
 from minitron_search.search.state import SearchState, make_trial
 from minitron_search.tracking.curves import tracked
+from minitron_search.trials import runner
 from minitron_search.trials.settings import correction_tokens, distillation_settings, retraining_settings, untrained
 from minitron_search.trials.trial import Trial
 
@@ -153,7 +154,7 @@ def score_teacher(prepared: Prepared, inputs: ray.ObjectRef) -> None:
     settings = untrained(distillation_settings(config, prepared.precision))
     teacher = make_trial(space, space.teacher, "teacher", settings, seed=config.seed, initialization="pruned")
     begin(run_dir, [teacher])
-    on_all_cpus(run_dir, retraining.score_now, inputs, teacher)
+    on_all_cpus(run_dir, runner.score_now, inputs, teacher)
     refuse_at_chance(run_dir, teacher.id, config.search.objectives)
 
 
@@ -188,7 +189,7 @@ def promote(
     begin(run_dir, [trial, before])
     say(f"retrain: {architecture} on {config.retraining.tokens:,} tokens")
     run_dir.event("trial_started", trial=trial.id)
-    on_all_cpus(run_dir, retraining.score_now, inputs, before)
+    on_all_cpus(run_dir, runner.score_now, inputs, before)
     if not run_dir.best(rank).exists():
         slots = session.slots(config.resources)  # nodes may have come and gone since the search began
         try:

@@ -232,8 +232,10 @@ class SearchSpace:
     def _widths(
         self, hidden_size: Axis | None, heads: Axis | None, groups: Axis | None
     ) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
-        """(hidden sizes, pairs of query and key-value heads). Where heads make up hidden_size, the one that is left
-        out follows the other."""
+        """Return (hidden sizes, pairs of query and key-value heads).
+
+        Where heads make up hidden_size, the one that is left out follows the other.
+        """
         hidden_sizes = self._axis(hidden_size, "hidden_size")
         if family_of(self.config).head_dim != "derived":
             return hidden_sizes, self._heads(heads, groups)
@@ -245,7 +247,7 @@ class SearchSpace:
         return hidden_sizes if hidden_size else tuple(sorted({pair[0] * head_dim for pair in pairs})), pairs
 
     def _heads(self, heads: Axis | None, groups: Axis | None) -> tuple[tuple[int, int], ...]:
-        """(query heads, key-value heads) as asked: the same number of a group's heads in every group that is kept."""
+        """Return pairs of (query heads, key-value heads): every group that is kept keeps as many of its heads."""
         of_teacher = (self.teacher.num_attention_heads, self.teacher.num_key_value_heads)
         ratio = of_teacher[0] // of_teacher[1]
         head_counts = self._axis(heads, "num_attention_heads")

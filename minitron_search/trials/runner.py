@@ -150,6 +150,12 @@ def run_to_end(inputs: TrialInputs, trial: Trial, *, decided: bool = True, rank:
             inputs.run_dir.event("trial_failed", trial=trial.id, message=str(error))
 
 
+def score_now(inputs: TrialInputs, trial: Trial) -> None:
+    """Score a trial that does not train, in this process, unless it has been scored."""
+    if not any(row["kind"] == "rung" for row in inputs.run_dir.metrics(trial.id)):
+        run_trial(inputs, trial, decided=False)
+
+
 def wait_for_decision(run_dir: RunDirectory, trial: str, rung: int) -> bool:
     """Return whether the search lets `trial` train past `rung`. Blocks until it has said so: a trial that the search
     stops has then trained exactly as far as its last row, whatever the timing."""

@@ -10,7 +10,7 @@ from transformers import GPTJConfig, GPTJForCausalLM
 
 from minitron_search.cli import main
 from minitron_search.config import loading
-from minitron_search.planning import prepare as preparation
+from minitron_search.planning import checks
 from minitron_search.planning.prepare import prepare
 from minitron_search.records.directory import RunDirectory
 from tests import tiny
@@ -212,7 +212,7 @@ def test_a_cache_that_does_not_fit(
     said = refused(*flags, "--distillation.teacher_cache_bytes", str(needed - 1))
     assert f"distillation.teacher_cache: {mode} needs {needed:,} bytes, and distillation.teacher_cache_bytes" in said
     prepare(loading.load_config(None, [*good, *flags, "--distillation.teacher_cache_bytes", str(needed)]), False)
-    monkeypatch.setattr(preparation, "free_bytes", lambda folder: needed - 1)
+    monkeypatch.setattr(checks, "free_bytes", lambda folder: needed - 1)
     assert f"{mode} needs {needed:,} bytes, and MINITRON_SEARCH_CACHE" in refused(*flags)
     for other in ("auto", "off"):
         prepare(loading.load_config(None, [*good, "--distillation.teacher_cache", other]), False)
@@ -221,7 +221,7 @@ def test_a_cache_that_does_not_fit(
 def test_a_run_that_goes_on_has_its_cache_already(good: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     good += ["--distillation.teacher_cache", "hidden"]
     existing_run(good)
-    monkeypatch.setattr(preparation, "free_bytes", lambda folder: 0)
+    monkeypatch.setattr(checks, "free_bytes", lambda folder: 0)
     with pytest.raises(ValueError, match="needs .* bytes, and MINITRON_SEARCH_CACHE"):
         prepare(loading.load_config(None, good), True)
     RunDirectory("run").event("teacher_asked", tokens=256)

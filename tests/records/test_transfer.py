@@ -135,7 +135,7 @@ def test_the_newest_checkpoint_is_the_newest_of_any_node(transfer: NodeTransfer)
     assert newest == folder / "step-00000016" and (newest / "sub" / "weights").read_text() == "16"
     CheckpointFolder(folder, transfer).keep_newest()
     assert transfer.names(folder) == ["step-00000016"]
-    assert CheckpointFolder(transfer.run / "none", transfer).latest() is None
+    assert CheckpointFolder(transfer.root / "none", transfer).latest() is None
 
 
 @pytest.mark.parametrize(

@@ -187,21 +187,23 @@ def test_a_trial_ends_as_its_event_says_after_its_last_point(run: RunDirectory) 
     assert told.points[-1][1].tokens == 192 and told.ends[-1] == ("a", "FINISHED")
 
 
-def test_a_tracker_that_fails_ends_no_run_and_is_told_no_more(run: RunDirectory) -> None:
+def test_a_tracker_that_fails_ends_no_run_and_is_told_no_more(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Failing(Told):
         name = "failing"
 
         def tell(self, trial: str, about: Any, points: list[Point]) -> None:
             raise ConnectionError("no server\nat this address")
 
-    said: list[str] = []
     well = Told()
-    curves = Tracking(run, [Failing(), well], said.append)
+    curves = Tracking(run, [Failing(), well])
     for step in (1, 2):
         steps(run, "a", step)
         curves.look()
     curves.end("FINISHED")
-    assert said == ["trackers: failing is dropped: no server"]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith("trackers: failing is dropped: no server")
     (event,) = [event for event in run.events() if event["event"] == "tracker_failed"]
     assert event["tracker"] == "failing" and event["message"] == "no server"
     assert len(well.points) == 2 == len(shown(run)["train/loss"])
