@@ -1,5 +1,7 @@
-"""python -m analysis.depth_figures RUN_DIR: the depth sweep's figures in RUN_DIR/depth_figures.html (interactive,
-opens offline) and one depth_<figure>.svg and .png each.
+"""Draw the depth sweep: `python -m analysis.depth_figures RUN_DIR`.
+
+The figures are written to RUN_DIR/depth_figures.html (interactive, opens offline), and each to depth_<figure>.svg and
+.png.
 
 The static files are drawn by a Chromium or Chrome of this machine; where there is none, the page is written, the static
 files are not, and the command says so.

@@ -1,4 +1,4 @@
-"""Cards -> one HTML file that loads nothing and in which no word of the run can act as code.
+"""Put cards into one HTML file that loads nothing, and in which no word of the run can act as code.
 
 Three walls: text is escaped, data is JSON with every `<` written as \\u003c, and the page's own policy runs
 only the two scripts whose hashes it carries and forbids every request.

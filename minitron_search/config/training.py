@@ -33,7 +33,7 @@ class SearchConfig(Section):
     tokens: the tokens that all proposals may train on together. auto is what successive halving of `trials` takes; it
         bounds only how long stopped trials are continued.
     promote: how many candidates are retrained. not_worse: all that no paired test tells from the best of the last rung.
-    finalist_seeds: how many seeds the best of the last rung get in all (reduction_factor of them for each promoted one).
+    finalist_seeds: the seeds, in all, of the best of the last rung (reduction_factor of them for each promoted one).
     controls: whether the winner's shape is also pruned at random and started from random weights, up to the last rung.
     """
 

@@ -1,4 +1,4 @@
-"""Text -> packed token windows; disjoint calibration, train and validation.
+"""Pack text into token windows: disjoint calibration, train and validation.
 
 Documents (`text_sources.py`) are joined by the end-of-text token and cut into windows that do not overlap; the last,
 incomplete one is dropped. A tokenizer that puts BOS before a text by itself (Gemma's does; without it those models

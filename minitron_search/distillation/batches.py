@@ -1,4 +1,4 @@
-"""Which windows a training reads at each step: whole batches of an endless stream, shared by processes.
+"""Choose the windows that a training reads at each step: whole batches of an endless stream, shared by processes.
 
 The stream is epoch after epoch, each a permutation made from (seed, epoch). Batch k is the same windows whatever the
 number of processes, and every run with the same seed reads the same stream.

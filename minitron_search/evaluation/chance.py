@@ -1,4 +1,4 @@
-"""Is the teacher above chance? A metric on which it is not clearly so is flagged, and ranks nothing."""
+"""Flag every metric on which the teacher is not clearly above chance; such a metric ranks nothing."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -1,4 +1,4 @@
-"""A model -> Score: LM loss, KL to the teacher, Winogrande; each with its standard error and n."""
+"""Score a model: LM loss, KL to the teacher, Winogrande; each with its standard error and n."""
 
 import time
 from dataclasses import dataclass

@@ -1,5 +1,6 @@
-"""Find the teacher that the configuration names, the embedded one, a folder (here or in storage) or a Hub name, as a
-Hugging Face folder.
+"""Make any teacher that a configuration may name a Hugging Face folder.
+
+A name is the embedded one's, a folder's (here or in storage) or one of the Hub.
 
 Weights are read by `fingerprint` only. A name is the embedded one before it is a folder, and a folder before
 it is a Hub name (`./smollm2-135m` is always a folder).

@@ -1,4 +1,4 @@
-"""(teacher, rankings, architecture) -> student; pure.
+"""Trim a teacher: (teacher, rankings, architecture) to student, a pure function.
 
 The teacher is permuted once so that every axis is in descending importance; then every width candidate is a
 leading slice of every matrix, and candidates nest.

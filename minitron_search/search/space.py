@@ -1,4 +1,4 @@
-"""Axes + budget -> legal architectures.
+"""Enumerate the legal architectures that the axes and the budget allow.
 
 The space is enumerated: every shape on the axes' grid that a stock configuration can say and that is inside
 the budget, times every place its dropped block may start. A proposal is always a member of that list.

@@ -191,7 +191,7 @@ def test_a_teacher_without_weights_or_tokenizer(refused: Refused, here: Path) ->
     tiny.config(vocab_size=258).save_pretrained(here / "empty")
     assert "has no weights in safetensors files" in refused("--teacher.model", str(here / "empty"))
     tiny.model(tiny.config(vocab_size=258)).save_pretrained(here / "mute")
-    assert "has no tokenizer that loads" in refused("--teacher.model", str(here / "mute"))
+    assert "has no tokenizer that can be loaded" in refused("--teacher.model", str(here / "mute"))
 
 
 # The teacher's cache
@@ -325,7 +325,7 @@ def test_an_evaluation_that_cannot_be_is_refused(refused: Refused, task: Path, i
         (str(task), "evaluation.tasks: mine:0: its questions cannot be had ("),
     ):
         assert why in refused("--evaluation.tasks", asked)
-    for reference, why in (("./nowhere", "is not a folder"), ("nobody/nothing", "has no configuration that loads")):
+    for reference, why in (("./nowhere", "is not a folder"), ("nobody/nothing", "has no configuration that can be loaded")):
         said = refused("--evaluation.tasks", "winogrande", "--evaluation.references", reference)
         assert f"evaluation.references: '{reference}' {why}" in said and "teacher.model" not in said
     assert "with no evaluation.tasks" in refused("--evaluation.references", str(inputs / "teacher"))
