@@ -134,7 +134,8 @@ def search_and_retrain(prepared: Prepared) -> None:
     seeds = layer_seeds(prepared)
     with stage(run_dir, "teacher"):
         inputs = ray.put(replace(make_trial_inputs(prepared), merges=read_merges(run_dir)))
-        score_teacher(prepared, inputs)
+        teacher = score_teacher(prepared, inputs)
+    refuse_at_chance(run_dir, teacher.id, config.search.objectives)
     space.anchors += space.largest_without(seeds)
     search = SearchState(run_dir, config, space, distillation_settings(config, prepared.precision))
     best = search_candidates(prepared, search, inputs) if "search" in config.stages else search.best()
@@ -148,14 +149,14 @@ def search_and_retrain(prepared: Prepared) -> None:
                 evaluate_models(prepared, len(best))
 
 
-def score_teacher(prepared: Prepared, inputs: ray.ObjectRef) -> None:
-    """Score the pruned model. Raises ValueError if it is at chance on a metric that the search ranks by."""
+def score_teacher(prepared: Prepared, inputs: ray.ObjectRef) -> Trial:
+    """Score the pruned model; return the trial whose log holds its scores."""
     config, run_dir, space = prepared.config, prepared.run_dir, prepared.space
     settings = untrained(distillation_settings(config, prepared.precision))
     teacher = make_trial(space, space.teacher, "teacher", settings, seed=config.seed, initialization="pruned")
     begin(run_dir, [teacher])
     on_all_cpus(run_dir, runner.score_now, inputs, teacher)
-    refuse_at_chance(run_dir, teacher.id, config.search.objectives)
+    return teacher
 
 
 def search_candidates(prepared: Prepared, search: SearchState, inputs: ray.ObjectRef) -> list[Architecture]:
