@@ -27,7 +27,7 @@ from minitron_search.ablation.shapes import shaped
 from minitron_search.config import loading
 from minitron_search.config.schema import Config
 from minitron_search.models.sources import is_stored
-from minitron_search.planning.prepare import Prepared, check
+from minitron_search.planning.prepare import Prepared, check, check_names
 from minitron_search.records.bucket import bucket_copy
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.paths import inside, is_uri, working_folder
@@ -211,7 +211,7 @@ def checked(ablation: Ablation, resume: bool) -> dict[str, tuple[Config, SearchS
         else:
             with _naming(f"arms.{arm}"):
                 values = _merged(ablation.values, changes)
-                loading.parse_config({key: values[key] for key in values if key != "architecture"})
+                check_names(loading.parse_config({key: values[key] for key in values if key != "architecture"}))
     return found
 
 

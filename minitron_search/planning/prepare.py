@@ -77,13 +77,22 @@ class Prepared:
         return self.distillation_teacher or self.pruned
 
 
+def check_names(config: Config) -> None:
+    """Do the checks that need the configuration alone: of the method, the sampler and the loss that it names.
+
+    Raises ValueError for one that there is not, and for one that other values rule out.
+    """
+    check_importance(config.importance)
+    check_sampler(config.search.sampler, config.search.objectives)
+    check_loss(config)
+
+
 def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace]:
     """Do the quick checks, which read neither weights nor text; return the pruned model's configuration and the space.
 
     Raises ValueError with the field, its value and a valid alternative.
     """
-    check_importance(config.importance)
-    check_sampler(config.search.sampler, config.search.objectives)
+    check_names(config)
     run_dir = RunDirectory(config.output)
     check_output(run_dir, config, resume)
     check_stages(run_dir, config)
@@ -94,7 +103,6 @@ def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace]:
     _check_teachers(config, pruned, _distillation_teacher_config(config, pruned))
     _check_evaluation(config)
     check_installed(config.trackers)
-    check_loss(config)
     check_topk(config, pruned)
     if config.distillation.compile:
         check_compiler()

@@ -230,6 +230,10 @@ def test_an_arm_may_wait_for_a_run_that_is_made_first(loaded: Loaded, inputs: Pa
     with pytest.raises(ValueError, match="arms.two: distillation.lss: unknown key"):
         wrong = {"teacher": {"model": "{output}/before/x"}, "distillation": {"lss": 1}}
         checked(loaded(arms={"one": {}, "two": wrong}), resume=False)
+    for section, key in (("distillation", "loss"), ("importance", "method")):
+        with pytest.raises(ValueError, match=f"arms.two: {section}.{key}: 'none' is no"):
+            wrong = {"teacher": {"model": "{output}/before/x"}, section: {key: "none"}}
+            checked(loaded(arms={"one": {}, "two": wrong}), resume=False)
 
 
 def test_an_arm_that_fails_is_said_to_and_the_others_go_on(
