@@ -12,7 +12,7 @@ from rich.table import Table
 from minitron_search.evaluation.paired_scores import Row, Scores, against
 from minitron_search.evaluation.statistics import LEVEL, holm, mean_and_error
 from minitron_search.records.directory import ABLATION_TABLE, RunDirectory, write_table
-from minitron_search.records.metrics import scored
+from minitron_search.records.metrics import compared_metrics
 from minitron_search.records.summary import with_error
 
 # One row per arm (but the baseline), rung and metric: the arm minus the baseline, of means over the seeds both have.
@@ -49,7 +49,7 @@ def differences(rows: Mapping[str, Sequence[Row]], scores: Scores, baseline: str
     for rung in sorted({row["rung"] for row in rows[baseline]}):
         here = {arm: [row for row in trials if row["rung"] == rung] for arm, trials in rows.items()}
         tests = {arm: against(here[baseline], here[arm], scores) for arm in rows if arm != baseline and here[arm]}
-        for metric in scored():
+        for metric in compared_metrics():
             tested = {arm: test[metric] for arm, test in tests.items() if metric in test}
             by_window = holm([test["p"] for test in tested.values()])
             several = {arm: test["over_seeds"]["p"] for arm, test in tested.items() if "over_seeds" in test}

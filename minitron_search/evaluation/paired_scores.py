@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from minitron_search.evaluation.statistics import clustered, compared, mcnemar, over_seeds
-from minitron_search.records.metrics import METRICS, scored
+from minitron_search.records.metrics import METRICS, compared_metrics
 
 Row = Mapping[str, Any]  # of the trials table
 Scores = Mapping[tuple[str, int], Mapping[str, Any]]  # `RunDirectory.scores`
@@ -34,7 +34,7 @@ def against(baseline: Sequence[Row], other: Sequence[Row], scores: Scores) -> di
     )
     seeds = sorted(ours.keys() & theirs.keys())
     tests: dict[str, dict[str, Any]] = {}
-    for metric in scored():
+    for metric in compared_metrics():
         values = METRICS[metric].values
         if not seeds or any(values not in logged[seed] for logged in (ours, theirs) for seed in seeds):
             continue

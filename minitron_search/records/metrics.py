@@ -69,6 +69,11 @@ def scored() -> tuple[str, ...]:
     return tuple(name for name, metric in METRICS.items() if metric.error)
 
 
+def compared_metrics() -> tuple[str, ...]:
+    """Return the scored metrics in the order of paired tests: those that a search may rank by come first."""
+    return tuple(sorted(scored(), key=lambda name: not METRICS[name].objective))
+
+
 def score_columns() -> tuple[str, ...]:
     """Return the columns of `trials.parquet` that hold a trial's scores: metrics, their standard errors and counts.
 
