@@ -337,5 +337,5 @@ def make_trial(
         initialization=initialization,
         settings=replace(settings, seed=seed),
         score_precision=score_precision,
-        counts=counts(space, architecture) if space else {},
+        counts=counts(space, architecture) if space is not None else {},
     )
