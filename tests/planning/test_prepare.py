@@ -325,7 +325,10 @@ def test_an_evaluation_that_cannot_be_is_refused(refused: Refused, task: Path, i
         (str(task), "evaluation.tasks: mine:0: its questions cannot be had ("),
     ):
         assert why in refused("--evaluation.tasks", asked)
-    for reference, why in (("./nowhere", "is not a folder"), ("nobody/nothing", "has no configuration that can be loaded")):
+    for reference, why in (
+        ("./nowhere", "is not a folder"),
+        ("nobody/nothing", "has no configuration that can be loaded"),
+    ):
         said = refused("--evaluation.tasks", "winogrande", "--evaluation.references", reference)
         assert f"evaluation.references: '{reference}' {why}" in said and "teacher.model" not in said
     assert "with no evaluation.tasks" in refused("--evaluation.references", str(inputs / "teacher"))
