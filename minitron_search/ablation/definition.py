@@ -202,17 +202,17 @@ def checked(ablation: Ablation, resume: bool) -> dict[str, tuple[Config, SearchS
     Those are the runs made first, then the arms that wait for none of them. Arms have to be alike in what they are
     compared at. Raises ValueError that names the arm.
     """
-    found = {}
+    runs = {}
     for name in ablation.before:
-        found[f"{BEFORE}/{name}"] = _checked(ablation.config_before(name), f"{BEFORE}.{name}", resume)
+        runs[f"{BEFORE}/{name}"] = _checked(ablation.config_before(name), f"{BEFORE}.{name}", resume)
     for arm, changes in ablation.changes.items():
         if not ablation.waits(arm, changes):
-            found[arm] = check_arm(ablation, arm, resume)
+            runs[arm] = check_arm(ablation, arm, resume)
         else:
             with _naming(f"arms.{arm}"):
                 values = _merged(ablation.values, changes)
                 check_names(loading.parse_config({key: values[key] for key in values if key != "architecture"}))
-    return found
+    return runs
 
 
 def begun(output: str) -> bool:

@@ -31,7 +31,7 @@ def shaped(architecture: Any, config: Config) -> dict[str, Any]:
     if isinstance(architecture, Mapping):
         return _given(architecture)
     if architecture not in RULES:
-        raise ValueError(f"architecture: {architecture!r} is no rule; valid: {', '.join(RULES)}, or sizes such as "
+        raise ValueError(f"architecture: {architecture!r} is not a rule; valid: {', '.join(RULES)}, or sizes such as "
                          "{hidden_size: 448, intermediate_size: 1184}")  # fmt: skip
     if config.space.budget.params is None:
         raise ValueError(f"architecture: {architecture} comes near space.budget.params, which is not given; valid: "
@@ -79,10 +79,13 @@ def _shrunk_alike(config: Config, teacher: PretrainedConfig) -> dict[str, int]:
         return max(off, CLOSE), abs(math.log(kept[0] / kept[1])), off
 
     chosen = space.architecture(min(space.points.tolist(), key=order))
-    found = {"hidden_size": chosen.hidden_size, "intermediate_size": chosen.intermediate_size}
+    chosen_sizes = {"hidden_size": chosen.hidden_size, "intermediate_size": chosen.intermediate_size}
     if chosen.num_attention_heads != full.num_attention_heads:  # of a family whose heads make up hidden_size
-        found |= {"num_attention_heads": chosen.num_attention_heads, "num_key_value_heads": chosen.num_key_value_heads}
-    return found
+        chosen_sizes |= {
+            "num_attention_heads": chosen.num_attention_heads,
+            "num_key_value_heads": chosen.num_key_value_heads,
+        }
+    return chosen_sizes
 
 
 def _layers_to_drop(config: Config, teacher: PretrainedConfig) -> int:

@@ -78,7 +78,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _a_trial_reaches_every_rung(self) -> "Config":
-        length, asked = self.corpus.sequence_length, self.search.tokens
+        length, tokens = self.corpus.sequence_length, self.search.tokens
         batch = math.ceil(self.distillation.batch_tokens / length) * length
         reached = [math.ceil(rung / batch) * batch for rung in self.search.rungs]
         if len(set(reached)) < len(reached):
@@ -86,33 +86,33 @@ class Config(Section):
                              f"{batch}; valid: {list(dict.fromkeys(reached))}, or a smaller "
                              "distillation.batch_tokens")  # fmt: skip
         least = reached[-1]
-        if asked != "auto" and asked < least:
-            raise ValueError(f"search.tokens: {asked} for all trials, of which one alone takes {least}, in whole "
+        if tokens != "auto" and tokens < least:
+            raise ValueError(f"search.tokens: {tokens} for all trials, of which one alone takes {least}, in whole "
                              f"batches, to the last rung; valid: at least {least}, or auto")  # fmt: skip
         return self
 
     @model_validator(mode="after")
     def _correction_fits(self) -> "Config":
-        asked, prune = self.teacher.correction, self.teacher.prune
-        if asked.parallel and asked.method == "none":
+        correction, prune = self.teacher.correction, self.teacher.prune
+        if correction.parallel and correction.method == "none":
             raise ValueError("teacher.correction.parallel: True with teacher.correction.method none; "
                              "valid: method full, lora or norms")  # fmt: skip
-        if asked.parallel and asked.tokens != "auto":
-            raise ValueError(f"teacher.correction.tokens: {asked.tokens} with teacher.correction.parallel, which lasts "
-                             "as long as a student distils; valid: auto")  # fmt: skip
-        if asked.parallel and self.distillation.teacher_cache not in ("auto", "off"):
+        if correction.parallel and correction.tokens != "auto":
+            raise ValueError(f"teacher.correction.tokens: {correction.tokens} with teacher.correction.parallel, which "
+                             "lasts as long as a student distils; valid: auto")  # fmt: skip
+        if correction.parallel and self.distillation.teacher_cache not in ("auto", "off"):
             raise ValueError(f"distillation.teacher_cache: {self.distillation.teacher_cache} with "
                              "teacher.correction.parallel, whose teacher changes at every step; "
                              "valid: auto or off")  # fmt: skip
-        if asked.parallel and self.distillation.loss == "ce" and not self.distillation.intermediate:
+        if correction.parallel and self.distillation.loss == "ce" and not self.distillation.intermediate:
             raise ValueError("teacher.correction.parallel: True with distillation.loss ce, which asks no teacher; "
                              "valid: distillation.loss kld")  # fmt: skip
-        if asked.method == "lora" and self.resources.strategy == "fsdp2":
+        if correction.method == "lora" and self.resources.strategy == "fsdp2":
             raise ValueError("teacher.correction.method: lora with resources.strategy fsdp2, whose shards are of stock "
                              "layers; valid: full or norms, or resources.strategy ddp")  # fmt: skip
         if prune == "corrected" and not self.prunes_corrected:
-            why = ("no correction is asked" if asked.method == "none" else
-                   "parallel corrects after pruning" if asked.parallel else
+            why = ("no correction is asked" if correction.method == "none" else
+                   "parallel corrects after pruning" if correction.parallel else
                    "the correction is of distillation.teacher")  # fmt: skip
             raise ValueError(f"teacher.prune: corrected, but {why}; valid: original or auto")
         return self
@@ -134,9 +134,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _samples_are_of_the_calibration(self) -> "Config":
-        asked, most = self.importance.samples, self.corpus.calibration_samples
-        if asked is not None and asked > most:
-            raise ValueError(f"importance.samples: {asked} of corpus.calibration_samples {most}; "
+        samples, most = self.importance.samples, self.corpus.calibration_samples
+        if samples is not None and samples > most:
+            raise ValueError(f"importance.samples: {samples} of corpus.calibration_samples {most}; "
                              f"valid: at most {most}")  # fmt: skip
         return self
 

@@ -62,14 +62,14 @@ class SearchConfig(Section):
 
     @model_validator(mode="after")
     def _objectives_are_known(self) -> "SearchConfig":
-        asked = self.objectives
-        listed, every = ",".join(asked), objectives()
-        if unknown := [name for name in asked if name not in every]:
-            raise ValueError(f"search.objective: {unknown[0]!r} is no objective; valid: {', '.join(every)}")
-        if len(set(asked)) < len(asked):
-            raise ValueError(f"search.objective: {listed} names one twice; valid: {','.join(dict.fromkeys(asked))}")
-        if not asked or asked[0] not in ranking_objectives():
-            valid = ",".join(dict.fromkeys(("lm_loss", *asked)))
+        names = self.objectives
+        listed, every = ",".join(names), objectives()
+        if unknown := [name for name in names if name not in every]:
+            raise ValueError(f"search.objective: {unknown[0]!r} is not an objective; valid: {', '.join(every)}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"search.objective: {listed} names one twice; valid: {','.join(dict.fromkeys(names))}")
+        if not names or names[0] not in ranking_objectives():
+            valid = ",".join(dict.fromkeys(("lm_loss", *names)))
             raise ValueError(f"search.objective: {listed or 'empty'}: rungs rank by the first, one of "
                              f"{', '.join(ranking_objectives())}; valid: {valid}")  # fmt: skip
         return self
@@ -118,7 +118,7 @@ class DistillationConfig(Section):
 
     @model_validator(mode="after")
     def _states_come_from_a_live_teacher_lined_up(self) -> "DistillationConfig":
-        asked = f"distillation.intermediate {self.intermediate}"
+        setting = f"distillation.intermediate {self.intermediate}"
         if not self.intermediate:
             if self.embedding:
                 raise ValueError("distillation.embedding: true is part of the intermediate loss, whose weight is 0; "
@@ -126,13 +126,14 @@ class DistillationConfig(Section):
             return self
         if self.teacher_cache not in ("auto", "off"):
             raise ValueError(f"distillation.teacher_cache: {self.teacher_cache} holds no intermediate states, which "
-                             f"{asked} needs of the teacher itself; valid: off or auto, or intermediate 0")  # fmt: skip
+                             f"{setting} needs of the teacher itself; valid: off or auto, or "
+                             "intermediate 0")  # fmt: skip
         if self.loss == "ce" and self.intermediate == "auto":
             raise ValueError("distillation.intermediate: auto balances against the loss of the logits, which loss ce "
                              "lacks; valid: a number such as 1.0, or loss clm+kld")  # fmt: skip
         if self.initialization == "random_pruned":
             raise ValueError(f"distillation.initialization: random_pruned keeps channels that are not the teacher's "
-                             f"leading ones, with which {asked} compares them; valid: pruned or random, or "
+                             f"leading ones, with which {setting} compares them; valid: pruned or random, or "
                              "intermediate 0")  # fmt: skip
         return self
 
@@ -204,12 +205,12 @@ class ResourcesConfig(Section):
 
     def of_worker(self) -> dict[str, float]:
         """Return what one worker asks of Ray, by Ray's names of resources."""
-        asked = {"CPU": float(self.cpus_per_worker)}
+        resources = {"CPU": float(self.cpus_per_worker)}
         if self.gpus_per_worker:
-            asked["GPU"] = float(self.gpus_per_worker)
+            resources["GPU"] = float(self.gpus_per_worker)
         if self.accelerator_type is not None:
-            asked[f"accelerator_type:{self.accelerator_type}"] = 0.001  # each node that has the kind has 1 of it
-        return asked
+            resources[f"accelerator_type:{self.accelerator_type}"] = 0.001  # each node that has the kind has 1 of it
+        return resources
 
     @model_validator(mode="after")
     def _accelerators_are_gpus(self) -> "ResourcesConfig":

@@ -51,7 +51,7 @@ def one_or_several(value: Any) -> Any:
 
 def same_in_every_layer(value: Any) -> Any:
     """Refuse a list of sizes for every layer; return anything else as it is."""
-    if isinstance(value, list | tuple) and any(isinstance(each, list | tuple) for each in value):
+    if isinstance(value, list | tuple) and any(isinstance(item, list | tuple) for item in value):
         raise ValueError("an axis takes one size for all layers, as a stock configuration of these families does, not "
                          "a size for every layer; valid: choices: [768, 1024]")  # fmt: skip
     return value

@@ -42,7 +42,7 @@ def text_source(field: str, name: str) -> TextSource:
         return _files(field, name)
     if match := HUB_NAME.fullmatch(name):
         return _hub(field, name, match["path"], match["config"], match["split"] or "train")
-    raise ValueError(f"{field}: {name!r} is no file here{near_names(path)}; valid: {_valid()}")
+    raise ValueError(f"{field}: {name!r} is not a file here{near_names(path)}; valid: {_valid()}")
 
 
 def _files(field: str, name: str) -> TextSource:
@@ -53,7 +53,7 @@ def _files(field: str, name: str) -> TextSource:
     if not path.exists():
         if not glob.has_magic(name):
             raise ValueError(f"{field}: {name!r} does not exist{near_names(path)}; valid: {_valid()}")
-        paths = sorted(Path(found) for found in glob.glob(str(path), recursive=True) if Path(found).is_file())
+        paths = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
         if not paths:
             raise ValueError(f"{field}: {name!r} matches no file; valid: {_valid()}")
     for path in paths:
@@ -81,7 +81,7 @@ def _jsonl(field: str, path: Path) -> Iterator[str]:
                 yield _text(json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{field}: {str(path)!r}, line {number}: {line[:60]!r} is no object with a text; "
+                    f"{field}: {str(path)!r}, line {number}: {line[:60]!r} is not an object with a text; "
                     'valid: {"text": "..."}'
                 ) from error
 
@@ -97,7 +97,9 @@ def _parquet(field: str, path: Path) -> Iterator[str]:
                 if row["text"] is not None:
                     yield _text(row)
     except (ValueError, TypeError, OSError) as error:  # pyarrow's own errors are ValueError or OSError
-        raise ValueError(f"{field}: {str(path)!r} is no parquet file with a string column `text` ({error})") from error
+        raise ValueError(
+            f"{field}: {str(path)!r} is not a parquet file with a string column `text` ({error})"
+        ) from error
 
 
 # By suffix: (configuration key, file) -> its documents; raises ValueError, with the key, for a file that is damaged.
@@ -130,7 +132,7 @@ def _hub(field: str, name: str, path: str, config: str | None, split: str) -> Te
         builder = datasets.load_dataset_builder(path, config)
     except (OSError, ValueError, datasets.exceptions.DatasetsError, HfHubHTTPError) as error:
         raise ValueError(
-            f"{field}: {name!r} is no file here, and the Hub did not give it ({str(error).splitlines()[0]}); "
+            f"{field}: {name!r} is not a file here, and the Hub did not give it ({str(error).splitlines()[0]}); "
             f"valid: {_valid()}"
         ) from error
 

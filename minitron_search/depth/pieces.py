@@ -105,19 +105,21 @@ def compute(job: Job, piece: Piece) -> tuple[Piece, dict[str, np.ndarray]]:
     if job.transfer is not None:
         job.transfer.fetch(job.folder)
     torch.set_num_threads(job.threads)
-    found: Values
+    by_metric: Values
     if piece.kind == TEXT:
         model = _layerwise(job.folder, job.precision, job.device, _streamed(job))
-        found = depth.text_values(model, job.windows[piece.rows], piece.cuts, piece.bi_blocks)
+        by_metric = depth.text_values(model, job.windows[piece.rows], piece.cuts, piece.bi_blocks)
     elif piece.kind == TAYLOR:
         teacher = _teacher(job.folder, job.device)
-        found = {"taylor": depth.taylor_values(teacher, job.windows[piece.rows], job.precision)}
+        by_metric = {"taylor": depth.taylor_values(teacher, job.windows[piece.rows], job.precision)}
     else:
         model = _layerwise(job.folder, job.precision, job.device, _streamed(job))
         options = _options(job.packed, piece.rows)
         sums = depth.winogrande_values(model, job.packed, piece.rows, piece.cuts)
-        found = {CHOICES: {cut: values[options] for cut, values in sums.items()}}
-    return piece, {f"{metric} {json.dumps(cut)}": array for metric, of in found.items() for cut, array in of.items()}
+        by_metric = {CHOICES: {cut: values[options] for cut, values in sums.items()}}
+    return piece, {
+        f"{metric} {json.dumps(cut)}": array for metric, of in by_metric.items() for cut, array in of.items()
+    }
 
 
 def keep(job: Job, piece: Piece, named: dict[str, np.ndarray]) -> None:
@@ -135,29 +137,29 @@ def read(job: Job, kind: str) -> Values:
     """Return every value that all chunks have, chunks in order: by window or, for Winogrande, (examples, 2) of a
     cut."""
     of_chunks = [(rows, _read_chunk(job, kind, rows)) for rows in job.chunks(kind)]
-    found: Values = {}
+    by_metric: Values = {}
     for metric in of_chunks[0][1]:
         shared = set.intersection(*(set(values.get(metric, {})) for _, values in of_chunks))
-        found[metric] = {}
+        by_metric[metric] = {}
         for cut in sorted(shared):
             if kind != CHOICES:
-                found[metric][cut] = np.concatenate([values[metric][cut] for _, values in of_chunks])
+                by_metric[metric][cut] = np.concatenate([values[metric][cut] for _, values in of_chunks])
             else:
                 whole = np.zeros(2 * len(job.packed.answers))
                 for rows, values in of_chunks:
                     whole[_options(job.packed, rows)] = values[metric][cut]
-                found[metric][cut] = whole.reshape(-1, 2)
-    return found
+                by_metric[metric][cut] = whole.reshape(-1, 2)
+    return by_metric
 
 
 def _read_chunk(job: Job, kind: str, rows: slice) -> Values:
-    found: Values = {}
+    by_metric: Values = {}
     for path in sorted(job.pieces.glob(f"{job.key(kind, rows)}-*.npz")):
         with np.load(path) as arrays:
             for name in arrays.files:
                 metric, _, layers = name.partition(" ")
-                found.setdefault(metric, {})[tuple(json.loads(layers))] = arrays[name]
-    return found
+                by_metric.setdefault(metric, {})[tuple(json.loads(layers))] = arrays[name]
+    return by_metric
 
 
 def _choice_metrics(job: Job) -> Values:

@@ -34,19 +34,19 @@ def recommendation(values: Values, lengths: Sequence[int], depth: int, sets: Map
     if "winogrande_acc" in values:
         correct = values["winogrande_acc"][TEACHER]
         at_chance = bool(correct.mean() <= chance_bar(len(correct)))
-    found = {str(length): _of_length(values, length, depth, sets.get(length), at_chance) for length in lengths}
+    by_length = {str(length): _of_length(values, length, depth, sets.get(length), at_chance) for length in lengths}
     return {
         "teacher": {metric: _described(of[TEACHER], TEACHER) for metric, of in values.items() if TEACHER in of},
         "at_chance": at_chance,
-        "by_length": found,
-        "words": [*_warnings(values, at_chance), *(line for of in found.values() for line in of["words"])],
+        "by_length": by_length,
+        "words": [*_warnings(values, at_chance), *(line for of in by_length.values() for line in of["words"])],
     }
 
 
-def best_blocks(found: Mapping[str, Any], objective: str) -> dict[int, int]:
+def best_blocks(depth_json: Mapping[str, Any], objective: str) -> dict[int, int]:
     """Return length -> start of the best block for a search's `objective`, from what depth.json holds."""
     metric = "winogrande_margin" if objective == "winogrande_margin" else "lm_loss"
-    of_lengths = found["by_length"].items()
+    of_lengths = depth_json["by_length"].items()
     return {int(length): of["best"][metric]["start"] for length, of in of_lengths if metric in of["best"]}
 
 
@@ -72,13 +72,13 @@ def _of_length(
     trusted = "winogrande_acc" in best and not at_chance
     by = "winogrande_acc" if trusted else next((m for m in RANKING if m in best), None)
     starts = {metric: of["start"] for metric, of in best.items() if metric != "winogrande_acc" or trusted}
-    found = {
+    summary = {
         "best": best,
         "one_by_one": against_set,
         "recommended": by and {"by": by, **{key: best[by][key] for key in ("start", "length", "layers")}},
         "agree": len(set(starts.values())) <= 1,
     }
-    return {**found, "words": _words(length, found, starts, trusted)}
+    return {**summary, "words": _words(length, summary, starts, trusted)}
 
 
 def _described(of_cut: np.ndarray, cut: Cut) -> dict[str, Any]:
@@ -87,10 +87,10 @@ def _described(of_cut: np.ndarray, cut: Cut) -> dict[str, Any]:
     return {**place, "value": mean, "stderr": stderr, "n": n}
 
 
-def _words(length: int, found: dict[str, Any], starts: Mapping[str, int], trusted: bool) -> list[str]:
+def _words(length: int, summary: dict[str, Any], starts: Mapping[str, int], trusted: bool) -> list[str]:
     layers = "1 layer" if length == 1 else f"{length} layers"
     lines = []
-    for metric, best in found["best"].items():
+    for metric, best in summary["best"].items():
         if metric == "winogrande_acc" and not trusted:
             continue
         value = f"{_plus_minus(best)} {METRICS[metric].unit}".rstrip()
@@ -101,7 +101,7 @@ def _words(length: int, found: dict[str, Any], starts: Mapping[str, int], truste
             text += (f"; {certain} the runner-up, {_range(best['runner_up'])} "
                      f"(difference {_plus_minus(test, 'difference')}, p = {test['p']:.2g})")  # fmt: skip
         lines.append(text + ".")
-    for metric, of_set in found["one_by_one"].items():
+    for metric, of_set in summary["one_by_one"].items():
         if metric == "winogrande_acc" and not trusted:
             continue
         test = of_set["against_best_block"]
@@ -111,11 +111,11 @@ def _words(length: int, found: dict[str, Any], starts: Mapping[str, int], truste
         lines.append(f"{layers} chosen one by one ({_list(of_set['layers'])}): {METRICS[metric].name} "
                      f"{_plus_minus(of_set)}, {which} the best block (difference "
                      f"{_plus_minus(test, 'difference')}, p = {test['p']:.2g}, n = {test['n']}).")  # fmt: skip
-    if not found["agree"]:
+    if not summary["agree"]:
         says = ", ".join(f"{METRICS[metric].name} at layer {start}" for metric, start in starts.items())
         lines.append(f"{layers}: the metrics disagree on where the block starts: {says}.")
-    if found["recommended"]:
-        chosen = found["recommended"]
+    if summary["recommended"]:
+        chosen = summary["recommended"]
         lines.append(f"{layers}: drop {_range(chosen)}, by {METRICS[chosen['by']].name}.")
     return lines
 

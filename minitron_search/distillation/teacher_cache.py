@@ -252,12 +252,12 @@ def _make(request: Request, write: Callable[[Path], list[Lost]], into: Path) -> 
     into.mkdir()
     lost = Lost(*(sum(part) / request.windows.size for part in zip(*write(into), strict=True)))
     np.save(into / "token_hashes.npy", token_hashes(request.windows))
-    about = _key_content(request)
-    about["columns"] = {name: (str(dtype).removeprefix("torch."), shape) for name, (dtype, shape) in
+    content = _key_content(request)
+    content["columns"] = {name: (str(dtype).removeprefix("torch."), shape) for name, (dtype, shape) in
                         columns(request).items()}  # fmt: skip
     if request.k is not None:
-        about["lost"] = lost._asdict()
-    (into / "cache.json").write_text(json.dumps(about, indent=1))
+        content["lost"] = lost._asdict()
+    (into / "cache.json").write_text(json.dumps(content, indent=1))
 
 
 def _key_content(request: Request) -> dict[str, Any]:

@@ -75,8 +75,8 @@ CANNOT = {
 
 
 def parse_tasks(names: Iterable[str]) -> list[Task]:
-    """Return every task that `asked` names, once. Raises ValueError for what lm-eval does not know or cannot do, for
-    shots that are no number, and for tasks that run a model's code where the environment does not allow it."""
+    """Return every task that `names` has, once. Raises ValueError for what lm-eval does not know or cannot do, for
+    shots that are not a number, and for tasks that run a model's code where the environment does not allow it."""
     tasks_by_label: dict[str, Task] = {}
     for task in (task for name in names for task in _named(name)):
         before = tasks_by_label.setdefault(task.label, task)
@@ -163,7 +163,7 @@ def _split(request: str) -> tuple[str, int | None]:
     if not colon:
         return request, None
     if not shots.isdecimal():
-        raise ValueError(f"evaluation.tasks: {request!r}: {shots!r} is no number of shots; valid: {name}:5")
+        raise ValueError(f"evaluation.tasks: {request!r}: {shots!r} is not a number of shots; valid: {name}:5")
     return name, int(shots)
 
 

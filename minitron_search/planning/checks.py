@@ -122,14 +122,14 @@ def check_compiler() -> None:
 
 def check_loss(config: Config) -> None:
     """Raise ValueError for a loss that no divergence is named by, and for one of logits with a temperature."""
-    asked, names = config.distillation, loss_names()
-    if asked.loss not in names:
-        raise ValueError(f"distillation.loss: {asked.loss!r} is no loss; valid: {', '.join(names)}")
-    divergence = divergence_of(asked.loss)
-    if asked.temperature != 1 and divergence is not None and DIVERGENCES[divergence].tau_power == 0:
+    settings, names = config.distillation, loss_names()
+    if settings.loss not in names:
+        raise ValueError(f"distillation.loss: {settings.loss!r} is not a loss; valid: {', '.join(names)}")
+    divergence = divergence_of(settings.loss)
+    if settings.temperature != 1 and divergence is not None and DIVERGENCES[divergence].tau_power == 0:
         valid = ", ".join(name for name, other in DIVERGENCES.items() if other.tau_power)
-        raise ValueError(f"distillation.temperature: {asked.temperature:g} with loss {asked.loss}, which compares "
-                         f"logits, not probabilities; valid: 1, or distillation.loss {valid} "
+        raise ValueError(f"distillation.temperature: {settings.temperature:g} with loss {settings.loss}, which "
+                         f"compares logits, not probabilities; valid: 1, or distillation.loss {valid} "
                          "(also as clm+kld, ...)")  # fmt: skip
 
 

@@ -79,8 +79,8 @@ def dry_run(config: Config, space: SearchSpace, console: Console) -> None:
     costs = Costs(config, space, teaching, precision, option_tokens(config.winogrande))
     at_once = fitting(config, machine) * config.resources.workers_per_trial
     speed = stated(config) or measure(config, costs, teaching.hidden_size, precision, at_once)
-    found = forecast(costs, speed, machine)
-    console.print(table(found))
+    by_stage = forecast(costs, speed, machine)
+    console.print(table(by_stage))
     for line in (*explanation(costs, machine), f"time: {speed.basis}"):
         console.print(line, markup=False)
     if advice := intermediate_advice(config, space):
@@ -110,10 +110,10 @@ def forecast(costs: Costs, speed: Speed, machine: Machine) -> dict[str, Forecast
 
 def fitting(config: Config, machine: Machine) -> int:
     """Return how many trials fit `machine` at once."""
-    asked = config.resources
-    fit = machine.cpus // (asked.workers_per_trial * asked.cpus_per_worker)
-    if asked.gpus_per_worker:
-        fit = min(fit, machine.gpus // (asked.workers_per_trial * asked.gpus_per_worker))
+    resources = config.resources
+    fit = machine.cpus // (resources.workers_per_trial * resources.cpus_per_worker)
+    if resources.gpus_per_worker:
+        fit = min(fit, machine.gpus // (resources.workers_per_trial * resources.gpus_per_worker))
     return int(fit)
 
 
@@ -122,36 +122,36 @@ def trials_at_once(config: Config, machine: Machine) -> int:
 
     If not even one fits `machine`, another machine is meant: as many as `search.concurrency` says, or one.
     """
-    asked, fit = config.search.concurrency, fitting(config, machine)
-    most = max(1, fit) if asked == "auto" else min(asked, fit or asked)
+    concurrency, fit = config.search.concurrency, fitting(config, machine)
+    most = max(1, fit) if concurrency == "auto" else min(concurrency, fit or concurrency)
     return min(most, config.search.trials * config.search.seeds)
 
 
 def _stage(name: str, work: Work, costs: Costs, speed: Speed, machine: Machine) -> Forecast:
-    config, asked = costs.config, costs.config.resources
+    config, resources = costs.config, costs.config.resources
     at_once = trials_at_once(config, machine) if name == "search" else 1
     fit = fitting(config, machine)
     if not fit and not speed.stated:  # all of this machine is one worker
         workers = at_once = 1
     elif name == "search":
-        workers = at_once * asked.workers_per_trial
+        workers = at_once * resources.workers_per_trial
     elif name in ("retrain", "correction"):
-        workers = 1 if asked.launcher == "inline" else gang_workers(config, max(1, fit))
+        workers = 1 if resources.launcher == "inline" else gang_workers(config, max(1, fit))
     else:
-        workers = max(1, fit) * asked.workers_per_trial
-    gpus = workers * asked.gpus_per_worker
+        workers = max(1, fit) * resources.workers_per_trial
+    gpus = workers * resources.gpus_per_worker
     if speed.stated:
         seconds = work.flops / (workers * speed.training)
     else:
         seconds = (work.training / (workers * speed.training) + work.forward / (workers * speed.scoring)
                    + work.scoring / (at_once * speed.scoring) + work.alone / speed.float32)  # fmt: skip
         if work.steps:
-            seconds += START_UP_S[asked.launcher] + work.steps / at_once * _exchange(costs, workers // at_once)
+            seconds += START_UP_S[resources.launcher] + work.steps / at_once * _exchange(costs, workers // at_once)
     gpu_seconds: float | None = seconds * gpus
     if gpus and not fit and not speed.stated:
         gpu_seconds = None
-    price = asked.price_per_hour
-    priced = gpus if asked.gpus_per_worker else machine.nodes
+    price = resources.price_per_hour
+    priced = gpus if resources.gpus_per_worker else machine.nodes
     hourly = None if price is None or gpu_seconds is None else price * priced
     cost = None if hourly is None else hourly * seconds / 3600
     return Forecast(work.tokens, float(work.flops), seconds, gpus, gpu_seconds, hourly, cost, speed.basis)
@@ -212,10 +212,10 @@ def _shown(number: float | None) -> str:
 
 def comparison(run_dir: RunDirectory) -> str | None:
     """Return `forecast 9 min, spent 12 min`, over the stages that have run; None if none of them was forecast."""
-    found, seconds = run_dir.read_forecast(), stage_seconds(run_dir.events())
-    both = found.keys() & seconds.keys()
-    if not both:
+    forecasts, seconds = run_dir.read_forecast(), stage_seconds(run_dir.events())
+    stages = [name for name in forecasts if name in seconds]
+    if not stages:
         return None
-    foretold, taken = (sum(each) / 60 for each in ([found[name]["seconds"] for name in both],
-                                                   [seconds[name] for name in both]))  # fmt: skip
-    return f"forecast {foretold:.1f} min, spent {taken:.1f} min ({', '.join(name for name in found if name in both)})"
+    expected = sum(forecasts[name]["seconds"] for name in stages) / 60
+    taken = sum(seconds[name] for name in stages) / 60
+    return f"forecast {expected:.1f} min, spent {taken:.1f} min ({', '.join(stages)})"

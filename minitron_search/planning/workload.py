@@ -97,34 +97,34 @@ class Costs:
 def workload(costs: Costs) -> dict[str, Work]:
     """Return the stages of the run that cost anything, in order."""
     config, space = costs.config, costs.space
-    found: dict[str, Work] = {}
+    by_stage: dict[str, Work] = {}
     if corrected := whole_batches(config, correction_tokens(config)):
         scored = 2 * costs.scoring(costs.teacher)  # before and after
-        found["correction"] = Work(
+        by_stage["correction"] = Work(
             corrected, training=3 * costs.teacher * corrected, alone=scored, steps=corrected // batch_tokens(config)
         )
     if "importance" in config.stages:
-        found["importance"] = _importance(costs)
+        by_stage["importance"] = _importance(costs)
     if "depth" in config.stages:
-        found["depth"] = _depth(costs)
+        by_stage["depth"] = _depth(costs)
     if set(config.stages) & {"search", "retrain"}:
-        found["teacher"] = _teacher(costs)
+        by_stage["teacher"] = _teacher(costs)
     student = costs.student(space.typical())
     if "search" in config.stages:
         phases = search_phases(config, min(config.search.trials, len(space)))
         tokens = sum(phase.trials * phase.tokens for phase in phases)
         scorings = sum(phase.trials * phase.scorings for phase in phases)
-        found["search"] = Work(
+        by_stage["search"] = Work(
             tokens, training=tokens * costs.training(student), scoring=scorings * costs.scoring(student),
             steps=tokens // batch_tokens(config),
         )  # fmt: skip
     if "retrain" in config.stages:
         tokens = retrained(config) * whole_batches(config, config.retraining.tokens)
-        found["retrain"] = Work(
+        by_stage["retrain"] = Work(
             tokens, training=tokens * costs.training(student), alone=2 * retrained(config) * costs.scoring(student),
             steps=tokens // batch_tokens(config),
         )  # fmt: skip
-    return found
+    return by_stage
 
 
 def runs_live(config: Config, teacher: PretrainedConfig, precision: str) -> bool:
@@ -155,19 +155,19 @@ def option_tokens(config: WinograndeConfig) -> int:
 
 
 def _importance(costs: Costs) -> Work:
-    asked = costs.config.importance
-    tokens = asked.rounds * (asked.samples or costs.config.corpus.calibration_samples) * costs.length
+    settings = costs.config.importance
+    tokens = settings.rounds * (settings.samples or costs.config.corpus.calibration_samples) * costs.length
     pruned = costs.student(costs.space.teacher)
     body = pruned - 2 * costs.space.teacher.hidden_size * costs.space.config.vocab_size
-    return Work(tokens, forward=tokens * (body + (3 * pruned if method_of(asked.method).gradients else 0)))
+    return Work(tokens, forward=tokens * (body + (3 * pruned if method_of(settings.method).gradients else 0)))
 
 
 def _teacher(costs: Costs) -> Work:
     """Return the work of computing the teacher's outputs for every window, and its own scores."""
     config = costs.config
-    asked, validation = config.distillation, config.corpus.validation_samples * costs.length
-    cached = 0 if costs.live or asked.loss == "ce" else train_tokens(config)
-    heads = cached * costs.teacher_head if asked.teacher_cache == "topk" else 0
+    settings, validation = config.distillation, config.corpus.validation_samples * costs.length
+    cached = 0 if costs.live or settings.loss == "ce" else train_tokens(config)
+    heads = cached * costs.teacher_head if settings.teacher_cache == "topk" else 0
     return Work(
         cached + validation,
         forward=(cached + validation) * (costs.teacher - costs.teacher_head) + heads,
@@ -180,13 +180,13 @@ def _depth(costs: Costs) -> Work:
 
     A cut whose loss is measured runs the output head too.
     """
-    asked, layers = costs.config.depth, costs.space.teacher.num_hidden_layers
+    settings, layers = costs.config.depth, costs.space.teacher.num_hidden_layers
     pruned = costs.student(costs.space.teacher)
     head = 2 * costs.space.teacher.hidden_size * costs.space.config.vocab_size
     layer = (pruned - head) / layers
-    lengths = sweep.in_layers(asked.lengths, layers)
+    lengths = sweep.in_layers(settings.lengths, layers)
     blocks, single = sweep.blocks(lengths, layers), sweep.blocks([1], layers)
-    losses, choices = "lm_loss" in asked.metrics, "winogrande" in asked.metrics
+    losses, choices = "lm_loss" in settings.metrics, "winogrande" in settings.metrics
     on_text = set(blocks if losses else []) | set(single if losses or choices else [])
     sets = len(lengths) if losses or choices else 0  # one by one: each about a walk of its own
 
@@ -200,7 +200,7 @@ def _depth(costs: Costs) -> Work:
     if choices:
         forward += costs.option_tokens * walked(set(blocks), sets)
         tokens += costs.option_tokens
-    if "taylor" in asked.metrics:
+    if "taylor" in settings.metrics:
         forward += 3 * text * pruned
     return Work(tokens, forward=forward)
 
@@ -210,7 +210,7 @@ def spent(costs: Costs, rows: list[dict[str, Any]]) -> dict[str, tuple[int, floa
 
     Every trial counts with its own architecture, trained as far as its last row and scored at each.
     """
-    found = {"search": (0, 0.0), "retrain": (0, 0.0)}
+    totals = {"search": (0, 0.0), "retrain": (0, 0.0)}
     before: dict[str, int] = {}
     for row in sorted(rows, key=lambda row: row["tokens"]):
         stage = STAGE_OF.get(row["arm"])
@@ -220,6 +220,6 @@ def spent(costs: Costs, rows: list[dict[str, Any]]) -> dict[str, tuple[int, floa
         student = costs.student(Architecture(**widths, layers=tuple(range(row["num_hidden_layers"]))))
         new = row["tokens"] - before.get(row["trial"], 0)
         before[row["trial"]] = row["tokens"]
-        tokens, flops = found[stage]
-        found[stage] = tokens + new, flops + new * costs.training(student) + costs.scoring(student)
-    return found
+        tokens, flops = totals[stage]
+        totals[stage] = tokens + new, flops + new * costs.training(student) + costs.scoring(student)
+    return totals

@@ -96,11 +96,11 @@ def file_hash(path: Path) -> str:
     if remembered.exists():
         return remembered.read_text()
     with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     # A file changed in this very moment could change again within its clock's tick and keep its time.
     if time.time() - status.st_mtime > 2:
-        replace(remembered, lambda partial: partial.write_text(found), durable=True)
-    return found
+        replace(remembered, lambda partial: partial.write_text(digest), durable=True)
+    return digest
 
 
 def _replace(path: Path, partial: Path, write: Callable[[Path], object], durable: bool) -> None:

@@ -251,8 +251,8 @@ class RunDirectory:
         ]
         seen = {row["trial"] for row in rows}
         for trial in messages.keys() - seen:  # failed before its first rung: still a row that says so
-            made = json.loads((self.trial(trial) / "architecture.json").read_text())
-            known = {name: made[name] for name in TRIALS_SCHEMA.names if name in made}
+            definition = json.loads((self.trial(trial) / "architecture.json").read_text())
+            known = {name: definition[name] for name in TRIALS_SCHEMA.names if name in definition}
             rows.append({**known, "trial": trial, "rung": 0, "tokens": 0, "status": "failed",
                          "message": messages[trial]})  # fmt: skip
         rows.sort(key=lambda row: (row["proposal"], row["arm"], row["trial"], row["rung"]))

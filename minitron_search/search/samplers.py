@@ -65,7 +65,7 @@ def propose(space: SearchSpace, observed: Sequence[Observation], *, sampler: str
 def check_sampler(name: str, objectives: Sequence[str]) -> None:
     """Raise ValueError for a sampler that does not exist, or that cannot search for these objectives."""
     if name not in SAMPLERS:
-        raise ValueError(f"search.sampler: {name!r} is no sampler; valid: {', '.join(SAMPLERS)}")
+        raise ValueError(f"search.sampler: {name!r} is not a sampler; valid: {', '.join(SAMPLERS)}")
     sampler = SAMPLERS[name]
     if isinstance(sampler, OptunaSampler) and sampler.for_several and len(objectives) == 1:
         raise ValueError(f"search.sampler: {name} with the one objective {objectives[0]}, whose Pareto front is one "

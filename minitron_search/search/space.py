@@ -143,7 +143,7 @@ class SearchSpace:
 
     def coordinates(self, architecture: Architecture) -> dict[str, int]:
         """Return those of `COORDINATES` that the architecture has: a block that is not there starts nowhere, and
-        neither do dropped layers that are no block."""
+        neither do dropped layers that are not one block."""
         block = architecture.dropped_block(self.teacher.num_hidden_layers)
         length = self.teacher.num_hidden_layers - architecture.num_hidden_layers
         return {
@@ -366,7 +366,7 @@ def _with_starts(shapes: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 def counts(space: SearchSpace, architecture: Architecture) -> dict[str, int | None]:
     """Return the columns of the trials table that follow from an architecture alone: counts and axes. Dropped layers
-    that are no block have no start and no length."""
+    that are not one block have no start and no length."""
     measures = space.measures(architecture)
     start, length = architecture.dropped_block(space.teacher.num_hidden_layers) or (None, None)
     return {

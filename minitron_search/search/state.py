@@ -56,7 +56,7 @@ class SearchState:
 
     def read_failures(self) -> None:
         """Read from the events which trials have failed. One that diverges has said so itself, and so has a retraining,
-        which is no trial of the search."""
+        which is not a trial of the search."""
         for event in self._events.new():
             if event["event"] == "trial_failed":
                 self.failures[event["trial"]] = event["message"]

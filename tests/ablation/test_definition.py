@@ -298,7 +298,7 @@ def test_the_good_one_is_good(values: dict[str, Any], here: Path, capsys: pytest
         (3, "3; valid: keys of the configuration"),
         ({"distillation": {"batch_tokens": 96}}, "trains on 192 tokens, in whole batches, and the others on 128"),
         ({"architecture": {}}, "no architecture on the axes' grid meets the budget; space.budget.params: 15,000 +- 10"),
-        ({"architecture": "widths"}, "architecture: 'widths' is no rule; valid: width, depth_sweep"),
+        ({"architecture": "widths"}, "architecture: 'widths' is not a rule; valid: width, depth_sweep"),
         ({"architecture": {"hidden": 20}}, "architecture.hidden: unknown key (value 20); valid: hidden_size"),
         ({"architecture": {"drop_block": 2}}, "architecture.drop_block: 2; valid: [start, length]"),
         ({"architecture": {"hidden_size": 99}}, "space.axes.hidden_size: 99 is above the teacher's 24"),

@@ -192,7 +192,7 @@ def test_a_model_in_storage_that_does_not_answer_is_refused(monkeypatch: pytest.
         def from_uri(address: str) -> None:
             raise OSError("When listing objects: no such bucket\nand more")
 
-    monkeypatch.setattr("minitron_search.models.stored.FileSystem", Gone)
+    monkeypatch.setattr("minitron_search.models.sources.FileSystem", Gone)
     with pytest.raises(ValueError, match="teacher.model: 's3://b/best' could not be read: .*no such bucket; valid"):
         teacher_folder("s3://b/best")
 

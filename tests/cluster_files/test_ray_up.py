@@ -65,7 +65,7 @@ def test_the_token_is_copied_and_no_secret_is_written(name):
 def test_every_node_gets_what_it_installs_from(name):
     mounts = {remote: local for remote, local in read(name)["file_mounts"].items() if not local.startswith("~")}
     assert all((ROOT / local).exists() and remote == f"~/minitron-search/{local}" for remote, local in mounts.items())
-    packages = {package.split(".")[0] for package in PROJECT["tool"]["setuptools"]["packages"]}
+    packages = {pattern.removesuffix("*") for pattern in PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]}
     assert packages | {"pyproject.toml", "constraints.txt", PROJECT["project"]["readme"]} <= set(mounts.values())
 
 

@@ -247,14 +247,14 @@ REFUSED = {
     "empty*.txt": "matches no file",
     "table.csv": "'table.csv' is none of .txt, .jsonl, .parquet",
     "folder": "is a folder; valid: .*folder/\\*.txt",
-    "docstring": "is no file here.*valid: 'docstrings'",
+    "docstring": "is not a file here.*valid: 'docstrings'",
     "owner/never-downloaded": "the Hub did not give it",
     "latin.txt": "is not UTF-8 at byte 3",
     "bad.jsonl": "'bad.jsonl', line 3: .*valid: {\"text\"",
     "broken.jsonl": "'broken.jsonl', line 2",
     "number.jsonl": "'number.jsonl', line 1",
     "no_text.parquet": "column `text` .*it has the columns content",
-    "no.parquet": "is no parquet file",
+    "no.parquet": "is not a parquet file",
 }
 
 

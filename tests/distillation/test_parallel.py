@@ -189,7 +189,7 @@ def two(folder: Path, one: dict[str, Trained]) -> list[dict[str, Any]]:
     processes = [context.Process(target=both, args=(rank, str(folder), told), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
-    answers = dict(told.get(timeout=300) for _ in processes)
+    answers = dict(told.get(timeout=900) for _ in processes)
     for process in processes:
         process.join(30)
     return [answers[0], answers[1]]

@@ -177,7 +177,7 @@ def test_a_build_that_dies_leaves_no_cache(asked: Request) -> None:
     with pytest.raises(ZeroDivisionError):
         made(asked, dies)
     path = cache_path(asked)
-    assert not list(path.parent.iterdir())
+    assert not [left for left in path.parent.iterdir() if path.name in left.name]
     assert made(asked).teacher_tokens == 70 * 32
     assert list(path.parent.iterdir()) == [path]
     assert json.loads((path / "cache.json").read_text())["teacher"] == "teacher"
@@ -206,7 +206,7 @@ def test_two_processes_that_want_one_cache_compute_it_once(cache_folder: Path) -
     start, told = context.Barrier(2), context.Queue()
     other = context.Process(target=_ensure_and_tell, args=(str(cache_folder), start, told), daemon=True)
     other.start()
-    for (here_tokens, here), (there_tokens, there) in zip(_ensured(start), told.get(timeout=90), strict=True):
+    for (here_tokens, here), (there_tokens, there) in zip(_ensured(start), told.get(timeout=900), strict=True):
         assert sorted((here_tokens, there_tokens)) == [0, 70 * 32]
         assert here == there
     other.join(30)

@@ -123,7 +123,8 @@ def test_equal_shapes_have_equal_ids_in_every_process_and_unequal_ones_do_not() 
     again = Architecture.from_dict(json.loads(json.dumps(SHAPE.to_dict())))
     assert again == SHAPE and again.id == SHAPE.id and hash(again) == hash(SHAPE)
     code = (
-        "from minitron_search.architecture import Architecture; print(Architecture(24, 20, 4, 2, (0, 1, 4)).id, end='')"
+        "from minitron_search.models.architecture import Architecture\n"
+        "print(Architecture(24, 20, 4, 2, (0, 1, 4)).id, end='')"
     )
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]

@@ -306,7 +306,7 @@ def test_dry_run_says_every_stage_the_sum_and_the_basis(monkeypatch: pytest.Monk
     dry_run(config, SearchSpace(config.space, tiny.config()), Console(file=said, width=120))
     text = said.getvalue()
     for words in ("teacher", "search", "retrain", "in all", "GPU-hours", "money at the price given",
-                  "stated: 0.4 of 1e+12 FLOP/s", "asked once"):  # fmt: skip
+                  "stated: 0.4 of 1e+12 FLOP/s", "runs once for every window"):  # fmt: skip
         assert words in text, words
 
 

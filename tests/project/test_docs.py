@@ -160,6 +160,20 @@ def test_modules_and_scripts_that_are_run_are_there() -> None:
             assert (ROOT / script).is_file(), (document, script)
 
 
+def test_python_files_that_are_named_exist() -> None:
+    """`a/b.py` lies under the root or a package; the generated tree in docs/architecture.md has bare names."""
+    missing = []
+    for document in DOCUMENTS:
+        text = document.read_text().partition("<!-- tree: begin -->")[0]
+        for path in set(re.findall(r"`([\w./-]+\.py)`", text)):
+            if not any((ROOT / folder / path).is_file() for folder in ("", "minitron_search", "analysis")):
+                missing.append(f"{document.relative_to(ROOT)}: {path}")
+        for module in set(re.findall(r"^ *from ((?:minitron_search|analysis)[\w.]*) import", text, re.MULTILINE)):
+            if importlib.util.find_spec(module) is None:
+                missing.append(f"{document.relative_to(ROOT)}: {module}")
+    assert not missing
+
+
 def test_links_lead_somewhere() -> None:
     missing = []
     for document in (*DOCUMENTS, ROOT / "CHANGELOG.md"):

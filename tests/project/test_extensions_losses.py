@@ -76,7 +76,7 @@ def test_the_configuration_takes_its_name_alone_and_with_the_lm_loss() -> None:
 
 
 def test_an_unknown_name_is_refused_with_every_valid_one() -> None:
-    with pytest.raises(ValueError, match="distillation.loss: 'l2' is no loss; valid: ") as error:
+    with pytest.raises(ValueError, match="distillation.loss: 'l2' is not a loss; valid: ") as error:
         check_loss(load_config(None, ["--distillation.loss", "l2"]))
     assert str(error.value).split("valid: ")[1].split(", ") == loss_names()
     assert {"kld", "hellinger", "ce", "clm+hellinger"} <= set(loss_names())

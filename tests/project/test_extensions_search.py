@@ -75,7 +75,7 @@ def test_a_new_sampler_proposes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         free = [architecture for architecture in space.architectures() if architecture.id not in taken]
         return max(free, key=lambda architecture: space.measures(architecture).params, default=None)
 
-    with pytest.raises(ValueError, match=r"search.sampler: 'largest' is no sampler; valid: tpe, "):
+    with pytest.raises(ValueError, match=r"search.sampler: 'largest' is not a sampler; valid: tpe, "):
         check_sampler("largest", ["lm_loss"])
     monkeypatch.setitem(SAMPLERS, "largest", largest_first)
     check_sampler("largest", ["lm_loss"])

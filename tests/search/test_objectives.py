@@ -30,8 +30,9 @@ def test_the_command_line_takes_a_list_and_a_name() -> None:
 
 
 @over([
-    ({"objective": "loss"}, "search.objective: 'loss' is no objective; valid: lm_loss, kl, winogrande_margin, params"),
-    ({"objective": ["lm_loss", "flops"]}, "search.objective: 'flops' is no objective; valid: lm_loss"),
+    ({"objective": "loss"},
+     "search.objective: 'loss' is not an objective; valid: lm_loss, kl, winogrande_margin, params"),
+    ({"objective": ["lm_loss", "flops"]}, "search.objective: 'flops' is not an objective; valid: lm_loss"),
     ({"objective": ["lm_loss", "kl", "lm_loss"]}, "search.objective: lm_loss,kl,lm_loss names one twice; valid: lm_"),
     ({"objective": "params"}, "search.objective: params: rungs rank by the first, .*valid: lm_loss,params"),
     ({"objective": ["params", "lm_loss"]}, "search.objective: params,lm_loss: .*valid: lm_loss,params"),
@@ -48,7 +49,7 @@ def test_what_cannot_be_is_refused_by_name(asked: dict[str, Any], message: str) 
 @pytest.mark.parametrize(("sampler", "objective", "message"), [
     ("nsga2", "lm_loss", "search.sampler: nsga2 with the one objective lm_loss.*valid: tpe"),
     ("nsga3", "kl", "search.sampler: nsga3 with the one objective kl.*valid: tpe"),
-    ("cmaes", "lm_loss", "search.sampler: 'cmaes' is no sampler; valid: tpe, random, grid, nsga2, nsga3, gp"),
+    ("cmaes", "lm_loss", "search.sampler: 'cmaes' is not a sampler; valid: tpe, random, grid, nsga2, nsga3, gp"),
 ])  # fmt: skip
 def test_a_sampler_that_cannot_search_is_refused_by_name(sampler: str, objective: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
