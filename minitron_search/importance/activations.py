@@ -19,7 +19,7 @@ from minitron_search.models.families import decoder_layers, family_of, sizes
 class ActivationSums:
     """Sums over some of the samples; sums of disjoint samples add up.
 
-    first, second: by (layer, module), sums over samples of |s| (of s for batch `mean`) and of s^2, where s is a
+    first, second: by (layer, module), sums over samples of s and of s^2, where s is a
     sample's aggregate over positions. cosines: (layers + 1, layers + 1), summed over positions.
     """
 
@@ -70,11 +70,11 @@ def activation_importance(parts: list[ActivationSums], batch: str) -> Activation
 class ActivationHooks:
     """Running sums over samples, one entry per watched module, fed by hooks during the forward pass."""
 
-    def __init__(self, teacher: PreTrainedModel, batch: str, sequence: str):
+    def __init__(self, teacher: PreTrainedModel, sequence: str):
         self.family = family_of(teacher.config)
         self.head_dim = sizes(teacher.config)["head_dim"]
-        self.over_positions, self.batch = _over_positions(sequence), batch
-        self.first: dict[tuple[int, str], Tensor] = {}  # sum over samples of |s|, or of s for `mean`
+        self.over_positions = _over_positions(sequence)
+        self.first: dict[tuple[int, str], Tensor] = {}  # sum over samples of s, which no aggregation makes negative
         self.second: dict[tuple[int, str], Tensor] = {}  # sum over samples of s^2
         # the residual stream before each layer and after the last, (layers + 1, positions, hidden), of unit length: as
         # each passes by, it is scaled into place (measured: stacking and normalising afterwards takes five times this)
@@ -122,8 +122,7 @@ class ActivationHooks:
         if key[1] == "heads":  # a head's activation is its output vector: L2 over head_dim
             x = x.unflatten(-1, (-1, self.head_dim)).norm(dim=-1)
         samples = self.over_positions(x)
-        magnitude = samples if self.batch == "mean" else samples.abs()
-        self.first[key] = self.first.get(key, 0) + magnitude.sum(0)
+        self.first[key] = self.first.get(key, 0) + samples.sum(0)
         self.second[key] = self.second.get(key, 0) + samples.square().sum(0)
 
     def _add_stream(self, x: Tensor) -> None:

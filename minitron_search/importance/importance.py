@@ -116,7 +116,7 @@ def importance_sums(
     """
     method, device = method_of(config.method), teacher.device
     rows_at_once = rows_at_once or max(1, TOKENS_AT_ONCE // windows.shape[1])
-    activations = ActivationHooks(teacher, config.batch, config.sequence)
+    activations = ActivationHooks(teacher, config.sequence)
     own = None if method.sums is None else method.sums(teacher)
     with torch.no_grad(), activations.watching(teacher), nullcontext() if own is None else own.watching(teacher):
         for first in range(0, len(windows), rows_at_once):

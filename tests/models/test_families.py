@@ -24,6 +24,7 @@ from minitron_search.models.families import (
     student_config,
     weights,
     whole,
+    why_not_expressible,
 )
 from minitron_search.models.family_tables import LLAMA
 from minitron_search.models.output_head import output_head
@@ -287,3 +288,12 @@ def test_a_configuration_of_the_embedded_teacher_is_declared() -> None:
     config: PretrainedConfig = embedded_config()
     counted = sum(torch.Size(sizes(config)[dim] for dim in weight.dims).numel() for weight in weights(config))
     assert counted == 134_515_008
+
+
+def test_a_size_that_no_configuration_says_is_refused_with_the_sizes_on_either_side() -> None:
+    """A biased Llama cannot be exported as Mistral: its heads have to divide hidden_size."""
+    teacher = tiny.config("llama", hidden_size=24, num_attention_heads=4, num_key_value_heads=4, attention_bias=True)
+    for hidden_size, valid in ((22, "20 or 24"), (13, "12 or 16"), (3, "4")):
+        why = why_not_expressible(teacher, Architecture(hidden_size, 20, 4, 4, (0, 1, 2)))
+        assert why is not None and why.endswith(f"valid: {valid}"), why
+    assert why_not_expressible(teacher, Architecture(20, 20, 4, 4, (0, 1, 2))) is None
