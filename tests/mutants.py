@@ -40,7 +40,7 @@ SCIENCE = {
     "pruning": (("rankings", "trimming", "laco"), ("pruning", "importance", "depth")),
     "importance": (("importance", "activations", "weights", "taylor", "pca", "iterative"), ("importance",)),
     "depth": (("sweep", "recommendation", "layer_choice"), ("depth",)),
-    "distillation": (("loop", "objective", "correction", "teacher_cache"), ("distillation",)),
+    "distillation": (("loop", "objective", "correction", "teacher_cache"), ("distillation", "losses")),
     "search": (("space", "schedule", "samplers", "state", "latency"), ("search", "planning")),
 }
 OVER_AXES = {"sum", "mean", "norm", "cumsum", "argsort", "sort", "softmax", "log_softmax", "cat", "stack", "max", "min",

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import multiprocessing
+import queue
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,7 +97,7 @@ def both(rank: int, folder: str, told: Any) -> None:
             SETTINGS, strategy="fsdp2", gradient_checkpointing=True)}),
     ).losses  # fmt: skip
     answers["intermediate"] = [
-        [(line["loss"], line["intermediate"]) for line in test_intermediate.run(of, world_size=2, rank=rank)[0]]
+        [(line["loss"], line["intermediate"]) for line in test_intermediate.run(of, processes=Processes(2, rank))[0]]
         for of in (dataclasses.replace(INTERMEDIATE, intermediate=alpha, micro_batch_tokens=LENGTH)
                    for alpha in (1.0, "auto"))
     ]  # fmt: skip
@@ -142,7 +143,7 @@ def _sharded_teacher() -> dict[str, Any]:
 def _corrected(rank: int) -> tuple[list[float], dict[str, np.ndarray]]:
     """Losses of a student, and the teacher's weights, which are trained beside it on two windows a process."""
     taught = test_correction.in_parallel(DISTIL, share=2, world_size=2)
-    records, _ = test_correction.run(DISTIL, taught, world_size=2, rank=rank)
+    records, _ = test_correction.run(DISTIL, taught, processes=Processes(2, rank))
     assert taught.correction is not None
     trained = taught.correction.state_dict()["weights"]
     return [line["loss"] for line in records], {name: weight.numpy() for name, weight in trained.items()}
@@ -189,7 +190,15 @@ def two(folder: Path, one: dict[str, Trained]) -> list[dict[str, Any]]:
     processes = [context.Process(target=both, args=(rank, str(folder), told), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
-    answers = dict(told.get(timeout=900) for _ in processes)
+    answers: dict[int, dict[str, Any]] = {}
+    while len(answers) < len(processes):
+        try:
+            rank, answer = told.get(timeout=1)
+        except queue.Empty:
+            ended = [process.exitcode for process in processes if process.exitcode]
+            assert not ended, f"a process ended with status {ended}"
+        else:
+            answers[rank] = answer
     for process in processes:
         process.join(30)
     return [answers[0], answers[1]]
