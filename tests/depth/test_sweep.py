@@ -210,3 +210,12 @@ def test_the_reference_cuts_of_smollm2_are_reproduced() -> None:
     ]
     for cut, loss in asked.items():
         assert np.concatenate([part[cut] for part in parts]).mean() == pytest.approx(loss, abs=1e-4), cut
+
+
+def test_a_state_before_a_block_is_let_go_when_its_last_block_has_ended() -> None:
+    """512 windows of a large teacher are gigabytes a state."""
+    watch, held = sweep._BlockImportance([(1,), (1, 2), (3, 4)]), []
+    for index in range(6):
+        watch(index, torch.rand(1, 2, 4))
+        held.append(sorted(watch.before))
+    assert held == [[], [1], [1], [3], [3], []]
