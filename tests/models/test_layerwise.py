@@ -92,8 +92,8 @@ PEAK = """
 import sys
 from pathlib import Path
 import numpy as np
-from minitron_search import depth
-from minitron_search.walk import LayerwiseModel
+from minitron_search.depth.sweep import text_values
+from minitron_search.models.layerwise import LayerwiseModel
 
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
@@ -101,7 +101,7 @@ def peak():
 before = peak()
 walk = LayerwiseModel(Path(sys.argv[1]), "float32", streamed=True)
 windows = np.arange(4 * 32, dtype=np.int32).reshape(4, 32) % 97
-depth.text_values(walk, windows, [(), (0,), (3, 4)], [(3, 4)])
+text_values(walk, windows, [(), (0,), (3, 4)], [(3, 4)])
 print(peak() - before)
 """
 

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ PLACES_WORK = {"cluster", "pipeline", "commands"}  # the only ones that import R
 LIGHT = {"records", "config", "cli", "run"}  # imported before the command says its first word
 LARGE = {"torch", "transformers", "ray"}
 MOST = 12  # modules in a folder
+WRITTEN = ("tests", "benchmarks", "examples", "docs")  # where imports stand in strings and documents too
 PRIVATE_WORDS = {"workshop", "depot", "mirror", "ruling", "rounds", "walk", "feed", "materials", "pairing"}
 
 
@@ -109,3 +111,21 @@ def test_analysis_reads_records_with_neither_torch_nor_ray() -> None:
 def test_the_package_imports_analysis_only_to_report() -> None:
     users = {room(name) for name, path in PACKAGE.items() if "analysis" in top_level(path)}
     assert users <= {"pipeline", "commands"}
+
+
+IN_TEXT = re.compile(r"^ *(?:from|import) ((?:minitron_search|analysis)[.\w]*)(?: import ([\w, ]+))?", re.MULTILINE)
+
+
+def test_what_scripts_in_strings_and_documents_import_is_there() -> None:
+    """Nothing else reads them before they run: in slow tests, by hand, or by a user."""
+    everything, missing = {**PACKAGE, **ANALYSIS}, []
+    for path in [path for folder in WRITTEN for path in (ROOT / folder).rglob("*.*") if path.suffix in (".py", ".md")]:
+        for module, listed in IN_TEXT.findall(path.read_text()):
+            names = [name.split(" as ")[0].strip() for name in listed.split(",") if name.strip()]
+            text = everything[module].read_text() if module in everything else ""
+            missing += [
+                f"{path.name}: {module} {name}" for name in names
+                if f"{module}.{name}" not in everything and not re.search(rf"\b{name}\b", text)
+            ]  # fmt: skip
+            missing += [] if module in everything else [f"{path.name}: {module}"]
+    assert not missing, missing
