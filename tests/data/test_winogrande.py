@@ -220,6 +220,12 @@ def test_sliding_window_shorter_than_an_example_is_refused() -> None:
     packed = winogrande_packing.pack(random_examples(0, 4), tokenizer, shots=2)
     with pytest.raises(ValueError, match="sliding window of 16; use fewer shots"):
         evaluation_winogrande.evaluate(model, packed)
+    longest = int(packed.position_ids.max()) + 1  # a token sees as many as the window holds, itself among them
+    model.config.sliding_window = longest
+    evaluation_winogrande.check_window(model.config, packed)
+    model.config.sliding_window = longest - 1
+    with pytest.raises(ValueError, match=f"{longest} tokens"):
+        evaluation_winogrande.check_window(model.config, packed)
 
 
 def write(path: Path, *records: object) -> str:

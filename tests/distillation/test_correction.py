@@ -330,3 +330,17 @@ def test_in_parallel_how_a_batch_is_split_changes_nothing_but_rounding() -> None
         for settings in (DISTIL, dataclasses.replace(DISTIL, micro_batch_tokens=LENGTH))
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_in_parallel_the_gradient_is_the_mean_over_all_windows_however_unequal_the_parts() -> None:
+    """Read before the optimizer sees it, which would hide its scale."""
+    gradients = []
+    for parts in ([[0, 1, 2]], [[0, 1], [2]]):
+        corrected = in_parallel(DISTIL, share=3).correction
+        for indices in map(np.array, parts):
+            corrected.ask(indices, WINDOWS[indices])
+        gradients.append({name: p.grad for name, p in corrected.model.named_parameters() if p.grad is not None})
+    whole, parted = gradients
+    assert whole.keys() == parted.keys() and whole
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parted[name], gradient, rtol=1e-4, atol=1e-6)
