@@ -7,7 +7,7 @@ import pytest
 from tests.cluster.hosts import missing
 from tests.cluster.two_hosts import scenario
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.hosts]
 
 
 def test_a_search_on_two_hosts_survives_power_cuts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,6 +32,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -72,6 +73,7 @@ PATIENCE = {
     "AUTOSCALER_HEARTBEAT_TIMEOUT_S": "15",
     "AUTOSCALER_UPDATE_INTERVAL_S": "1",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+    "RAY_gcs_server_request_timeout_seconds": "15",  # what an agent waits for a head that has gone, before it ends
 }
 # the newer autoscaler never starts the workers of a `local` provider
 LAPTOP_S = {"RAY_UP_enable_autoscaler_v2": "0", "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -409,13 +411,15 @@ def scenario(
 
     with two_hosts(folder) as cluster:
         told("two hosts and a laptop are up")
-        theirs = alone(cluster)
+        with ThreadPoolExecutor(1) as beside:
+            searched = beside.submit(alone, cluster)
+            cluster.up()
+            told("ray up: both hosts are nodes")
+        theirs = searched.result()
         told(f"a search on the laptop alone has ended, {len(theirs)} rows")
         if storage == "bucket":
             cluster.serve_bucket()
             told("a bucket is served")
-        cluster.up()
-        told("ray up: both hosts are nodes")
         refuse_a_folder_of_one_host(cluster)
         told("a run directory that only the head would see was refused")
         for power_cut in power_cuts:
