@@ -47,6 +47,8 @@ OVER_AXES = {"sum", "mean", "norm", "cumsum", "argsort", "sort", "softmax", "log
              "amax", "amin", "logsumexp", "flatten", "unsqueeze", "split", "std", "var", "take"}  # fmt: skip
 # Mutants that no test can tell from the original, by `Mutant.name`, and why.
 EQUIVALENT: dict[str, str] = {
+    "importance.pca [swapped argument] tensor.movedim(axis, -1) -> tensor.movedim(-1, axis)": "a weight has "
+    "two axes at most, and both transpose a matrix whose first axis is meant",
     "search.samplers [dropped term] count - 1 -> count": "one bit more, where count is a power of 2: the numbers below "
     "count come in the same order",
 }

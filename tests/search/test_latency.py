@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from minitron_search.cluster.session import UnfitError
 from minitron_search.config.loading import parse_config
@@ -260,3 +261,16 @@ def test_a_speed_that_nothing_reaches_is_refused_before_the_run_begins(asked: An
     with pytest.raises(UnfitError, match="latency_ms"):
         latency_stage.hold_to_speed(asked)
     assert not asked.run_dir.root.exists()
+
+
+def test_the_head_is_timed_on_every_token_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits of all tokens of a large vocabulary at once would not fit where the model does."""
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(latency, "HEAD_ROWS", 8)
+    monkeypatch.setattr(
+        latency, "output_head", lambda model: SimpleNamespace(logits=lambda rows: asked.append(rows.shape))
+    )
+    model = tiny.model(tiny.config())
+    latency._forward(model, torch.zeros(3, 7, dtype=torch.long), head=True)
+    width = model.config.hidden_size
+    assert asked == [(8, width), (8, width), (5, width)]
