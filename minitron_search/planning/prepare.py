@@ -22,7 +22,6 @@ from minitron_search.importance.methods import trimmed_config
 from minitron_search.models.architecture import parameter_count
 from minitron_search.models.device import resolve
 from minitron_search.models.families import family_of, sizes, weights, whole
-from minitron_search.models.sources import fingerprint, load_tokenizer, teacher_config, teacher_folder
 from minitron_search.planning.checks import (
     check_compiler,
     check_disk,
@@ -38,6 +37,7 @@ from minitron_search.records.bucket import bucket_copy
 from minitron_search.records.directory import RunDirectory
 from minitron_search.search.samplers import check_sampler
 from minitron_search.search.space import SearchSpace
+from minitron_search.teachers.sources import fingerprint, load_tokenizer, teacher_config, teacher_folder
 from minitron_search.tracking.trackers import check_installed, log_in
 from minitron_search.trials.settings import correction_tokens
 

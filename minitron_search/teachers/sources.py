@@ -16,11 +16,11 @@ from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, FileType, copy_files
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from minitron_search.models import embedded
 from minitron_search.records import cache
 from minitron_search.records.cache import content_id, file_hash
 from minitron_search.records.paths import is_uri
 from minitron_search.records.transfer import WHOLE
+from minitron_search.teachers import embedded
 
 # What from_pretrained reads, without the copies in other formats that many repositories hold beside it.
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja")
