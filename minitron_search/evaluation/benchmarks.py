@@ -12,11 +12,12 @@ from safetensors import safe_open
 from minitron_search.config.types import Precision
 from minitron_search.evaluation.lm_eval_tasks import Task, reason
 from minitron_search.evaluation.statistics import clustered, compared, mcnemar
+from minitron_search.models.loading import weight_files
 from minitron_search.records import cache
 from minitron_search.records.cache import content_id, file_hash
 from minitron_search.records.console import say
 from minitron_search.records.directory import RunDirectory
-from minitron_search.teachers.sources import TOKENIZER_FILES, fingerprint, teacher_folder, weight_files
+from minitron_search.teachers.sources import TOKENIZER_FILES, fingerprint, teacher_folder
 
 Compute = Callable[[Path, Task, Precision, int | None], dict[str, Any]]
 TEACHER = "teacher"
