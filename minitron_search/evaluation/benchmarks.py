@@ -187,10 +187,7 @@ def cache_key(model: str, task: Task, precision: Precision, limit: int | None) -
 
 def read_cached(key: str) -> dict[str, Any] | None:
     """Return a result of the cache, or None."""
-    try:
-        return json.loads(_cache_path(key).read_text())
-    except FileNotFoundError:
-        return None
+    return cache.read_kept(_cache_path(key), lambda path: json.loads(path.read_text()))
 
 
 def write_cached(key: str, result: dict[str, Any]) -> None:

@@ -41,6 +41,7 @@ class Stored(NamedTuple):
     """A tensor as the header of its file describes it."""
 
     file: str
+    name: str  # in the file: the model may call it otherwise
     dtype: str
     shape: tuple[int, ...]
 
@@ -85,7 +86,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         for name, tensor in _header(path).items():
             if name in tensors:
                 raise DamagedError(f"holds {name} twice, in {tensors[name].file} and {path.name}")
-            tensors[name] = Stored(path.name, tensor["dtype"], tuple(tensor["shape"]))
+            tensors[name] = Stored(path.name, name, tensor["dtype"], tuple(tensor["shape"]))
     if files[0].name == "model.safetensors":  # then from_pretrained reads no index
         return tensors
     for name in (*index, *tensors):
@@ -115,10 +116,10 @@ def check_files(folder: Path, config: PretrainedConfig) -> None:
             raise DamagedError(f"holds {name} under two names, in {found[name].file} and {stored.file}")
         if not is_extra(name):
             found[name] = stored
-    for name, stored in found.items():
+    for stored in found.values():
         if stored.dtype not in DTYPES:
-            raise DamagedError(f"has {name} stored as {stored.dtype} ({stored.file}), which is not pruned; weights are "
-                               f"{', '.join(DTYPES)}")  # fmt: skip
+            raise DamagedError(f"has {stored.name} stored as {stored.dtype} ({stored.file}), which is not pruned; "
+                               f"weights are {', '.join(DTYPES)}")  # fmt: skip
     if config.dtype not in (None, *DTYPES.values()):
         raise DamagedError(f"has dtype {config.dtype} in config.json; it is one of {', '.join(DTYPES)}")
     _check_layers(family, config, found)
@@ -128,11 +129,12 @@ def check_files(folder: Path, config: PretrainedConfig) -> None:
     tied = next((name for name in heads if name in found), None)
     if tied is not None:
         expected[tied] = next(expected[name] for name in family.weights if name in expected)
-    _check_names(family, expected, found)
+    _check_names(expected, found)
     for name, shape in expected.items():
-        if found[name].shape != shape:
-            raise DamagedError(f"has {name} of shape {found[name].shape} in {found[name].file}, and config.json "
-                               f"describes {shape}")  # fmt: skip
+        stored = found[name]
+        if stored.shape != shape:
+            raise DamagedError(f"has {stored.name} of shape {stored.shape} in {stored.file}, and config.json describes "
+                               f"{shape}")  # fmt: skip
     if tied is not None:
         _check_tied(folder, tied, next(name for name in family.weights if name in expected))
 
@@ -196,7 +198,7 @@ def _layer(family: Family, name: str) -> int | None:
         return None
 
 
-def _check_names(family: Family, expected: dict[str, Any], found: dict[str, Stored]) -> None:
+def _check_names(expected: dict[str, Any], found: dict[str, Stored]) -> None:
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
     if not missing and not unexpected:
@@ -206,22 +208,22 @@ def _check_names(family: Family, expected: dict[str, Any], found: dict[str, Stor
         faults.append(f"lacks {len(missing)} weights that config.json describes, first {missing[0]}")
     if unexpected:
         first = unexpected[0]
-        faults.append(f"holds {len(unexpected)} that it does not, first {first} ({found[first].file})")
-    raise DamagedError(" and ".join(faults) + _shared_beginning(family, found))
+        faults.append(f"holds {len(unexpected)} that it does not, first {found[first].name} ({found[first].file})")
+    raise DamagedError(" and ".join(faults) + _beginnings(expected, found))
 
 
-def _shared_beginning(family: Family, found: dict[str, Stored]) -> str:
-    """Return what all names begin with before the model's own names, or lack before theirs, as part of a message."""
+def _beginnings(expected: dict[str, Any], found: dict[str, Stored]) -> str:
+    """Return what all names in the files begin with before the model's own, or lack of it, as part of a message."""
     if not found:
         return ""
-    for own in (family.layers, family.layers.rpartition(".")[2]):
-        before = next((name.partition(f"{own}.")[0] for name in found if f"{own}." in name), "")
-        if before and all(name.startswith(before) for name in found):
-            return (f"; every name begins with {before!r}, as those of a wrapped model do, which from_pretrained does "
-                    "not take off")  # fmt: skip
-    outer = family.layers.rpartition(".")[0] + "."
-    if not any(name.startswith(outer) for name in found):
-        return f"; no name begins with {outer!r}, as where a model was saved without its head"
+    first = next(iter(found))
+    own = max((name for name in expected if first.endswith(name)), key=len, default="")
+    before = first.removesuffix(own) if own else os.path.commonprefix(list(found)).rpartition(".")[0] + "."
+    if len(before) > 1 and all(name.startswith(before) for name in found):
+        return f"; every name in the files begins with {before!r}, as those of a wrapped or compiled model do"
+    lacking = {name.removesuffix(first) for name in expected if name.endswith(f".{first}")}
+    if lacking and not any(name.startswith(beginning) for name in found for beginning in lacking):
+        return f"; no name in the files begins with {min(lacking)!r}, as where a model is saved without its head"
     return ""
 
 
