@@ -156,11 +156,15 @@ def read(job: Job, kind: str) -> Values:
 def _read_chunk(job: Job, kind: str, rows: slice) -> Values:
     by_metric: Values = {}
     for path in sorted(job.pieces.glob(f"{job.key(kind, rows)}-*.npz")):
-        with np.load(path) as arrays:
-            for name in arrays.files:
-                metric, _, layers = name.partition(" ")
-                by_metric.setdefault(metric, {})[tuple(json.loads(layers))] = arrays[name]
+        for name, array in (cache.read_kept(path, _arrays) or {}).items():
+            metric, _, layers = name.partition(" ")
+            by_metric.setdefault(metric, {})[tuple(json.loads(layers))] = array
     return by_metric
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as arrays:
+        return {name: arrays[name] for name in arrays.files}
 
 
 def _choice_metrics(job: Job) -> Values:

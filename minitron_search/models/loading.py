@@ -39,7 +39,7 @@ def load_model(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedMod
         ignore_mismatched_sizes=True,  # they are told of below
         output_loading_info=True,
     )
-    _check_loaded(str(folder), info)
+    check_loaded(str(folder), info)
     return model
 
 
@@ -59,7 +59,7 @@ def student_of(
     model, info = family.from_pretrained(
         None, config=config, state_dict=dict(state), dtype=dtype, output_loading_info=True
     )
-    _check_loaded(f"the weights of a {config.model_type}", info)
+    check_loaded(f"the weights of a {config.model_type}", info)
     return model.eval()
 
 
@@ -110,7 +110,7 @@ def weight_index(folder: Path) -> dict[str, str]:
     return listed
 
 
-def _check_loaded(what: str, info: Mapping[str, Any]) -> None:
+def check_loaded(what: str, info: Mapping[str, Any]) -> None:
     """Raise ValueError unless all weights of the model, and no others, were loaded."""
     unexpected = [name for name in info["unexpected_keys"] if not is_extra(in_model(name))]
     for fault, names in (

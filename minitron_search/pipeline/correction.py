@@ -54,9 +54,10 @@ def correct_teacher(prepared: Prepared) -> Prepared:
     content = made_from(prepared.teacher.fingerprint, prepared.corpus.train, method, settings, workers)
     folder = cache.entry("corrected", content_id(content))
     with cache.lock(folder):
-        is_new = not folder.exists()
+        is_new = not cache.is_whole(folder)
         if is_new:
             _make(prepared, method, settings, gangs, folder, content)
+            cache.list_contents(folder, folder)
     _announce(prepared, method, folder, is_new)
     corrected = replace(prepared.teacher, folder=folder, fingerprint=fingerprint(folder))
     if config.prunes_corrected:
