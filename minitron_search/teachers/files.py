@@ -149,10 +149,12 @@ def check_values(folder: Path) -> None:
             say(f"reading the values of {path.name}, once: {path.stat().st_size / 1e9:.0f} GB")
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
-                bad = 0 if is_extra(in_model(name)) else not_finite(file.get_tensor(name))
-                if bad:
-                    raise DamagedError(f"has {bad:,} values in {name} that are NaN or infinite ({path.name}), as a "
-                                       "conversion to float16 leaves them")  # fmt: skip
+                if is_extra(in_model(name)):
+                    continue
+                tensor = file.get_tensor(name)
+                if bad := not_finite(tensor):
+                    raise DamagedError(f"has NaN or infinity in {name} ({bad:,} of {tensor.numel():,} values, in "
+                                       f"{path.name}), as a conversion to float16 leaves them")  # fmt: skip
         cache.replace(known, lambda into: into.write_text(""))
 
 
@@ -205,11 +207,11 @@ def _check_names(expected: dict[str, Any], found: dict[str, Stored]) -> None:
         return
     faults = []
     if missing:
-        faults.append(f"lacks {len(missing)} weights that config.json describes, first {missing[0]}")
+        faults.append(f"lacks {len(missing)} of the {len(expected)} weights of config.json, first {missing[0]},")
     if unexpected:
-        first = unexpected[0]
-        faults.append(f"holds {len(unexpected)} that it does not, first {found[first].name} ({found[first].file})")
-    raise DamagedError(" and ".join(faults) + _beginnings(expected, found))
+        first = found[unexpected[0]]
+        faults.append(f"holds {len(unexpected)} that are not of it, first {first.name} in {first.file}")
+    raise DamagedError(" and ".join(faults).removesuffix(",") + _beginnings(expected, found))
 
 
 def _beginnings(expected: dict[str, Any], found: dict[str, Stored]) -> str:

@@ -151,7 +151,10 @@ def _configuration(folder: Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and the classes of its configurations raise all types
-        raise DamagedError(f"has a config.json that transformers refuses ({' '.join(str(error).split())})") from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        if "multiple of the number of attention heads" in reason:  # of a Llama, and of no other family that is pruned
+            reason += "; model_type mistral is the same function and may have any head_dim"
+        raise DamagedError(f"has a config.json that transformers refuses ({reason})") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -64,8 +64,8 @@ def test_a_beginning_that_all_names_share_is_named(beginning: str, llama: Path) 
     rewrite(llama, lambda tensors: {beginning + name: tensor for name, tensor in tensors.items()})
     said = why(llama)
     assert f"every name in the files begins with '{beginning}'" in said
-    assert "first model.embed_tokens.weight" in said and f"first {beginning}model" in said
-    assert "(model.safetensors)" in said
+    assert "lacks 20 of the 20 weights of config.json, first model.embed_tokens.weight, and holds 20 that" in said
+    assert f"first {beginning}model.embed_tokens.weight in model.safetensors" in said
 
 
 def test_a_model_that_was_saved_without_its_head_is_named_as_one(llama: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_model_that_was_saved_without_its_head_is_named_as_one(llama: Path) ->
 def test_one_weight_that_is_missing_is_no_shared_beginning(llama: Path) -> None:
     rewrite(llama, lambda tensors: {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"})
     said = why(llama)
-    assert "lacks 1 weights that config.json describes, first model.norm.weight" in said and "begins" not in said
+    assert "lacks 1 of the 20 weights of config.json, first model.norm.weight" in said and "begins" not in said
 
 
 def test_a_configuration_that_says_otherwise_is_named_with_both_shapes(llama: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_configuration_that_transformers_refuses_is_told_in_its_words(llama: P
     assert "has a config.json that transformers refuses (" in why(llama) and "layer" in why(llama)
     (llama / "config.json").write_text(before)
     reconfigure(llama, hidden_size=50, head_dim=8)
-    assert "has a config.json that transformers refuses (" in why(llama) and "50" in why(llama)
+    assert "has a config.json that transformers refuses (" in why(llama) and "model_type mistral" in why(llama)
 
 
 def test_a_head_of_its_own_in_a_tied_model_is_refused_and_an_equal_one_is_tied(llama: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_head_of_its_own_in_a_tied_model_is_refused_and_an_equal_one_is_tied(l
 
 def test_an_untied_model_without_a_head_is_refused(llama: Path) -> None:
     reconfigure(llama, tie_word_embeddings=False)
-    assert "lacks 1 weights that config.json describes, first lm_head.weight" in why(llama)
+    assert "lacks 1 of the 21 weights of config.json, first lm_head.weight" in why(llama)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2", "int64", "bool"])
@@ -238,8 +238,9 @@ def test_values_that_are_no_numbers_are_counted(value: float, llama: Path) -> No
         return tensors
 
     rewrite(llama, spoil)
+    said = rf"teacher.model: 'm' has NaN or infinity in {name} \(3 of 480 values, in model.safetensors\)"
     for _ in range(2):  # what is refused is not remembered as fine
-        with pytest.raises(ValueError, match=rf"teacher.model: 'm' has 3 values in {name} .*model.safetensors"):
+        with pytest.raises(ValueError, match=said):
             sources.checked_fingerprint("m", llama)
 
 
