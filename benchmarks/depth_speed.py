@@ -37,8 +37,8 @@ from minitron_search.depth.sweep import TEACHER, Cut
 from minitron_search.models.architecture import parameter_count
 from minitron_search.models.families import sizes, weights, whole
 from minitron_search.models.layerwise import LayerwiseModel
-from minitron_search.models.sources import load_tokenizer, teacher_folder
 from minitron_search.pruning.trimming import trim
+from minitron_search.teachers.sources import load_tokenizer, teacher_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY_WINDOW = 16  # tokens; memory is bounded by tokens in a chunk, whatever their windows

@@ -44,7 +44,7 @@ from minitron_search.losses.output_loss import output_loss
 from minitron_search.models.device import autocast
 from minitron_search.models.families import sizes
 from minitron_search.models.output_head import OutputHead
-from minitron_search.models.sources import teacher_folder
+from minitron_search.teachers.sources import teacher_folder
 
 ARMS = {"ce": "plain CE, full logits", "live": "KD, live teacher", "hidden": "KD, cached hidden states",
         "topk": "KD, cached top k"}  # fmt: skip

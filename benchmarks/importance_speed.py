@@ -25,7 +25,7 @@ from minitron_search.config.inputs import ImportanceConfig
 from minitron_search.importance.importance import importance_sums
 from minitron_search.models.device import autocast, on_device
 from minitron_search.models.families import final_hidden
-from minitron_search.models.sources import teacher_folder
+from minitron_search.teachers.sources import teacher_folder
 
 GOAL = 1.15
 ROWS = 4  # windows at once, on both sides

@@ -48,8 +48,8 @@ from minitron_search.models.families import (
 )
 from minitron_search.models.loading import student_of
 from minitron_search.models.output_head import output_head
-from minitron_search.models.sources import load_tokenizer, teacher_folder
 from minitron_search.pruning.trimming import trimmed_weights
+from minitron_search.teachers.sources import load_tokenizer, teacher_folder
 
 METHODS = ("activation", "random", "magnitude", "taylor", "wanda", "pca")
 NAMES = {

@@ -54,10 +54,10 @@ from minitron_search.models.device import autocast, on_device, release_memory
 from minitron_search.models.families import sizes, sizes_of, weights, whole
 from minitron_search.models.loading import load_teacher
 from minitron_search.models.output_head import output_head
-from minitron_search.models.sources import fingerprint, load_tokenizer, teacher_folder
 from minitron_search.pruning.trimming import permute_teacher, trim
 from minitron_search.records.cache import content_id
 from minitron_search.records.directory import replace_text, write_table
+from minitron_search.teachers.sources import fingerprint, load_tokenizer, teacher_folder
 from minitron_search.trials.settings import correction, correction_settings, retraining_settings
 
 

@@ -39,10 +39,10 @@ from minitron_search.config.schema import Config
 from minitron_search.models import device as precision
 from minitron_search.models.architecture import Architecture, parameter_count
 from minitron_search.models.families import sizes_of, student_config, weights, whole
-from minitron_search.models.sources import teacher_config
 from minitron_search.records.console import console, say
 from minitron_search.records.directory import write_table
 from minitron_search.search.space import SearchSpace
+from minitron_search.teachers.sources import teacher_config
 
 SCHEMA = pa.schema([
     ("model", pa.string()), ("params", pa.int64()), ("engine", pa.string()), ("on", pa.string()),

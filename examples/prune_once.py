@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from minitron_search.data.corpus import load_corpus
 from minitron_search.importance.importance import measure
 from minitron_search.models.families import whole
-from minitron_search.models.sources import load_tokenizer, teacher_folder
 from minitron_search.pruning.trimming import trim
+from minitron_search.teachers.sources import load_tokenizer, teacher_folder
 
 model, text, output = sys.argv[1:]
 folder, tokenizer = teacher_folder(model), load_tokenizer(model)

@@ -26,13 +26,13 @@ import numpy as np
 from minitron_search.ablation.shapes import shaped
 from minitron_search.config import loading
 from minitron_search.config.schema import Config
-from minitron_search.models.sources import is_stored
 from minitron_search.planning.prepare import Prepared, check, check_names
 from minitron_search.records.bucket import bucket_copy
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.paths import inside, is_uri, working_folder
 from minitron_search.search.schedule import whole_batches
 from minitron_search.search.space import SearchSpace
+from minitron_search.teachers.sources import is_stored
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 BEFORE = "before"

@@ -10,8 +10,8 @@ from minitron_search.config.schema import Config
 from minitron_search.config.space import Anchor, Axes, Axis, DropBlock, SpaceConfig
 from minitron_search.importance.methods import trimmed_config
 from minitron_search.models.families import whole
-from minitron_search.models.sources import teacher_config
 from minitron_search.search.space import SearchSpace
+from minitron_search.teachers.sources import teacher_config
 
 # the largest steps that come near a budget: a percent of the parameters of the smallest teachers
 HIDDEN_DIVISOR, MLP_DIVISOR = 16, 32

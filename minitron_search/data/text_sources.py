@@ -18,8 +18,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from minitron_search.data.docstrings import documents as docstring_documents
-from minitron_search.models.sources import near_names
 from minitron_search.records.cache import content_id
+from minitron_search.teachers.sources import near_names
 
 HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
 

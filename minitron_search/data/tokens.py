@@ -50,11 +50,13 @@ def read_tokens(
 
 def _kept_tokens(path: Path, need: int) -> Tokens | None:
     """Return what the cache holds where that is `need` tokens, or all that the source has."""
-    if not path.exists():
-        return None
+    tokens = cache.read_kept(path, _read_tokens)
+    return tokens if tokens is not None and (tokens.complete or len(tokens.ids) >= need) else None
+
+
+def _read_tokens(path: Path) -> Tokens:
     with np.load(path) as arrays:
-        tokens = Tokens(arrays["ids"], arrays["starts"], arrays["hashes"], bool(arrays["complete"]))
-    return tokens if tokens.complete or len(tokens.ids) >= need else None
+        return Tokens(arrays["ids"], arrays["starts"], arrays["hashes"], bool(arrays["complete"]))
 
 
 def _write_tokens(path: Path, tokens: Tokens) -> None:

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from minitron_search.data.winogrande_packing import PackedOptions
 from minitron_search.depth import sweep as depth
 from minitron_search.depth.sweep import Cut, Values
 from minitron_search.evaluation.winogrande import by_example
 from minitron_search.models.layerwise import LayerwiseModel
+from minitron_search.models.loading import load_model
 from minitron_search.records import cache
 from minitron_search.records.cache import content_id
 from minitron_search.records.transfer import NodeTransfer
@@ -155,11 +156,15 @@ def read(job: Job, kind: str) -> Values:
 def _read_chunk(job: Job, kind: str, rows: slice) -> Values:
     by_metric: Values = {}
     for path in sorted(job.pieces.glob(f"{job.key(kind, rows)}-*.npz")):
-        with np.load(path) as arrays:
-            for name in arrays.files:
-                metric, _, layers = name.partition(" ")
-                by_metric.setdefault(metric, {})[tuple(json.loads(layers))] = arrays[name]
+        for name, array in (cache.read_kept(path, _arrays) or {}).items():
+            metric, _, layers = name.partition(" ")
+            by_metric.setdefault(metric, {})[tuple(json.loads(layers))] = array
     return by_metric
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as arrays:
+        return {name: arrays[name] for name in arrays.files}
 
 
 def _choice_metrics(job: Job) -> Values:
@@ -182,7 +187,7 @@ def _layerwise(folder: Path, precision: str, device: str, streamed: bool) -> Lay
 @lru_cache(maxsize=1)
 def _teacher(folder: Path, device: str) -> PreTrainedModel:
     """Return the whole model, float32, for a backward pass; kept between pieces too."""
-    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    teacher = load_model(folder, torch.float32)
     return torch.nn.Module.to(teacher, device).eval()
 
 

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from minitron_search.distillation.loop import learning_rate_of, make_optimizer
 from minitron_search.distillation.objective import Objective
 from minitron_search.distillation.settings import LoopSettings, Method
 from minitron_search.distillation.teacher import TeacherBatch, TeacherSource
+from minitron_search.models.loading import load_model
 from minitron_search.models.output_head import output_head
 
 # The papers correct all weights; these are usual for peft, on all linear layers but the output head.
@@ -25,7 +26,7 @@ LORA_RANK, LORA_ALPHA = 16, 32
 
 def float32_of(folder: Path) -> PreTrainedModel:
     """Load the model of a stock folder in float32, to be trained."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return load_model(folder, torch.float32).eval()
 
 
 def trainable(model: PreTrainedModel, method: Method, seed: int) -> PreTrainedModel:

@@ -141,8 +141,10 @@ def ensure(request: Request, write: Callable[[Path], list[Lost]]) -> Built:
     `write(folder)` writes all rows, perhaps in other processes, and returns what `write_part` returns for each part
     (`in_this_process`). The cache appears whole or not at all.
     """
-    path = cache_path(request)
-    made = cache.make_once(path, lambda into: _make(request, write, into))
+    path, make = cache_path(request), lambda into: _make(request, write, into)
+    made = cache.make_once(path, make)
+    if cache.read_kept(path, CacheReader) is None:  # of an earlier version, and shorter than it says itself
+        made = cache.make_once(path, make)
     return Built(path, int(request.windows.size) if made else 0, CacheReader(path).lost)
 
 

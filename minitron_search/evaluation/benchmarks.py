@@ -12,11 +12,12 @@ from safetensors import safe_open
 from minitron_search.config.types import Precision
 from minitron_search.evaluation.lm_eval_tasks import Task, reason
 from minitron_search.evaluation.statistics import clustered, compared, mcnemar
-from minitron_search.models.sources import TOKENIZER_FILES, fingerprint, teacher_folder, weight_files
+from minitron_search.models.loading import weight_files
 from minitron_search.records import cache
 from minitron_search.records.cache import content_id, file_hash
 from minitron_search.records.console import say
 from minitron_search.records.directory import RunDirectory
+from minitron_search.teachers.sources import TOKENIZER_FILES, fingerprint, teacher_folder
 
 Compute = Callable[[Path, Task, Precision, int | None], dict[str, Any]]
 TEACHER = "teacher"
@@ -186,10 +187,7 @@ def cache_key(model: str, task: Task, precision: Precision, limit: int | None) -
 
 def read_cached(key: str) -> dict[str, Any] | None:
     """Return a result of the cache, or None."""
-    try:
-        return json.loads(_cache_path(key).read_text())
-    except FileNotFoundError:
-        return None
+    return cache.read_kept(_cache_path(key), lambda path: json.loads(path.read_text()))
 
 
 def write_cached(key: str, result: dict[str, Any]) -> None:

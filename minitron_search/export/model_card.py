@@ -12,8 +12,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from minitron_search.data.text_sources import HUB_NAME, READERS
-from minitron_search.models import embedded
-from minitron_search.models.sources import hub_name, teacher_folder
+from minitron_search.teachers import embedded
+from minitron_search.teachers.sources import hub_name, teacher_folder
 from minitron_search.trials.trial import Trial
 
 LICENCE_FILES = ("license", "licence", "notice", "copying", "use_policy")  # how their names begin, in any case

@@ -10,7 +10,7 @@ from minitron_search.distillation.checkpoints import CheckpointFolder, load_weig
 from minitron_search.export.compatibility import complete, refusals
 from minitron_search.export.model_card import Origin, model_card
 from minitron_search.models.device import on_device
-from minitron_search.models.sources import TOKENIZER_FILES
+from minitron_search.teachers.sources import TOKENIZER_FILES
 from minitron_search.trials.inputs import TrialInputs
 from minitron_search.trials.runner import initial_student
 from minitron_search.trials.trial import Trial

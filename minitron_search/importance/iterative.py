@@ -13,13 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from minitron_search.config.space import Axes
 from minitron_search.importance.importance import Importance
 from minitron_search.models.architecture import Architecture
 from minitron_search.models.families import is_expressible, student_config, whole
-from minitron_search.models.loading import student_of
+from minitron_search.models.loading import load_model, student_of
 from minitron_search.pruning.rankings import Rankings
 from minitron_search.pruning.trimming import trimmed_weights
 
@@ -101,7 +101,7 @@ def _reorder(order: Tensor, inner: Tensor) -> None:
 
 
 def _trimmed(folder: Path, size: Architecture, order: Rankings, into: Path) -> Path:
-    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    teacher = load_model(folder)
     state = {name: parameter.detach() for name, parameter in teacher.named_parameters()}
     kept = trimmed_weights(state.__getitem__, teacher.config, size, order)
     own = {name: tensor.contiguous() for name, tensor in kept.items()}

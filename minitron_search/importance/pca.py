@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from minitron_search.models.architecture import Weight
 from minitron_search.models.families import decoder_layers, family_of, final_hidden, vocabulary_tables, weights
-from minitron_search.models.loading import student_of
+from minitron_search.models.loading import load_model, student_of
 from minitron_search.records import cache
 
 TOLERANCE = 1e-3  # of the hidden states' size; float32 rounding stays below 1e-4, a wrong fold is of order 1
@@ -122,7 +122,7 @@ def rotate_teacher(folder: Path, rotation: Tensor, into: Path) -> Path:
     """Write the rotated teacher, float32, a stock folder; it appears whole or not at all, and stays if it is there."""
 
     def write(partial: Path) -> None:
-        teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        teacher = load_model(folder, torch.float32).eval()
         rotated(teacher, rotation).save_pretrained(partial)
 
     cache.make_once(into, write)

@@ -1,1 +1,1 @@
-"""Decoder models: family tables, architectures, where models come from, loading, the output head, devices."""
+"""Decoder models: family tables, architectures, loading, the output head, devices."""

@@ -212,6 +212,15 @@ def in_model(stored: str) -> str:
     return stored
 
 
+def is_extra(name: str) -> bool:
+    """Return True for what files of a family hold beside its weights, by the name that it would have in the model."""
+    for family in FAMILIES:
+        local = name.removeprefix(family.layers + ".").partition(".")[2]
+        if name.startswith(family.layers + ".") and local in family.extras:
+            return True
+    return False
+
+
 def _value(config: PretrainedConfig, key: str) -> Any:
     """Return the value of a configuration key, or of a key of a dictionary in it (`rope_parameters.rope_type`)."""
     outer, _, inner = key.partition(".")

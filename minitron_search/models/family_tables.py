@@ -42,6 +42,8 @@ class Family:
     position_offset: int = 0  # rows of the learned positions before the first
     embedding_scaled: bool = False  # by sqrt(hidden_size), and norms multiply by 1 + weight
     stored: Mapping[str, str] = field(default_factory=dict)  # beginnings of names in files -> in the model
+    # of a layer: what old files hold beside the weights, masks and frequencies that modules make themselves
+    extras: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
     variants: tuple[tuple[str, Any, Mapping[str, Any]], ...] = ()  # (key, value): the fields that differ then
     unsupported: tuple[tuple[str, Any, str], ...] = ()  # (key, value): why not
 
@@ -213,6 +215,7 @@ GPT_NEOX = Family(
     head_dim="derived",
     grouped_query=False,
     stored={"embed_out.": "lm_head."},
+    extras=("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
 )  # fmt: skip
 
 GPT2 = Family(
@@ -244,6 +247,7 @@ GPT2 = Family(
     grouped_query=False,
     mlp_key="n_inner",
     stored={name: f"transformer.{name}" for name in ("wte.", "wpe.", "h.", "ln_f.")},
+    extras=("attn.bias", "attn.masked_bias"),
     unsupported=(
         ("scale_attn_by_inverse_layer_idx", True, "its attention is scaled by the layer's index"),
         ("add_cross_attention", True, "it attends to an encoder"),

@@ -1,5 +1,9 @@
-"""Load a model: a teacher from its folder, a student from its weights, tensors one by one."""
+"""Load a model: a teacher from its folder, a student from its weights, tensors one by one.
 
+Every load is whole: a weight that is missing, of another shape or not the model's is an error, never a random number.
+"""
+
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +20,27 @@ from transformers import (
 )
 
 from minitron_search.models.architecture import Architecture
-from minitron_search.models.families import in_model, student_config, weights
+from minitron_search.models.families import in_model, is_extra, student_config, weights
 
 Reader = Callable[[str], Tensor]
+
+
+def load_model(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """Return the model in a folder, all of its weights from its safetensors files, in `dtype` (auto: as it is stored).
+
+    Raises ValueError for a weight that is missing, of another shape, or not the model's.
+    """
+    family: Any = AutoModelForCausalLM
+    model, info = family.from_pretrained(
+        folder,
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,  # they are told of below
+        output_loading_info=True,
+    )
+    check_loaded(str(folder), info)
+    return model
 
 
 def load_teacher(folder: Path) -> PreTrainedModel:
@@ -37,8 +59,7 @@ def student_of(
     model, info = family.from_pretrained(
         None, config=config, state_dict=dict(state), dtype=dtype, output_loading_info=True
     )
-    assert not info["unexpected_keys"] and not info["mismatched_keys"], info
-    assert not info["missing_keys"], info
+    check_loaded(f"the weights of a {config.model_type}", info)
     return model.eval()
 
 
@@ -51,12 +72,52 @@ def random_student(config: PretrainedConfig, architecture: Architecture, seed: i
 
 def reader(folder: Path) -> Reader:
     """Return a reader of a folder's weights by their names in the model, memory-mapped: processes on one node share the
-    pages."""
-    files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
+    pages. Raises ValueError for a name that no weight has."""
+    files = [safe_open(path, framework="pt") for path in weight_files(folder)]
     where = {in_model(stored): (file, stored) for file in files for stored in file.keys()}
 
     def read(name: str) -> Tensor:
+        if name not in where:
+            raise ValueError(f"{folder}: its safetensors files hold no {name}")
         file, stored = where[name]
         return file.get_tensor(stored)
 
     return read
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that from_pretrained reads: one, or those that the index names, sorted; none without either.
+
+    Raises ValueError for an index that cannot be read.
+    """
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else [folder / name for name in sorted(set(weight_index(folder).values()))]
+
+
+def weight_index(folder: Path) -> dict[str, str]:
+    """Return which file holds which weight, as the index says; nothing without an index. Raises ValueError as
+    `weight_files`."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return {}
+    try:
+        listed = json.loads(index.read_bytes())["weight_map"]
+        inside = all(isinstance(name, str) and Path(name).name == name for name in listed.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index.name} cannot be read as an index of weights") from error
+    if not inside:
+        raise ValueError(f"{index.name} names a weight file that is not a file of its folder")
+    return listed
+
+
+def check_loaded(what: str, info: Mapping[str, Any]) -> None:
+    """Raise ValueError unless all weights of the model, and no others, were loaded."""
+    unexpected = [name for name in info["unexpected_keys"] if not is_extra(in_model(name))]
+    for fault, names in (
+        ("lacks", info["missing_keys"]),
+        ("holds what is not the model's,", unexpected),
+        ("holds another shape of", [name for name, *_ in info["mismatched_keys"]]),
+    ):
+        if names:
+            raise ValueError(f"teacher.model: {what} {fault} {sorted(names)[0]} (of {len(names)} such weights); valid: "
+                             "weights and config.json as save_pretrained writes them together")  # fmt: skip

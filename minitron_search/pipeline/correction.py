@@ -24,7 +24,6 @@ from minitron_search.distillation.settings import CorrectionSettings, LoopSettin
 from minitron_search.distillation.teacher_cache import Request
 from minitron_search.export import student_folder
 from minitron_search.models.families import sizes, whole
-from minitron_search.models.sources import fingerprint
 from minitron_search.pipeline import retraining
 from minitron_search.pipeline.teacher import cache_outputs, unpermuted_copy
 from minitron_search.planning.prepare import Prepared
@@ -34,6 +33,7 @@ from minitron_search.records.console import say
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.metrics import score_columns
 from minitron_search.search.state import make_trial
+from minitron_search.teachers.sources import fingerprint
 from minitron_search.trials.inputs import TrialInputs
 from minitron_search.trials.settings import correction, correction_settings
 from minitron_search.trials.trial import Trial
@@ -54,9 +54,10 @@ def correct_teacher(prepared: Prepared) -> Prepared:
     content = made_from(prepared.teacher.fingerprint, prepared.corpus.train, method, settings, workers)
     folder = cache.entry("corrected", content_id(content))
     with cache.lock(folder):
-        is_new = not folder.exists()
+        is_new = not cache.is_whole(folder)
         if is_new:
             _make(prepared, method, settings, gangs, folder, content)
+            cache.list_contents(folder, folder)
     _announce(prepared, method, folder, is_new)
     corrected = replace(prepared.teacher, folder=folder, fingerprint=fingerprint(folder))
     if config.prunes_corrected:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from minitron_search.cluster.placement import in_parts, on_all_cpus
 from minitron_search.config.inputs import ImportanceConfig
@@ -17,6 +16,7 @@ from minitron_search.importance.iterative import iterative_importance, smallest_
 from minitron_search.importance.methods import method_of
 from minitron_search.models import device
 from minitron_search.models.architecture import Architecture
+from minitron_search.models.loading import load_model
 from minitron_search.planning.checks import importance_seed
 from minitron_search.planning.prepare import Prepared
 from minitron_search.records import cache
@@ -88,9 +88,9 @@ def _importance(
     parts: list[np.ndarray], folder: Path, config: ImportanceConfig, precision: Precision
 ) -> list[ImportanceSums]:  # fmt: skip
     dtype = method_of(config.method).dtype
-    teacher = device.on_device(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)).eval()
+    teacher = device.on_device(load_model(folder, dtype)).eval()
     return [importance_sums(teacher, windows, config, precision) for windows in parts]
 
 
 def _combined(sums: list[ImportanceSums], config: ImportanceConfig, seed: int, folder: Path) -> Importance:
-    return combined(sums, config, seed, lambda: AutoModelForCausalLM.from_pretrained(folder, dtype="auto"))
+    return combined(sums, config, seed, lambda: load_model(folder))

@@ -87,7 +87,7 @@ def permute_models(prepared: Prepared, importance: Importance) -> tuple[Permuted
     """Return the pruned model and the teacher, permuted alike if their shapes are alike; else the teacher is not."""
     run_dir, rotation = prepared.run_dir, importance.rotation
     rankings = importance.rankings(prepared.space.teacher.num_key_value_heads)
-    order = importance_id(run_dir)
+    order = _order_id(run_dir, prepared.pruned)
     if prepared.config.distillation.initialization == "merged":  # layers add up element by element, in their own order
         rankings, order = Rankings.identity(prepared.pruned.config), UNPERMUTED
     pruned = _permuted(run_dir, prepared.pruned, rankings, order, rotation)
@@ -212,6 +212,12 @@ def _copy(model: Path, folder: Path, precision: Precision) -> Path:
     return permute_teacher(model, Rankings.identity(AutoConfig.from_pretrained(model)), folder, precision)
 
 
-def importance_id(run_dir: RunDirectory) -> str:
-    """Return the content id of a run's importance."""
-    return content_id(run_dir.importance.read_bytes().hex())
+def _order_id(run_dir: RunDirectory, pruned: Model) -> str:
+    """Return the content id of a run's importance: of its tensors, for the bytes of two files of them may differ.
+
+    What an earlier version permuted goes by an id of the file's bytes, and is used again where it is kept.
+    """
+    of_bytes = content_id(run_dir.importance.read_bytes().hex())
+    if _permuted_folder(content_id([pruned.fingerprint, of_bytes])).exists():
+        return of_bytes
+    return content_id({name: tensor.numpy() for name, tensor in Importance.load(run_dir.importance).tensors().items()})

@@ -15,12 +15,12 @@ from minitron_search.config.schema import Config
 from minitron_search.models.architecture import parameter_count
 from minitron_search.models.device import resolve
 from minitron_search.models.families import sizes_of
-from minitron_search.models.sources import teacher_config
 from minitron_search.planning.calibration import Speed, measure, stated
 from minitron_search.planning.workload import Costs, Work, option_tokens, workload
 from minitron_search.records.directory import RunDirectory, stage_seconds
 from minitron_search.search.schedule import gang_workers, search_phases
 from minitron_search.search.space import COORDINATES, SearchSpace
+from minitron_search.teachers.sources import teacher_config
 
 # Of a worker group, from Ray's asking for it to its first step: processes, imports, the student. Of a trial inside a
 # process of Tune: imports and the student.

@@ -22,7 +22,6 @@ from minitron_search.importance.methods import trimmed_config
 from minitron_search.models.architecture import parameter_count
 from minitron_search.models.device import resolve
 from minitron_search.models.families import family_of, sizes, weights, whole
-from minitron_search.models.sources import fingerprint, load_tokenizer, teacher_config, teacher_folder
 from minitron_search.planning.checks import (
     check_compiler,
     check_disk,
@@ -38,6 +37,7 @@ from minitron_search.records.bucket import bucket_copy
 from minitron_search.records.directory import RunDirectory
 from minitron_search.search.samplers import check_sampler
 from minitron_search.search.space import SearchSpace
+from minitron_search.teachers.sources import checked_fingerprint, load_tokenizer, teacher_config, teacher_folder
 from minitron_search.tracking.trackers import check_installed, log_in
 from minitron_search.trials.settings import correction_tokens
 
@@ -130,7 +130,7 @@ def prepare(config: Config, resume: bool) -> Prepared:
         config=config,
         run_dir=run_dir,
         precision=resolve(config.precision),
-        pruned=Model(folder, pruned, fingerprint(folder)),
+        pruned=Model(folder, pruned, checked_fingerprint(config.teacher.model, folder)),
         tokenizer=tokenizer,
         space=space,
         corpus=corpus,
@@ -169,7 +169,7 @@ def _fetch_evaluation(config: Config) -> None:
     check_data(parse_tasks(config.evaluation.tasks))
     for reference in config.evaluation.references:
         with _blaming("evaluation.references"):
-            teacher_folder(reference)
+            checked_fingerprint(reference, teacher_folder(reference))
 
 
 def _packed_questions(config: Config, pruned: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PackedOptions:
@@ -234,6 +234,7 @@ def _distillation_teacher(config: Config, tokenizer: PreTrainedTokenizerBase) ->
         return None
     with _blaming("distillation.teacher"):
         folder, own = teacher_folder(name).absolute(), load_tokenizer(name).get_vocab()
+        content = checked_fingerprint(name, folder)
     ours = tokenizer.get_vocab()
     if own != ours:
         token = min(word for word in own.keys() | ours.keys() if own.get(word) != ours.get(word))
@@ -241,7 +242,7 @@ def _distillation_teacher(config: Config, tokenizer: PreTrainedTokenizerBase) ->
                          f"{config.teacher.model!r}: {token!r} is its token {own.get(token)} and the other's "
                          f"{ours.get(token)}; valid: a model with the same tokenizer, such as the one that "
                          "teacher.model was pruned from")  # fmt: skip
-    return Model(folder, AutoConfig.from_pretrained(folder), fingerprint(folder))
+    return Model(folder, AutoConfig.from_pretrained(folder), content)
 
 
 @contextmanager

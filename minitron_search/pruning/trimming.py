@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from minitron_search.models.architecture import Architecture
 from minitron_search.models.families import (
@@ -20,7 +20,7 @@ from minitron_search.models.families import (
     weights,
     whole,
 )
-from minitron_search.models.loading import Reader, reader, student_of
+from minitron_search.models.loading import Reader, load_model, reader, student_of
 from minitron_search.pruning.rankings import Rankings
 from minitron_search.records import cache
 
@@ -33,7 +33,7 @@ def permute_teacher(teacher_folder: Path, rankings: Rankings, folder: Path, dtyp
     """
 
     def write(into: Path) -> None:
-        teacher = AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=dtype)
+        teacher = load_model(teacher_folder, dtype)
         state = dict(teacher.named_parameters())
         permuted = trimmed_weights(state.__getitem__, teacher.config, whole(teacher.config), rankings)
         with torch.no_grad():

@@ -15,10 +15,10 @@ from minitron_search.ablation import storage as ablation_storage
 from minitron_search.ablation.definition import Ablation, checked, load
 from minitron_search.ablation.runner import prepare_ablation, run_ablation
 from minitron_search.cli import main
-from minitron_search.models.sources import is_stored, stored_model, teacher_config, teacher_folder
 from minitron_search.planning.prepare import Prepared
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.paths import SCHEMES, inside
+from minitron_search.teachers.sources import is_stored, stored_model, teacher_config, teacher_folder
 from tests import tiny
 from tests.evaluation.test_evidence import WINDOWS, log
 
@@ -192,7 +192,7 @@ def test_a_model_in_storage_that_does_not_answer_is_refused(monkeypatch: pytest.
         def from_uri(address: str) -> None:
             raise OSError("When listing objects: no such bucket\nand more")
 
-    monkeypatch.setattr("minitron_search.models.sources.FileSystem", Gone)
+    monkeypatch.setattr("minitron_search.teachers.sources.FileSystem", Gone)
     with pytest.raises(ValueError, match="teacher.model: 's3://b/best' could not be read: .*no such bucket; valid"):
         teacher_folder("s3://b/best")
 

@@ -282,7 +282,7 @@ def test_the_teachers_loss_on_wikitext_is_the_reference_one(monkeypatch):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from minitron_search.models.sources import load_tokenizer, teacher_folder
+    from minitron_search.teachers.sources import load_tokenizer, teacher_folder
 
     if USERS_CACHE is None:  # the teacher that other slow tests made
         monkeypatch.delenv("MINITRON_SEARCH_CACHE")

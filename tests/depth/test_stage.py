@@ -276,3 +276,15 @@ def test_a_killed_driver_and_a_killed_worker_cost_only_the_pieces_they_were_at(
     after = kept(run)
     assert after == {**after, **before, **at_the_kill[0]}, "a finished piece was computed again"
     assert last_event(run)["pieces"] == len(after) - len(before) > len(at_the_kill[0]) - len(before)
+
+
+def test_a_piece_that_is_torn_is_computed_again(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made, cuts = job(data, tmp_path), [sweep.TEACHER, (1,)]
+    for piece in missing_pieces(made, {TEXT: (cuts, [])}, 1):
+        keep(made, *compute(made, piece))
+    for torn, content in zip(sorted(tmp_path.glob("*.npz")), (b"", b"PK"), strict=False):
+        torn.write_bytes(content)
+        assert len(missing_pieces(made, {TEXT: (cuts, [])}, 1)) == 1 and not torn.exists()
+        assert f"{torn.name} is made again: cannot be read" in capsys.readouterr().out
+        for piece in missing_pieces(made, {TEXT: (cuts, [])}, 1):
+            keep(made, *compute(made, piece))

@@ -194,7 +194,7 @@ def test_the_table_has_every_row_once(folder: Path, windows: np.ndarray) -> None
 @pytest.mark.skipif(not SHARED.exists(), reason="the reference numbers are not here")
 def test_the_reference_cuts_of_smollm2_are_reproduced() -> None:
     """Half the depth at every start, and the single layers that hurt most, least and in the middle; in float32."""
-    from minitron_search.models.sources import load_tokenizer, teacher_folder
+    from minitron_search.teachers.sources import load_tokenizer, teacher_folder
 
     reference = json.loads((SHARED / "reference/smollm2_depth_lm_loss.json").read_text())
     text = (SHARED / "data/wikitext2_valid.txt").read_text()

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from minitron_search.cli import main
 from minitron_search.config.loading import load_config
-from minitron_search.models.sources import fingerprint
 from minitron_search.planning.prepare import check, prepare
+from minitron_search.teachers.sources import fingerprint
 from tests import tiny
 from tests.runs import Command, events, rows, tiny_configuration
 

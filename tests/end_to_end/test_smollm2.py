@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from minitron_search.data.corpus import load_corpus
-from minitron_search.models.sources import load_tokenizer
+from minitron_search.teachers.sources import load_tokenizer
 from tests.runs import Command, events, rows
 
 pytestmark = pytest.mark.slow

@@ -18,9 +18,9 @@ from minitron_search.config.schema import Config
 from minitron_search.export.compatibility import ALWAYS_TIED, FOUR_TIMES, NOT_CONVERTED, PERIODS, complete, refusals
 from minitron_search.export.student_folder import write_folder
 from minitron_search.models.families import student_config, whole
-from minitron_search.models.sources import teacher_config
 from minitron_search.pruning.trimming import trim
 from minitron_search.search.space import SearchSpace
+from minitron_search.teachers.sources import teacher_config
 from tests import tiny
 
 # llama.cpp's names of the families that it calls otherwise

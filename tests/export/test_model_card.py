@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard
 from minitron_search.export import model_card as module
 from minitron_search.export.model_card import model_card, origin_of
 from minitron_search.export.student_folder import write_folder
-from minitron_search.models import embedded
-from minitron_search.models.sources import HUB_FILES, hub_name
+from minitron_search.teachers import embedded
+from minitron_search.teachers.sources import HUB_FILES, hub_name
 from minitron_search.trials.settings import LoopSettings
 from minitron_search.trials.trial import Trial
 from tests import tiny

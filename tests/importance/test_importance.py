@@ -211,7 +211,7 @@ def test_smollm2s_last_layer_is_no_outlier() -> None:
     """After the final norm its BI would read 1.0, the most important of all layers by far."""
     if not WIKITEXT.exists():
         pytest.skip("the text is not here")
-    from minitron_search.models.sources import load_tokenizer, teacher_folder
+    from minitron_search.teachers.sources import load_tokenizer, teacher_folder
 
     teacher = AutoModelForCausalLM.from_pretrained(teacher_folder("smollm2-135m"), dtype=torch.float32).eval()
     ids = load_tokenizer("smollm2-135m")(WIKITEXT.read_text()[:20_000])["input_ids"]

@@ -1,12 +1,14 @@
 """The stage: from a configuration to importance.safetensors and the teacher that every candidate is cut from. Tasks
 run here, in this process; that they run on Ray is tested end to end."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from minitron_search.config import loading
@@ -19,6 +21,7 @@ from minitron_search.pipeline.importance import PART, calibration_windows, measu
 from minitron_search.pipeline.teacher import make_trial_inputs
 from minitron_search.planning.prepare import Prepared, prepare
 from minitron_search.pruning.trimming import trim
+from minitron_search.records.cache import content_id
 from minitron_search.records.paths import cache_folder
 from tests import tiny
 
@@ -143,3 +146,55 @@ def test_samples_are_drawn_by_seed_and_leave_the_text_as_it_is(prepared: Callabl
     assert all(rows <= {tuple(row) for row in whole.corpus.calibration.tolist()} for rows in drawn)
     with pytest.raises(ValueError, match="importance.samples: 99 of corpus.calibration_samples 16; valid: at most 16"):
         prepared("more", samples=99)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_whatever_is_torn_in_the_cache_is_made_again(
+    listed: bool, prepared: Callable[..., Prepared], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cut short, each kind; `listed`: by this version, which keeps a list of what an entry holds."""
+
+    def run(name: str) -> dict[str, Any]:
+        ready = prepared(name)
+        measure_importance(ready)
+        made = make_trial_inputs(ready)
+        assert made.train_cache is not None
+        outputs = [path for kept in (made.train_cache, made.validation_cache) for path in sorted(kept.glob("*.bin"))]
+        return {
+            "tokens": ready.corpus.train.tolist(),
+            "importance": Importance.load(ready.run_dir.importance).hidden.tolist(),
+            "permuted": load_file(made.teacher_folder / "model.safetensors")["model.norm.weight"].tolist(),
+            "teacher_cache": [path.read_bytes() for path in outputs],
+        }
+
+    whole = run("whole")
+    for kind in whole:
+        if not listed:
+            shutil.rmtree(cache_folder() / "contents", ignore_errors=True)
+        files = sorted(path for path in (cache_folder() / kind).rglob("*") if path.is_file())
+        torn = max(files, key=lambda path: path.stat().st_size)
+        torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
+        capsys.readouterr()
+        assert run(f"after {kind}") == whole, kind
+        assert "is made again: " in capsys.readouterr().out, kind
+
+
+def test_the_order_of_a_permuted_teacher_goes_by_the_tensors(prepared: Callable[..., Prepared]) -> None:
+    """The metadata of a safetensors file may be written in any order."""
+    ready = prepared()
+    measure_importance(ready)
+    folder = make_trial_inputs(ready).teacher_folder
+    file = ready.run_dir.importance
+    save_file(load_file(file), file, {"another": "1", "order": "2"})
+    assert make_trial_inputs(ready).teacher_folder == folder
+
+
+def test_what_an_earlier_version_permuted_is_used_again(prepared: Callable[..., Prepared]) -> None:
+    """It went by an id of the bytes of importance.safetensors."""
+    ready = prepared()
+    measure_importance(ready)
+    folder = make_trial_inputs(ready).teacher_folder
+    of_bytes = content_id(ready.run_dir.importance.read_bytes().hex())
+    earlier = folder.parent.with_name(content_id([ready.pruned.fingerprint, of_bytes]))
+    folder.parent.rename(earlier)
+    assert make_trial_inputs(ready).teacher_folder == earlier / folder.name

@@ -283,7 +283,7 @@ def test_names_split_at_their_layer() -> None:
 
 
 def test_a_configuration_of_the_embedded_teacher_is_declared() -> None:
-    from minitron_search.models.embedded import config as embedded_config
+    from minitron_search.teachers.embedded import config as embedded_config
 
     config: PretrainedConfig = embedded_config()
     counted = sum(torch.Size(sizes(config)[dim] for dim in weight.dims).numel() for weight in weights(config))

@@ -11,9 +11,9 @@ from tests.runs import ROOT
 
 # Lowest first: a package imports from those before it and from itself.
 ORDER = (
-    "records", "config", "tracking", "models", "data", "losses", "evaluation", "pruning", "importance", "depth",
-    "distillation", "trials", "search", "export", "planning", "cluster", "pipeline", "ablation", "commands", "cli",
-    "run",
+    "records", "config", "tracking", "models", "teachers", "data", "losses", "evaluation", "pruning", "importance",
+    "depth", "distillation", "trials", "search", "export", "planning", "cluster", "pipeline", "ablation", "commands",
+    "cli", "run",
 )  # fmt: skip
 PLACES_WORK = {"cluster", "pipeline", "commands"}  # the only ones that import Ray
 LIGHT = {"records", "config", "cli", "run"}  # imported before the command says its first word

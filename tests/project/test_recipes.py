@@ -9,9 +9,9 @@ import yaml
 
 from minitron_search.config.loading import keys, load_config, parse_config
 from minitron_search.config.schema import Config
-from minitron_search.models.sources import teacher_config
 from minitron_search.planning.prepare import check
 from minitron_search.search.space import SearchSpace
+from minitron_search.teachers.sources import teacher_config
 
 RECIPES = Path(__file__).parents[2] / "search_spaces"
 PAPERS = {

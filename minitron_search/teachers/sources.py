@@ -1,13 +1,15 @@
 """Make any teacher that a configuration may name a Hugging Face folder.
 
-A name is the embedded one's, a folder's (here or in storage) or one of the Hub.
+A name is the embedded one's, a folder's (here or in storage) or one of the Hub. The files of a folder are checked
+against its configuration whenever it is asked for.
 
-Weights are read by `fingerprint` only. A name is the embedded one before it is a folder, and a folder before
-it is a Hub name (`./smollm2-135m` is always a folder).
+Values of weights are read by `fingerprint` and `checked_fingerprint` only. A name is the embedded one before it is
+a folder, and a folder before it is a Hub name (`./smollm2-135m` is always a folder).
 """
 
 import difflib
 import json
+import os
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -16,11 +18,13 @@ from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, FileType, copy_files
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from minitron_search.models import embedded
+from minitron_search.models.loading import weight_files
 from minitron_search.records import cache
 from minitron_search.records.cache import content_id, file_hash
 from minitron_search.records.paths import is_uri
 from minitron_search.records.transfer import WHOLE
+from minitron_search.teachers import embedded
+from minitron_search.teachers.files import DamagedError, check_files, check_small_files, check_values
 
 # What from_pretrained reads, without the copies in other formats that many repositories hold beside it.
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja")
@@ -34,15 +38,21 @@ PUBLISHED = Path(__file__).parent / "published"  # configurations of the papers'
 def teacher_folder(model: str) -> Path:
     """Return the folder that `from_pretrained` loads; made or downloaded when it is not here yet.
 
-    Raises ValueError for a folder without a model in it and for an unknown name, RuntimeError where the
-    embedded teacher cannot be fetched.
+    Raises ValueError for a folder whose files are not those of its configuration and for an unknown name, RuntimeError
+    where the embedded teacher cannot be fetched.
     """
     if model == embedded.NAME:
-        return embedded.folder()
-    if _is_local(model):
-        return _checked(model, _path(model))
+        folder = embedded.folder()
+    elif _is_local(model):
+        folder = _path(model)
+    else:
+        folder = _snapshot(model)
+    return _checked(model, folder)[0]
+
+
+def _snapshot(model: str) -> Path:
     try:
-        return _checked(model, Path(snapshot_download(model, allow_patterns=HUB_FILES)))
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
     except (OSError, HFValidationError, HfHubHTTPError) as error:
         raise _invalid(model, f"is not a folder here, and the Hub did not return it ({_first_line(error)})") from error
 
@@ -55,12 +65,14 @@ def hub_name(model: str) -> str | None:
 
 
 def teacher_config(model: str) -> PretrainedConfig:
-    """Return the model's configuration; no weights are fetched. Raises ValueError as `teacher_folder` does."""
+    """Return the model's configuration; no weights are fetched, and of a folder here the files are checked. Raises
+    ValueError as `teacher_folder` does."""
     if model == embedded.NAME:
         return embedded.config()
-    source: str | Path = _checked(model, _path(model)) if _is_local(model) else model
+    if _is_local(model):
+        return _checked(model, _path(model))[1]
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         published = PUBLISHED / f"{model.replace('/', '--')}.json"
         if published.is_file():  # the papers' teachers can be planned with where the Hub is not reached
@@ -74,7 +86,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     if model == embedded.NAME:
         source = embedded.folder()
     elif _is_local(model):
-        source = _checked(model, _path(model))
+        source = _checked(model, _path(model))[0]
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -93,6 +105,17 @@ def fingerprint(folder: Path) -> str:
     return content_id((json.dumps(config, sort_keys=True) + weights).encode(), digits=16)
 
 
+def checked_fingerprint(model: str, folder: Path) -> str:
+    """Return the fingerprint of a model's folder, whose values are read too. Raises ValueError for one that is not a
+    number or infinite."""
+    found = fingerprint(folder)
+    try:
+        check_values(folder)
+    except DamagedError as error:
+        raise _invalid(model, str(error)) from error
+    return found
+
+
 def near_names(path: Path) -> str:
     """Return ', near it: ...' with the names in the path's folder that resemble its last part; '' without any."""
     siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -109,28 +132,29 @@ def _path(model: str) -> Path:
     return stored_model(model) if is_uri(model) else Path(model).expanduser()
 
 
-def _checked(model: str, folder: Path) -> Path:
+def _checked(model: str, folder: Path) -> tuple[Path, PretrainedConfig]:
+    """Return the folder, resolved, and its configuration. Raises ValueError unless its files are those of a model."""
     if not folder.is_dir():
         raise _invalid(model, f"is not a folder{near_names(folder)}")
-    if not (folder / "config.json").is_file():
+    if not os.path.lexists(folder / "config.json"):
         raise _invalid(model, "has no config.json")
-    weights = weight_files(folder)
-    if not weights:
-        raise _invalid(model, "has no weights in safetensors files (save_pretrained writes them)")
-    missing = [path.name for path in weights if not path.is_file()]
-    if missing:
-        raise _invalid(model, f"lacks {len(missing)} of its {len(weights)} weight files ({missing[0]}, ...)")
-    return folder.resolve()
+    try:
+        check_small_files(folder)
+        config = _configuration(folder)
+        check_files(folder, config)
+    except DamagedError as error:
+        raise _invalid(model, str(error)) from error
+    return folder.resolve(), config
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the files that from_pretrained reads: one, or those that the index names, sorted."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
-        return [single]
-    if not index.exists():
-        return []
-    return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+def _configuration(folder: Path) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers and the classes of its configurations raise all types
+        reason = " ".join(str(error).split()).rstrip(".")
+        if "multiple of the number of attention heads" in reason:  # of a Llama, and of no other family that is pruned
+            reason += "; model_type mistral is the same function and may have any head_dim"
+        raise DamagedError(f"has a config.json that transformers refuses ({reason})") from error
 
 
 def _first_line(error: Exception) -> str:

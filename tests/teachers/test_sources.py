@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from minitron_search.models import sources
+from minitron_search.teachers import sources
 from tests.tiny import over
 
 
@@ -60,7 +60,7 @@ def test_a_folder_without_configuration_or_weights_is_refused(model):
         sources.teacher_folder(str(model))
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"lacks 1 of its 2 weight files \(model-00002"):
+    with pytest.raises(ValueError, match="lacks 1 of its 2 weight files, first model-00002"):
         sources.teacher_folder(str(model))
     (model / "config.json").unlink()
     with pytest.raises(ValueError, match="has no config.json"):
@@ -103,15 +103,3 @@ def test_the_fingerprint_is_of_the_content(model, tmp_path):
     assert sources.fingerprint(copy) != first
     (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
     assert sources.fingerprint(model) != first
-
-
-def test_a_hash_is_remembered_for_old_files_and_never_for_ones_just_written(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"one")
-    now = sources.file_hash(path)
-    assert not (tmp_path / "cache").exists()
-    os.utime(path, (1, 1))
-    assert sources.file_hash(path) == now
-    assert len(list((tmp_path / "cache" / "hashes").iterdir())) == 1
-    path.write_bytes(b"two")
-    assert sources.file_hash(path) != now

@@ -23,6 +23,7 @@ from huggingface_hub import ModelCardData
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from minitron_search.models.device import release_memory
+from minitron_search.models.loading import check_loaded
 from minitron_search.models.patches import dequantised
 from minitron_search.records import cache
 
@@ -62,7 +63,8 @@ def finished_folder() -> Path:
 def config() -> PretrainedConfig:
     """Return the teacher's configuration, without downloading anything."""
     finished = finished_folder()
-    return AutoConfig.from_pretrained(finished if finished.is_dir() else PACKAGED_CONFIG)
+    there = finished.is_dir() and cache.why_not_whole(finished) is None
+    return AutoConfig.from_pretrained(finished if there else PACKAGED_CONFIG)
 
 
 def _make(into: Path) -> None:
@@ -112,7 +114,10 @@ def _convert(gguf: Path, into: Path) -> None:
     """Write a GGUF file as a float32 Hugging Face folder; the same bytes every time for one transformers version."""
     source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     with contextlib.redirect_stderr(io.StringIO()):  # two progress bars that no setting reaches
-        model: Any = dequantised(AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32))
+        family: Any = AutoModelForCausalLM
+        loaded, info = family.from_pretrained(**source, dtype=torch.float32, output_loading_info=True)
+        check_loaded(HUB_NAME, info)
+        model: Any = dequantised(loaded)
         tokenizer = AutoTokenizer.from_pretrained(**source)
         del model.config._model_name_or_path
         for local in ("is_local", "local_files_only"):

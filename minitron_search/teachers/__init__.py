@@ -1,0 +1,1 @@
+"""Teachers: their names to folders, the embedded one, and whether their files are whole."""
