@@ -274,8 +274,8 @@ def _distillation_teacher(config: Config, tokenizer: PreTrainedTokenizerBase, ro
     teacher = AutoConfig.from_pretrained(folder)
     if beyond and teacher.vocab_size > rows:
         raise ValueError(f"distillation.teacher: {name!r} has {teacher.vocab_size:,} rows and teacher.model "
-                         f"{config.teacher.model!r} {rows:,}, and {min(beyond)!r} is a token of the rows between; valid: "
-                         "a model with other rows for padding alone")  # fmt: skip
+                         f"{config.teacher.model!r} {rows:,}, and {min(beyond)!r} is a token of the rows between; "
+                         "valid: a model whose other rows are padding alone")  # fmt: skip
     return Model(folder, teacher, fingerprint(folder))
 
 
