@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from minitron_search.records.console import say
 
 SAMPLE = 20_000  # characters of a source that are looked at, when it is tokenised
-MATTERS = 0.01  # the share from which on it is said
+MATTERS, ALL = 0.01, 0.99  # the shares from which on it is said, and refused
 
 
 class Coverage(NamedTuple):
@@ -26,7 +26,7 @@ def check_expressible(field: str, found: Coverage | None, tokenizer: PreTrainedT
         return
     told = (f"of its first {SAMPLE:,} characters this tokenizer makes {found.tokens:,.0f} tokens, {found.unknown:.1%} "
             f"of them {tokenizer.unk_token!r}, and loses {found.lost:.1%} of the characters")  # fmt: skip
-    if not found.tokens or found.unknown == 1:
+    if not found.tokens or max(found.unknown, found.lost) >= ALL:
         raise ValueError(f"{field}: {told}; valid: a text in the language of teacher.model's tokenizer")
     say(f"{field}: {told}")
 

@@ -15,30 +15,30 @@ READ = (
 
 
 def check_special_tokens(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Raise ValueError if a special token that texts are made of is no row of the embedding; say it of the others."""
-    others = []
-    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
-        if number >= vocab_size:
-            names = [name for name in READ if getattr(tokenizer, name) == token]
-            if names:
-                raise ValueError(
-                    _beyond(f"teacher.model: {config.teacher.model!r}: its {names[0]}", token, number, vocab_size)
-                )
-            others.append(f"{token!r} ({number})")
-    if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        say(f"teacher.model: {config.teacher.model}: its tokenizer has tokens beyond the {vocab_size} rows of the "
-            f"embedding, {', '.join(others[:3])}{more}; this run reads none of them")  # fmt: skip
+    """Raise ValueError if a special token that texts are made of is no row of the embedding."""
+    for name in READ:
+        number = tokenizer.convert_tokens_to_ids(getattr(tokenizer, name)) if getattr(tokenizer, name) else None
+        if number is not None and number >= vocab_size:
+            where = f"teacher.model: {config.teacher.model!r}: its {name}"
+            raise ValueError(_beyond(where, getattr(tokenizer, name), number, vocab_size))
 
 
 def check_windows(config: Config, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Raise ValueError for a token of a window that is no row of the embedding."""
+    """Raise ValueError for a token of a window that is no row of the embedding; otherwise say which tokens are none."""
     for name in ("validation", "train", "calibration"):
         beyond = _first_beyond(getattr(corpus, name), vocab_size)
         if beyond is not None:
             source = getattr(config.corpus, name) or config.corpus.train  # calibration windows are drawn from it
             token = str(tokenizer.convert_ids_to_tokens(beyond))
-            raise ValueError(_beyond(f"corpus.{name}: {source!r} has, or is joined by,", token, beyond, vocab_size))
+            raise ValueError(
+                _beyond(f"corpus.{name}: {source!r}: in its texts or between them", token, beyond, vocab_size)
+            )
+    others = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= vocab_size)
+    if others:
+        first = ", ".join(f"{token!r} ({number})" for number, token in others[:3])
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        say(f"teacher.model: {config.teacher.model}: its tokenizer has tokens beyond the {vocab_size} rows of the "
+            f"embedding, {first}{more}; this run reads none of them")  # fmt: skip
 
 
 def _first_beyond(windows: np.ndarray, vocab_size: int) -> int | None:
