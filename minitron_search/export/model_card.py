@@ -18,7 +18,7 @@ from minitron_search.data.tokenizer_files import is_own
 from minitron_search.export.teacher_files import TeacherFiles, teacher_files
 from minitron_search.models import embedded
 from minitron_search.models.sources import hub_name, teacher_folder
-from minitron_search.records.escaping import in_markdown, one_line
+from minitron_search.records.escaping import as_code, in_markdown, one_line
 from minitron_search.records.metrics import score_columns
 from minitron_search.trials.trial import Trial
 
@@ -61,7 +61,7 @@ class Origin:
 def taught_by(config: Config) -> str:
     """Return how a card names what the students were distilled from."""
     model, correction = config.distillation.teacher, config.teacher.correction
-    name = in_markdown(model) if model else "it"
+    name = as_code(model) if model else "it"
     when = " in parallel" if correction.parallel else ""
     return name if correction.method == "none" else f"{name}, corrected{when} on the same text ({correction.method})"
 
@@ -138,7 +138,7 @@ def model_card(
 ---
 # {teacher}, pruned and distilled to {row["params"] / 1e6:.1f}M parameters
 
-Made with minitron_search by structured pruning of the teacher {teacher} and distillation from {origin.taught_by}
+Made with minitron_search by structured pruning of the teacher {as_code(origin.teacher)} and distillation from {origin.taught_by}
 (the Minitron approach, arXiv:2407.14679 and arXiv:2408.11796). {_licence_sentence(origin)}{left}{renamed and f" {renamed}"}
 
 | | |

@@ -34,8 +34,12 @@ def in_markdown(text: object) -> str:
     """Return text for one line or one cell of Markdown: as it is where that is plain, else as code, in which no link,
     image or tag is read and no address becomes a link."""
     line = one_line(text)
-    if PLAIN.fullmatch(line) and "www." not in line.lower():
-        return line
+    return line if PLAIN.fullmatch(line) and "www." not in line.lower() else as_code(line)
+
+
+def as_code(text: object) -> str:
+    """Return text for Markdown as code, whatever is in it."""
+    line = one_line(text)
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     space = " " if line.startswith("`") or line.endswith("`") else ""
     return f"{fence}{space}{line}{space}{fence}".replace("|", "\\|")  # a cell ends at any other, in code too
