@@ -105,7 +105,7 @@ def _licence(card: ModelCardData) -> dict[str, str]:
 def _matching(pattern: str, value: Any) -> str | list[str] | None:
     """Return a value of a card, or of a list there those values, that are of a form; None for any other."""
     if isinstance(value, list):
-        return [item for item in value if _matching(pattern, item)] or None
+        return [item for item in value if isinstance(item, str) and _matching(pattern, item)] or None
     return value if isinstance(value, str) and re.fullmatch(pattern, value, re.ASCII) else None
 
 
@@ -114,7 +114,7 @@ def _card_of(readme: Path) -> ModelCardData:
     cost a retrained student."""
     try:
         return ModelCard.load(readme, ignore_metadata_errors=True).data if readme.is_file() else ModelCardData()
-    except (ValueError, yaml.YAMLError):
+    except Exception:  # of whatever its parsers raise about what a stranger wrote
         return ModelCardData()
 
 

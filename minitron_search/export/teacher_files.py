@@ -18,6 +18,7 @@ from minitron_search.models.sources import weight_files
 LICENCE_FILES = ("license", "licence", "notice", "copying", "use_policy")  # how their names begin, in any case
 # endings of what a computer runs, or a browser shows as a page: no such file is taken for a licence
 RUN = {".py", ".pyc", ".pyw", ".ipynb", ".sh", ".bat", ".cmd", ".ps1", ".js", ".html", ".htm", ".svg", ".so", ".exe"}
+LICENCE_BYTES = 2**20  # above that it is no text that anybody reads
 GENERATION = "generation_config.json"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # by their names in safetensors
 
@@ -99,6 +100,7 @@ def _licences(folder: Path) -> list[str]:
         if path.name.lower().startswith(LICENCE_FILES)
         and PurePath(path.name).suffix.lower() not in RUN
         and is_own(folder, path)
+        and path.stat().st_size <= LICENCE_BYTES
     )
 
 

@@ -54,10 +54,13 @@ _stock = GenerationConfig.from_pretrained.__func__  # type: ignore[attr-defined]
 
 
 def generation_defaults(cls: type[GenerationConfig], *where: Any, **options: Any) -> GenerationConfig:
-    """Load generation defaults. Raises OSError for any that are refused: transformers then loads the model without."""
+    """Load generation defaults. Raises OSError for any that are refused: transformers then looks for them in
+    config.json, whose own have no effect if they are refused too."""
     try:
         return _stock(cls, *where, **options)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        if options.get("_from_model_config"):
+            return cls(_from_model_config=True)
         raise OSError(f"{error}") from error
 
 

@@ -17,10 +17,9 @@ READ = (
 def check_special_tokens(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """Raise ValueError if a special token that texts are made of is no row of the embedding."""
     for name in READ:
-        number = tokenizer.convert_tokens_to_ids(getattr(tokenizer, name)) if getattr(tokenizer, name) else None
+        token, number = getattr(tokenizer, name), getattr(tokenizer, f"{name}_id")
         if number is not None and number >= vocab_size:
-            where = f"teacher.model: {config.teacher.model!r}: its {name}"
-            raise ValueError(_beyond(where, getattr(tokenizer, name), number, vocab_size))
+            raise ValueError(_beyond(f"teacher.model: {config.teacher.model!r}: its {name}", token, number, vocab_size))
 
 
 def check_windows(config: Config, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:

@@ -204,6 +204,7 @@ def test_nothing_that_others_wrote_is_live_in_a_card(tmp_path: Path) -> None:
         {"license": ["mit", "apache-2.0"], "language": {"en": 1}, "base_model": 3},
         {"license": {"a": 1}, "license_name": ["x"], "license_link": 7, "language": False},
         {"license": "mit\nlicense_name: x", "language": "not a language at all", "base_model": ["a/b", "<b>"]},
+        {"language": [["en"], {"en": 1}], "model-index": [["a"]], "license": "x y"},
         {"datasets": 5, "model-index": "x", "tags": {"a": 1}, "license": None, "pipeline_tag": ["x"]},
     ]
 )

@@ -148,6 +148,8 @@ def test_the_place_of_the_teachers_code_is_not_taken_over(folder: Path) -> None:
     assert json.loads(teacher_files(folder).contents["tokenizer_config.json"]) == values
     for name in ("LICENSE.py", "license.html", "NOTICE.sh"):
         (folder / name).write_text("x")
+    with open(folder / "copying.bin", "wb") as file:
+        file.truncate(2**20 + 1)
     assert teacher_files(folder).licences == ()
 
 
