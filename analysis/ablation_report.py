@@ -4,7 +4,6 @@ FOLDER holds ablation.json and a run directory per arm, finished, going, failed 
 """
 
 import argparse
-import html
 import json
 import sys
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from analysis.report import written
 from analysis.run_cards import draw
 from analysis.run_data import RunData, candidates, load_run
 from minitron_search.records.directory import ABLATION_FILE, ABLATION_TABLE, RunDirectory, replace_text, stage_seconds
+from minitron_search.records.escaping import in_html, visible
 from minitron_search.records.metrics import METRICS, scored
 
 TESTS = ["arm", "metric", "tokens", "difference", "low", "high", "p_holm", "seeds_low", "seeds_high", "seeds_p_holm",
@@ -122,7 +122,7 @@ def question_card(ablation: Ablation) -> Card:
             f.plus_minus(last["lm_loss"].mean(), last["lm_loss"].std(), 4) if len(rows_of) else f.MISSING,
         ])  # fmt: skip
     words = [ablation.question, f"In the paper: {ablation.figure}." if ablation.figure else ""]
-    body = "".join(f'<p class="outcome">{html.escape(line)}</p>' for line in words if line)
+    body = "".join(f'<p class="outcome">{in_html(line)}</p>' for line in words if line)
     if tokens is not None and tokens < ablation.tokens:
         body += (
             f'<p class="warning" role="note">Not finished: compared below at {f.tokens(tokens)} of '
@@ -173,7 +173,7 @@ def differences_card(ablation: Ablation) -> Card:
     if table.empty:
         return Card(title, read, reason="No other arm has scored the same windows yet.")
     table = table.assign(**corrected(ablation, table, tokens))
-    words = "".join(f"<li>{html.escape(line)}</li>" for line in differences.in_words(table, ablation.baseline))
+    words = "".join(f"<li>{in_html(line)}</li>" for line in differences.in_words(table, ablation.baseline))
     body = f"<ul>{words}</ul>"
     sample = (
         f"n = {int(table['windows'].max())} windows and up to {f.plural(int(table['seeds'].max()), 'shared seed')}, at "
@@ -374,7 +374,7 @@ def configuration_card(ablation: Ablation) -> Card:
 
 def health_card(ablation: Ablation) -> Card:
     title, read = "Health", "What was checked in each arm, and what was found."
-    broken = "".join(f"<li>{html.escape(f'{arm}: {why}')}</li>" for arm, why in ablation.broken.items())
+    broken = "".join(f"<li>{in_html(f'{arm}: {why}')}</li>" for arm, why in ablation.broken.items())
     body = f'<ul class="warning">{broken}</ul>' if broken else ""
     if not ablation.runs:
         return Card(title, read, body=body) if body else Card(title, read, reason="No arm has begun.")
@@ -425,9 +425,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         path = write_ablation_report(chosen.folder)
     except ValueError as error:
-        print(error, file=sys.stderr)
+        print(visible(error), file=sys.stderr)
         return 2
-    print(path)
+    print(visible(path))
     if chosen.figures:
         write_beside(path, draw(CARDS, load_ablation(chosen.folder)))
     return 0

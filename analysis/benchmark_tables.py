@@ -1,6 +1,5 @@
 """Tables 1 and 2 (arXiv:2408.11796): what lm-eval says of this run's models, and what the paper says of its own."""
 
-import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from analysis.page import formatting as f
 from analysis.page.card import Card
 from analysis.page.tables import plain_table
 from analysis.run_data import RunData
+from minitron_search.records.escaping import in_html
 
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published_tables.json").read_text())
 TITLE = "Tables 1 and 2"
@@ -84,7 +84,7 @@ def results_html(info: TablesInfo) -> str:
         first = of_model.iloc[0]
         name = "" if first["name"] == first["model"] else str(first["name"])
         small = " · ".join(part for part in (name, f"{f.millions(first['params'])} parameters") if part)
-        rows += f'<tr><th scope="row">{html.escape(" · ".join(model))}<small>{html.escape(small)}</small></th>'
+        rows += f'<tr><th scope="row">{in_html(" · ".join(model))}<small>{in_html(small)}</small></th>'
         for label, limit in columns:
             cells = of_model[(of_model["label"] == label) & (of_model["limit"].fillna(0) == limit)]
             rows += f'<td class="number">{_cell(cells.iloc[-1]) if len(cells) else f.MISSING}</td>'
@@ -99,12 +99,12 @@ def _head(results: pd.DataFrame, label: str, limit: float) -> str:
     column = results[(results["label"] == label) & (results["limit"].fillna(0) == limit)]
     shots = f"{f.integer(column['shots'].iloc[0])}-shot"
     questions = f"{'first ' if limit else ''}{' or '.join(f.integer(n) for n in sorted(set(column['n'])))} questions"
-    small = [html.escape(metric_name(column["metric"].iloc[0])), f"{shots}, {questions}"]
-    return html.escape(str(column["task"].iloc[0])) + "".join(f"<small>{part}</small>" for part in small)
+    small = [in_html(metric_name(column["metric"].iloc[0])), f"{shots}, {questions}"]
+    return in_html(str(column["task"].iloc[0])) + "".join(f"<small>{part}</small>" for part in small)
 
 
 def _cell(row: pd.Series) -> str:
-    text = html.escape(percent(row["value"], row["stderr"]))
+    text = in_html(percent(row["value"], row["stderr"]))
     if row["at_chance"]:
         text += f"<small>not above chance, {100 * row['chance']:.0f}</small>"
     if not f.missing(row["published"]):
@@ -135,8 +135,8 @@ def failures_html(info: TablesInfo) -> str:
     if info.failures.empty:
         return ""
     lines = "".join(
-        f"<li>{html.escape(' on '.join(part for part in (row['task'], row['model']) if part))}: "
-        f"{html.escape(str(row['message']))}</li>"
+        f"<li>{in_html(' on '.join(part for part in (row['task'], row['model']) if part))}: "
+        f"{in_html(str(row['message']))}</li>"
         for row in info.failures.to_dict("records")
     )
     return f'<h3>What failed</h3><ul class="warning">{lines}</ul>'

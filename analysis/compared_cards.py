@@ -1,6 +1,5 @@
 """Several runs on one page: the same cards in the same order, each with what can be put side by side."""
 
-import html
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -18,6 +17,7 @@ from analysis.page.tables import plain_table
 from analysis.run_cards import draw
 from analysis.run_data import RunData, best_candidate, candidates, of_arm
 from minitron_search.records.directory import stage_seconds
+from minitron_search.records.escaping import in_html
 from minitron_search.records.metrics import METRICS
 
 Runs = Sequence[RunData]
@@ -62,7 +62,7 @@ def warning(runs: Runs) -> str:
     if not other:
         return ""
     return (
-        f'<p class="warning" role="note">These runs differ in {html.escape(", ".join(other))}: their validation '
+        f'<p class="warning" role="note">These runs differ in {in_html(", ".join(other))}: their validation '
         "windows are not the same, so their losses are not to be compared, and are not paired below.</p>"
     )
 
@@ -221,9 +221,7 @@ def differences_card(runs: Runs) -> Card:
     )
     panels, body, sample = [], "", ""
     if other := configuration.other_windows(runs):
-        body = (
-            f"<p>Not paired: the runs differ in {html.escape(', '.join(other))}, so their windows are not the same.</p>"
-        )
+        body = f"<p>Not paired: the runs differ in {in_html(', '.join(other))}, so their windows are not the same.</p>"
     else:
         students, tokens = {}, {}
         for run in runs:
@@ -234,10 +232,10 @@ def differences_card(runs: Runs) -> Card:
         table = differences.differences(students, first.name) if first.name in students else pd.DataFrame()
         if len(table):
             panels.append(Panel("differences", differences.forest_plot(table, first.name), table, "Best students"))
-            words = "".join(f"<li>{html.escape(line)}</li>" for line in differences.in_words(table, first.name))
+            words = "".join(f"<li>{in_html(line)}</li>" for line in differences.in_words(table, first.name))
             unequal = "" if len(set(tokens.values())) == 1 else (
                 '<p class="warning" role="note">Not at equal tokens: '
-                + html.escape(", ".join(f"{name} {f.tokens(count)}" for name, count in tokens.items()))
+                + in_html(", ".join(f"{name} {f.tokens(count)}" for name, count in tokens.items()))
                 + ". A difference is also due to the tokens.</p>"
             )  # fmt: skip
             body = f"{unequal}<ul>{words}</ul>"
@@ -329,14 +327,14 @@ def health_card(runs: Runs) -> Card:
         amiss = [check for check in info.checks if check.well is False]
         unknown = [check.name for check in info.checks if check.well is None]
         cells = "".join(
-            f'<div class="mark look">{html.escape(check.name)}: {html.escape(check.found)}</div>' for check in amiss
+            f'<div class="mark look">{in_html(check.name)}: {in_html(check.found)}</div>' for check in amiss
         )
         known = len(info.checks) - len(amiss) - len(unknown)
         cells += f'<div class="mark well">{f.plural(known, "other check")}</div>' if known else ""
-        cells += f'<div class="mark unknown">not known: {html.escape(", ".join(unknown))}</div>' if unknown else ""
-        rows += f'<tr><th scope="row">{html.escape(name)}</th><td>{cells}</td></tr>'
+        cells += f'<div class="mark unknown">not known: {in_html(", ".join(unknown))}</div>' if unknown else ""
+        rows += f'<tr><th scope="row">{in_html(name)}</th><td>{cells}</td></tr>'
     failed = "".join(
-        f"<li>{html.escape(f'{name}: {trial}: {message}')}</li>"
+        f"<li>{in_html(f'{name}: {trial}: {message}')}</li>"
         for name, info in infos for trial, message in info.failed
     )  # fmt: skip
     failures = f'<h3>Failed trials</h3><ul class="warning">{failed}</ul>' if failed else ""

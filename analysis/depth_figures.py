@@ -16,6 +16,7 @@ from analysis.page.page import page
 from analysis.page.static_figures import write_figures as write_static
 from analysis.run_data import load_run
 from minitron_search.records.directory import RunDirectory
+from minitron_search.records.escaping import visible
 
 
 def write_figures(directory: RunDirectory) -> tuple[list[Path], str]:
@@ -41,10 +42,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         written, reason = write_figures(RunDirectory(chosen.run_directory))
     except ValueError as error:
-        print(error, file=sys.stderr)
+        print(visible(error), file=sys.stderr)
         return 2
     for path in written:
-        print(path)
+        print(visible(path))
     if reason:
         print(f"no static figures: {reason}", file=sys.stderr)
     return 0

@@ -23,6 +23,7 @@ from analysis.run_cards import make_cards
 from analysis.run_data import RunData, load_run
 from minitron_search.records.bucket import BucketCopy, bucket_copy
 from minitron_search.records.directory import RunDirectory, replace_text
+from minitron_search.records.escaping import visible
 
 COMPARISON = "comparison.html"
 
@@ -95,9 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
         if buckets and path == directories[0].report:
             buckets[0].put(path, PurePosixPath(path.name))  # nothing else has changed
     except ValueError as error:
-        print(error, file=sys.stderr)
+        print(visible(error), file=sys.stderr)
         return 2
-    print(path)
+    print(visible(path))
     if chosen.figures:
         write_beside(path, cards)
     return 0

@@ -47,6 +47,7 @@ from minitron_search.distillation.teacher import cached_teacher, live_teacher
 from minitron_search.distillation.teacher_cache import Request, ensure, in_this_process
 from minitron_search.evaluation.statistics import mean_and_error, paired
 from minitron_search.export.student_folder import write_folder
+from minitron_search.export.teacher_files import teacher_files
 from minitron_search.importance.importance import measure
 from minitron_search.models import device
 from minitron_search.models.architecture import parameter_count
@@ -164,7 +165,8 @@ def correct(plan: Plan, original: Path, text: Any, work: Path, threads: int) -> 
     after = losses_of(teacher, text["validation"], plan.precision)
     about = {"before": before.tolist(), "after": after.tolist(), "tokens": trained.tokens,
              "train_seconds": trained.seconds, "seconds": time.monotonic() - began}  # fmt: skip
-    write_folder(teacher, original, work / "corrected", {"correction.json": json.dumps(about)})
+    files = {**teacher_files(original).contents, "correction.json": json.dumps(about).encode()}
+    write_folder(teacher, files, work / "corrected")
 
 
 def answers(plan: Plan, work: Path, arm: Kind) -> Path:

@@ -1,6 +1,5 @@
 """The configuration and environment of a run, and what differs between several."""
 
-import html
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ import yaml
 from analysis.page import formatting as f
 from analysis.page.card import Card
 from analysis.run_data import RunData
+from minitron_search.records.escaping import in_html
 
 # What decides which validation windows are scored: LM losses of runs that agree in these may be paired.
 SAME_WINDOWS = ("teacher.model", "corpus.validation", "corpus.sequence_length", "corpus.validation_samples")
@@ -33,7 +33,7 @@ def configuration_html(run: RunData) -> str:
 def _coloured(text: str) -> str:
     """Escape YAML or indented JSON, and set its keys apart from their values."""
     key = re.compile(r"^(\s*(?:- )?)((?:&quot;)?[\w.\-/]+(?:&quot;)?)(:)", re.MULTILINE)
-    return key.sub(r'\1<span class="key">\2</span>\3', html.escape(text))
+    return key.sub(r'\1<span class="key">\2</span>\3', in_html(text))
 
 
 def dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

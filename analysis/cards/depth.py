@@ -1,6 +1,5 @@
 """The depth sweep: what removing each block of layers does, as 2408.11796 draws it (Figures 8 and 9)."""
 
-import html
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +10,7 @@ from analysis.page import formatting as f
 from analysis.page import palette
 from analysis.page.card import Card, Panel
 from analysis.run_data import RunData
+from minitron_search.records.escaping import in_html
 from minitron_search.records.metrics import METRICS
 
 SENTENCES = 6  # more of them are folded away, above the figures
@@ -153,7 +153,7 @@ def heat_map_plot(info: DepthInfo, metric: str) -> go.Figure:
 
 def depth_html(info: DepthInfo) -> str:
     """Return the recommendation in words; the warning about chance first, as the run wrote it."""
-    items = "".join(f"<li>{html.escape(line)}</li>" for line in info.words)
+    items = "".join(f"<li>{in_html(line)}</li>" for line in info.words)
     if len(info.words) > SENTENCES:
         return f"<details><summary>What to drop, in {len(info.words)} sentences</summary><ul>{items}</ul></details>"
     return f"<ul>{items}</ul>" if items else ""

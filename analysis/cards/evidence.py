@@ -1,6 +1,5 @@
 """How sure the search may be of its winner: paired tests of the finalists, its controls, what early rungs predicted."""
 
-import html
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from analysis.page import palette
 from analysis.page.card import Card, Panel
 from analysis.page.tables import plain_table
 from analysis.run_data import RunData, candidates
+from minitron_search.records.escaping import in_html
 from minitron_search.records.metrics import METRICS, scored
 
 ARMS = {
@@ -84,7 +84,7 @@ def split_words(evidence: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 
 
 def paragraphs(words: Iterable[str]) -> str:
-    return "".join(f"<p>{html.escape(line)}</p>" for line in words)
+    return "".join(f"<p>{in_html(line)}</p>" for line in words)
 
 
 def differences_plot(table: pd.DataFrame, objective: str) -> go.Figure:

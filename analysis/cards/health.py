@@ -1,7 +1,6 @@
 """What went wrong and what happened: checks, failed trials, incidents, unreadable artifacts, events."""
 
 import datetime
-import html
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from analysis.cards.summary import at_chance
 from analysis.page import formatting as f
 from analysis.page.card import Card
 from analysis.run_data import CONTROLS, RunData, candidates, last_rungs
+from minitron_search.records.escaping import in_html
 
 # Events that somebody should know of, each a line with its time; and which of them are no trouble.
 INCIDENTS = ("run_failed", "trial_failed", "trial_restarted", "node_leaving", "node_lost", "node_joined",
@@ -146,24 +146,24 @@ MARKS = {True: ("well", "ok"), False: ("look", "check this"), None: ("unknown", 
 
 def health_html(info: HealthInfo) -> str:
     rows = "".join(
-        f'<tr><th scope="row">{html.escape(check.name)}</th><td><span class="mark {MARKS[check.well][0]}">'
-        f"{MARKS[check.well][1]}</span></td><td>{html.escape(check.found)}</td></tr>"
+        f'<tr><th scope="row">{in_html(check.name)}</th><td><span class="mark {MARKS[check.well][0]}">'
+        f"{MARKS[check.well][1]}</span></td><td>{in_html(check.found)}</td></tr>"
         for check in info.checks
     )
     parts = [f'<div class="scroll"><table class="plain">{rows}</table></div>']
     if info.failed:
         rows = "".join(
-            f'<tr><th scope="row">{html.escape(trial)}</th><td><pre>{html.escape(message) or f.MISSING}</pre></td></tr>'
+            f'<tr><th scope="row">{in_html(trial)}</th><td><pre>{in_html(message) or f.MISSING}</pre></td></tr>'
             for trial, message in info.failed
         )
         parts.append(f'<h3>Failed trials</h3><div class="scroll"><table class="plain">{rows}</table></div>')
     if info.problems:
-        lines = "".join(f"<li>{html.escape(problem)}</li>" for problem in info.problems)
+        lines = "".join(f"<li>{in_html(problem)}</li>" for problem in info.problems)
         parts.append(f'<h3>Artifacts that could not be read</h3><ul class="warning">{lines}</ul>')
     if len(info.incidents):
         rows = "".join(
             f'<tr><td>{moment(_seconds(time))}</td><th scope="row"{"" if kind in CALM else " class=trouble"}>'
-            f"{html.escape(str(kind))}</th><td><pre>{html.escape(what)}</pre></td></tr>"
+            f"{in_html(str(kind))}</th><td><pre>{in_html(what)}</pre></td></tr>"
             for time, kind, what in info.incidents.head(LINES).itertuples(index=False)
         )
         more = len(info.incidents) - LINES
@@ -171,7 +171,7 @@ def health_html(info: HealthInfo) -> str:
         parts.append(f'<h3>Incidents</h3><div class="scroll tall"><table class="plain">{rows}</table></div>{rest}')
     if len(info.events):
         rows = "".join(
-            f'<tr><th scope="row">{html.escape(str(kind))}</th><td class="number">{count:,}</td>'
+            f'<tr><th scope="row">{in_html(str(kind))}</th><td class="number">{count:,}</td>'
             f"<td>{moment(first)}</td><td>{moment(last)}</td></tr>"
             for kind, count, first, last in info.events.itertuples(index=False)
         )

@@ -1,6 +1,5 @@
 """What each stage was forecast to cost and what it has cost so far."""
 
-import html
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -11,6 +10,7 @@ from analysis.page import palette
 from analysis.page.card import Card, Panel
 from analysis.run_data import BESIDE, RunData
 from minitron_search.records.directory import stage_seconds
+from minitron_search.records.escaping import in_html
 
 AFTER_SEARCH = ("untrained", "retrained")  # arms of stage `retrain`
 OF_NO_STAGE = ("teacher", *(f"{arm}_retrained" for arm in BESIDE))  # is not trained; is trained by a benchmark
@@ -111,9 +111,9 @@ def spend_html(info: SpendInfo) -> str:
             for name in shown for kind in ("forecast", "spent")
         )  # fmt: skip
         ratio = f.MISSING if f.missing(row["ratio"]) else f"{row['ratio']:.2f}"
-        body += f'<tr><th scope="row">{html.escape(str(row["stage"]))}</th><td class="number">{ratio}</td>{cells}</tr>'
+        body += f'<tr><th scope="row">{in_html(str(row["stage"]))}</th><td class="number">{ratio}</td>{cells}</tr>'
     return (
-        f"<p>{html.escape(in_words(info))}</p>"
+        f"<p>{in_html(in_words(info))}</p>"
         f'<div class="scroll"><table class="plain"><thead><tr><th scope="col">stage</th>'
         f'<th scope="col" class="number">time, spent / forecast</th>{heads}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"

@@ -1,6 +1,5 @@
 """Teacher, untrained trim, best candidate and retrained student side by side, and the outcome in words."""
 
-import html
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ from analysis.page import formatting as f
 from analysis.page import palette
 from analysis.page.card import Card
 from analysis.run_data import RunData, best_candidate, of_arm
+from minitron_search.records.escaping import in_html
 from minitron_search.records.metrics import METRICS, scored
 
 ONE_SIDED_95 = 1.645  # standard errors of a coin, above one half, before an accuracy is called above chance
@@ -158,7 +158,7 @@ def summary_html(info: SummaryInfo) -> str:
     teacher = info.rows.get("Teacher")
     heads = "".join(
         f'<th scope="col"><span class="dot" style="background:{"currentColor" if c == palette.INK else c}">'
-        f"</span>{title}<small>{html.escape(info.rows[title]['trial'])}</small></th>"
+        f"</span>{title}<small>{in_html(info.rows[title]['trial'])}</small></th>"
         for title, c in info.colours.items()
         if title in info.rows
     )
@@ -169,9 +169,9 @@ def summary_html(info: SummaryInfo) -> str:
             small = under(row, teacher) if under else ""
             body += f"<td>{value(row)}<small>{small}</small></td>"
         body += "</tr>"
-    warning = f'<p class="warning" role="note">{html.escape(info.warning)}</p>' if info.warning else ""
+    warning = f'<p class="warning" role="note">{in_html(info.warning)}</p>' if info.warning else ""
     return (
-        f'<p class="outcome">{html.escape(info.outcome)}</p>{warning}'
+        f'<p class="outcome">{in_html(info.outcome)}</p>{warning}'
         f'<div class="scroll"><table class="compare"><thead><tr><td></td>{heads}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )

@@ -1,6 +1,5 @@
 """Every trial at its last rung, in a table that sorts by any column."""
 
-import html
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -9,6 +8,7 @@ import pandas as pd
 from analysis.page import formatting as f
 from analysis.page.card import Card
 from analysis.run_data import RunData, last_rungs
+from minitron_search.records.escaping import in_html
 from minitron_search.records.metrics import METRICS, scored
 
 NUMBER = ' class="number"'
@@ -94,7 +94,7 @@ def _cell(row: pd.Series, column: str, text: Format | None) -> str:
     if text is not None:
         key = "" if f.missing(row[column]) else repr(float(row[column]))
         return f'<td class="number" data-key="{key}">{text(row)}</td>'
-    value = html.escape(str(row[column]))
+    value = in_html(str(row[column]))
     if column == "trial":
         return f'<th scope="row">{value}</th>'
     if column == "status":

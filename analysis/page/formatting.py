@@ -1,11 +1,11 @@
 """Numbers and names as the reader sees them. What is missing reads as an en dash, never as nan."""
 
-import html
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from minitron_search.records.directory import AXES
+from minitron_search.records.escaping import in_html
 
 MISSING = "–"
 
@@ -86,7 +86,7 @@ def capitalised(text: str) -> str:
 
 def in_figure(text: object) -> str:
     """Escape text of a run for a Plotly label, which reads a few HTML tags: none of them may come from the run."""
-    return html.escape(str(text), quote=False)
+    return in_html(text, quote=False)
 
 
 def architecture(row: Mapping[str, Any]) -> str:

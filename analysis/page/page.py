@@ -6,7 +6,6 @@ only the two scripts whose hashes it carries and forbids every request.
 
 import base64
 import hashlib
-import html
 import json
 import re
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from analysis.page import palette
 from analysis.page.card import Card, Panel
+from minitron_search.records.escaping import in_html
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 
@@ -29,12 +29,12 @@ def page(name: str, facts: list[str], cards: list[Card], made: str, kind: str = 
         template,
         {
             "policy": policy(template),
-            "name": html.escape(name),
-            "kind": html.escape(kind),
-            "facts": "".join(f"<li>{html.escape(fact)}</li>" for fact in facts if fact),
-            "links": "".join(f'<a href="#{anchor}">{html.escape(card.title)}</a>' for anchor, card in sections),
+            "name": in_html(name),
+            "kind": in_html(kind),
+            "facts": "".join(f"<li>{in_html(fact)}</li>" for fact in facts if fact),
+            "links": "".join(f'<a href="#{anchor}">{in_html(card.title)}</a>' for anchor, card in sections),
             "cards": "\n".join(section(anchor, card) for anchor, card in sections),
-            "made": html.escape(made),
+            "made": in_html(made),
             "dark": embedded(json.dumps(palette.DARK)),
         },
     )
@@ -58,23 +58,23 @@ def policy(template: str) -> str:
 
 
 def section(anchor: str, card: Card) -> str:
-    read = f'<p class="read">{html.escape(card.how_to_read)}</p>' if card.how_to_read else ""
-    head = f'<section class="card" id="{anchor}"><h2>{html.escape(card.title)}</h2>{read}'
+    read = f'<p class="read">{in_html(card.how_to_read)}</p>' if card.how_to_read else ""
+    head = f'<section class="card" id="{anchor}"><h2>{in_html(card.title)}</h2>{read}'
     if card.reason:
-        return f'{head}<p class="reason">{html.escape(card.reason)}</p></section>'
+        return f'{head}<p class="reason">{in_html(card.reason)}</p></section>'
     many = " many" if len(card.panels) > 1 else ""
     figures = "".join(map(panel_html, card.panels))
     panels = f'<div class="panels{many}">{figures}</div>' if figures else ""
     links = [csv_link(name, data) for name, data in card.data]
     links += [csv_link(panel.name, panel.data) for panel in card.panels if not panel.heading]
-    foot = f"<span>{html.escape(card.sample)}</span>{''.join(links)}" if card.sample or links else ""
+    foot = f"<span>{in_html(card.sample)}</span>{''.join(links)}" if card.sample or links else ""
     return head + card.body + panels + (f'<p class="foot">{foot}</p>' if foot else "") + "</section>"
 
 
 def panel_html(panel: Panel) -> str:
     caption = ""
     if panel.heading:
-        caption = f"<figcaption>{html.escape(panel.heading)}{csv_link(panel.name, panel.data)}</figcaption>"
+        caption = f"<figcaption>{in_html(panel.heading)}{csv_link(panel.name, panel.data)}</figcaption>"
     height = panel.figure.layout.height
     return (
         f'<figure data-columns="{panel.columns}">{caption}'

@@ -23,6 +23,7 @@ from analysis.page import formatting as f
 from analysis.page import palette
 from analysis.page.card import Card, Panel
 from analysis.page.page import embedded
+from minitron_search.records.escaping import in_html
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 WIDTH = 900  # pixels; of a PNG, twice as many
@@ -111,7 +112,7 @@ def still(panel: Panel) -> dict[str, object]:
     layout = figure["layout"]
     layout |= {"paper_bgcolor": palette.SURFACE, "plot_bgcolor": palette.SURFACE, "height": layout["height"] + 60}
     layout["margin"] |= {"t": 52, "l": 20, "r": 24, "b": 24}
-    layout["title"] = {"text": html.escape(panel.heading, quote=False), "x": 0.5}
+    layout["title"] = {"text": in_html(panel.heading, quote=False), "x": 0.5}
     if len(figure["data"]) > 1:
         layout["showlegend"] = True
     return figure

@@ -1,7 +1,8 @@
 """A plain table of the page, every cell escaped."""
 
-import html
 from collections.abc import Iterable, Sequence
+
+from minitron_search.records.escaping import in_html
 
 
 def plain_table(heads: Sequence[str], lines: Iterable[Sequence[str]], text: Sequence[int] = (0,)) -> str:
@@ -10,7 +11,7 @@ def plain_table(heads: Sequence[str], lines: Iterable[Sequence[str]], text: Sequ
 
     def cell(place: int, content: str, tag: str, scope: str) -> str:
         number = "" if place in text else ' class="number"'
-        return f"<{tag}{scope}{number}>{html.escape(content)}</{tag}>"
+        return f"<{tag}{scope}{number}>{in_html(content)}</{tag}>"
 
     top = "".join(cell(place, head, "th", ' scope="col"') for place, head in enumerate(heads))
     rows = ""

@@ -147,13 +147,18 @@ class DistillationConfig(Section):
 
 
 class RetrainingConfig(Section):
-    """The full retraining of promoted candidates, from their trims."""
+    """The full retraining of promoted candidates, from their trims.
+
+    dtype: what the student is written in, to which its weights are rounded before they are scored; auto for the dtype
+        that the teacher is stored in.
+    """
 
     tokens: Count = 32_000
     learning_rate: Positive = 3e-4
     min_learning_rate: Annotated[Real, Field(ge=0)] = 1e-5
     warmup_steps: CountOrZero = 4
     schedule: Literal["cosine", "constant"] = "cosine"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
 class EvaluationConfig(Section):

@@ -1,8 +1,9 @@
 """Pack text into token windows: disjoint calibration, train and validation.
 
 Documents (`text_sources.py`) are joined by the end-of-text token and cut into windows that do not overlap; the last,
-incomplete one is dropped. A tokenizer that puts BOS before a text by itself (Gemma's does; without it those models
-collapse) gets windows of BOS and L-1 tokens; otherwise no special token is inserted.
+incomplete one is dropped. What a tokenizer puts before a text by itself (Gemma's BOS, without which those models
+collapse; a language tag) begins every window, which is then that and the rest of its L tokens of text; no other special
+token is inserted, and no EOS at the end.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from minitron_search.data.coverage import check_expressible
 from minitron_search.data.text_sources import TextSource, text_source
 from minitron_search.data.tokens import Tokens, read_tokens
 from minitron_search.records.cache import content_id
@@ -40,6 +42,7 @@ def load_corpus(
     train_tokens: int,
     seed: int,
     calibration: str | None = None,
+    vocab_size: int | None = None,
 ) -> Corpus:
     """Return the windows that a run reads; the three parts share none.
 
@@ -49,7 +52,8 @@ def load_corpus(
     others, in order).
 
     `calibration`: another source for the calibration windows, the first that it has outside validation, or `random`
-    for uniform random tokens by `seed`; the train windows stay the same.
+    for uniform random tokens by `seed`, of those below `vocab_size` (the rows of the embedding; None: all of the
+    tokenizer's); the train windows stay the same.
 
     `train_tokens`: tokens training reads at the most, rounded up to whole windows. Token ids are cached by
     content. Raises ValueError, naming `corpus.train`, `corpus.validation` or `corpus.calibration`, for a source that
@@ -61,7 +65,7 @@ def load_corpus(
     validation_source, train_source = text_source("corpus.validation", validation), text_source("corpus.train", train)
     same = validation_source.id == train_source.id
 
-    tokens = cutter.tokens(validation_source, validation_samples + (needed if same else 0))
+    tokens = cutter.tokens("corpus.validation", validation_source, validation_samples + (needed if same else 0))
     windows = cutter.windows(tokens)
     if len(windows) < validation_samples:
         raise ValueError(
@@ -72,7 +76,7 @@ def load_corpus(
     if same:
         pool = windows[validation_samples : validation_samples + needed]
     else:
-        pool = cutter.windows(cutter.tokens(train_source, needed, held_out))[:needed]
+        pool = cutter.windows(cutter.tokens("corpus.train", train_source, needed, held_out))[:needed]
     if len(pool) < needed:
         raise ValueError(
             f"corpus.train: {train!r} has, outside validation, {len(pool)} windows of {sequence_length} "
@@ -84,7 +88,8 @@ def load_corpus(
     calibrated = pool[drawn]
     if calibration == RANDOM:
         random = np.random.default_rng(seed)
-        calibrated = random.integers(len(tokenizer), size=calibrated.shape, dtype=calibrated.dtype)
+        tokens_drawn = min(len(tokenizer), vocab_size or len(tokenizer))
+        calibrated = random.integers(tokens_drawn, size=calibrated.shape, dtype=calibrated.dtype)
     elif calibration is not None:
         calibrated = _other_calibration(cutter, calibration, calibration_samples, held_out)
     parts = calibrated, pool[~drawn], windows[:validation_samples]
@@ -93,7 +98,8 @@ def load_corpus(
 
 def _other_calibration(cutter: "_Cutter", name: str, samples: int, held_out: np.ndarray) -> Windows:
     """Return the first `samples` windows of a source of their own, without the documents in `held_out`."""
-    windows = cutter.windows(cutter.tokens(text_source("corpus.calibration", name), samples, held_out))[:samples]
+    field = "corpus.calibration"
+    windows = cutter.windows(cutter.tokens(field, text_source(field, name), samples, held_out))[:samples]
     if len(windows) < samples:
         raise ValueError(
             f"corpus.calibration: {name!r} has, outside validation, {len(windows)} windows of {cutter.length} tokens "
@@ -103,19 +109,28 @@ def _other_calibration(cutter: "_Cutter", name: str, samples: int, held_out: np.
 
 
 class _Cutter:
-    """Cuts tokens into windows of `length`, of which `step` are text and the first may be BOS."""
+    """Cuts tokens into windows of `length`, of which the last `step` are text and the first what a text begins with."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int):
-        self.tokenizer, self.length, self.bos = tokenizer, length, _bos(tokenizer)
-        self.step = length - (self.bos is not None)
+        self.tokenizer, self.length, self.prefix = tokenizer, length, prefix(tokenizer)
+        self.step = length - len(self.prefix)
+        if self.step < 2:
+            raise ValueError(
+                f"corpus.sequence_length: {length} leaves no text after the {len(self.prefix)} tokens that this "
+                f"tokenizer puts before any; valid: at least {len(self.prefix) + 2}"
+            )
 
-    def tokens(self, source: TextSource, windows: int, without: np.ndarray | None = None) -> Tokens:
-        return read_tokens(source, self.tokenizer, self.step * windows, without)
+    def tokens(self, field: str, source: TextSource, windows: int, without: np.ndarray | None = None) -> Tokens:
+        tokens = read_tokens(source, self.tokenizer, self.step * windows, without)
+        check_expressible(field, tokens.coverage, self.tokenizer)
+        return tokens
 
     def windows(self, tokens: Tokens) -> Windows:
         count = len(tokens.ids) // self.step
         windows = tokens.ids[: count * self.step].reshape(count, self.step)
-        return windows if self.bos is None else np.insert(windows, 0, self.bos, axis=1)
+        return (
+            np.hstack([np.tile(np.array(self.prefix, windows.dtype), (count, 1)), windows]) if self.prefix else windows
+        )
 
 
 def _corpus_id(parts: Iterable[np.ndarray]) -> str:
@@ -124,7 +139,11 @@ def _corpus_id(parts: Iterable[np.ndarray]) -> str:
     return content_id(b"".join(hashes), digits=16)
 
 
-def _bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the token that this tokenizer puts before a text by itself, if it does."""
-    first = tokenizer("a")["input_ids"][0]
-    return first if first == tokenizer.bos_token_id else None
+def prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that this tokenizer puts before a text by itself: what comes before those of the text alone."""
+    for text in ("a", "1", ".", "the"):  # one that it has tokens for
+        alone, whole = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True))
+        if alone:
+            begins = range(len(whole) - len(alone) + 1)
+            return next((whole[:start] for start in begins if whole[start : start + len(alone)] == alone), [])
+    return []

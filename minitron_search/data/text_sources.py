@@ -69,7 +69,10 @@ def _txt(field: str, path: Path) -> Iterator[str]:
     try:
         yield path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{field}: {str(path)!r} is not UTF-8 at byte {error.start}; valid: UTF-8 text") from error
+        line = 1 + error.object[: error.start].count(b"\n")
+        raise ValueError(
+            f"{field}: {str(path)!r}, line {line}, is not UTF-8 at byte {error.start} of the file; valid: UTF-8 text"
+        ) from error
 
 
 def _jsonl(field: str, path: Path) -> Iterator[str]:
@@ -78,12 +81,14 @@ def _jsonl(field: str, path: Path) -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                yield _text(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
+                text = _text(json.loads(line))
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(
-                    f"{field}: {str(path)!r}, line {number}: {line[:60]!r} is not an object with a text; "
+                    f"{field}: {str(path)!r}, line {number}: {line[:60]!r} is not an object with a text "
+                    f"({_why(error)}); "
                     'valid: {"text": "..."}'
                 ) from error
+            yield text
 
 
 def _parquet(field: str, path: Path) -> Iterator[str]:
@@ -92,10 +97,16 @@ def _parquet(field: str, path: Path) -> Iterator[str]:
         columns = file.schema_arrow.names
         if "text" not in columns:
             raise ValueError(f"it has the columns {', '.join(columns)}")
+        number = 0
         for batch in file.iter_batches(columns=["text"]):
-            for row in batch.to_pylist():
-                if row["text"] is not None:
-                    yield _text(row)
+            for text in batch.column(0):
+                number += 1
+                try:
+                    row = {"text": text.as_py()}
+                    if row["text"] is not None:
+                        yield _text(row)
+                except (ValueError, TypeError) as error:
+                    raise ValueError(f"row {number}: {_why(error)}") from error
     except (ValueError, TypeError, OSError) as error:  # pyarrow's own errors are ValueError or OSError
         raise ValueError(
             f"{field}: {str(path)!r} is not a parquet file with a string column `text` ({error})"
@@ -117,10 +128,29 @@ def _valid() -> str:
 
 
 def _text(row: Any) -> str:
-    """Return the text of a record. Raises KeyError or TypeError where there is none."""
-    if not isinstance(row["text"], str):
-        raise TypeError(f"`text` is {type(row['text']).__name__}")
-    return row["text"]
+    """Return the text of a record. Raises KeyError or TypeError where there is none, ValueError for half of a
+    character, which no tokenizer takes."""
+    text = row["text"]
+    if not isinstance(text, str):
+        raise TypeError(f"`text` is {type(text).__name__}")
+    if half := half_character(text):
+        raise ValueError(half)
+    return text
+
+
+def half_character(text: str) -> str | None:
+    """Return where a text has half of a surrogate pair, as JSON can spell and UTF-8 cannot; None where it has none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"character {error.start + 1} of its text is {text[error.start]!r}, half of a surrogate pair"
+    return None
+
+
+def _why(error: Exception) -> str:
+    """Return what is wrong in a line: pyarrow and json say it in several, or leave it to the type."""
+    said = str(error).strip().splitlines()
+    return said[0] if said and not isinstance(error, KeyError) else f"{type(error).__name__} {error}".strip()
 
 
 def _hub(field: str, name: str, path: str, config: str | None, split: str) -> TextSource:

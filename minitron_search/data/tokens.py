@@ -3,12 +3,14 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from minitron_search.data.coverage import Coverage, coverage, sampled
 from minitron_search.data.text_sources import TextSource
 from minitron_search.records import cache
 from minitron_search.records.cache import content_id
@@ -25,6 +27,7 @@ class Tokens:
     starts: np.ndarray  # int64 (documents,): index in ids of each document's first token
     hashes: np.ndarray  # uint64 (documents,): `_text_hash`
     complete: bool  # the source has no more
+    coverage: Coverage | None = None  # None: no text, or in a cache of a version that did not look
 
 
 def read_tokens(
@@ -43,7 +46,9 @@ def read_tokens(
         if (tokens := _kept_tokens(kept, need)) is not None:  # made by another process meanwhile
             return tokens
         texts = (text for text in source.documents() if text.strip() and _text_hash(text) not in skip)
-        tokens = _tokenised(texts, tokenizer, end, need)
+        sample: list[str] = []
+        tokens = _tokenised(sampled(texts, sample), tokenizer, end, need)
+        tokens = replace(tokens, coverage=coverage(sample, tokenizer))
         cache.replace(kept, lambda into: _write_tokens(into, tokens))
     return tokens
 
@@ -56,12 +61,16 @@ def _kept_tokens(path: Path, need: int) -> Tokens | None:
 
 def _read_tokens(path: Path) -> Tokens:
     with np.load(path) as arrays:
-        return Tokens(arrays["ids"], arrays["starts"], arrays["hashes"], bool(arrays["complete"]))
+        coverage = Coverage(*arrays["coverage"].tolist()) if "coverage" in arrays else None
+        return Tokens(arrays["ids"], arrays["starts"], arrays["hashes"], bool(arrays["complete"]), coverage)
 
 
 def _write_tokens(path: Path, tokens: Tokens) -> None:
     with open(path, "wb") as file:  # np.savez gives a path of another suffix its own
-        np.savez(file, ids=tokens.ids, starts=tokens.starts, hashes=tokens.hashes, complete=tokens.complete)
+        arrays: dict[str, Any] = {name: getattr(tokens, name) for name in ("ids", "starts", "hashes", "complete")}
+        if tokens.coverage is not None:
+            arrays["coverage"] = np.array(tokens.coverage)
+        np.savez(file, **arrays)
 
 
 def _tokenised(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, end: int, need: int) -> Tokens:

@@ -5,6 +5,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from minitron_search.data.text_sources import half_character
+
 EMBEDDED = Path(__file__).parent / "embedded" / "winogrande.jsonl"
 HUB = "allenai/winogrande"
 FEWSHOT_SEED = 1234  # lm-eval's default `fewshot_random_seed`
@@ -68,7 +70,7 @@ def _from_file(path: Path) -> list[Example]:
             where = f"{path}, line {number}"
             try:
                 record = json.loads(line)
-            except ValueError as error:  # bad JSON or bad UTF-8
+            except (ValueError, RecursionError) as error:  # bad JSON or bad UTF-8
                 raise ValueError(f"{where}: not valid JSON ({error})") from None
             examples.append(_parse(record, where))
     return examples
@@ -93,6 +95,8 @@ def _parse(record: object, where: str) -> Example:
     for field in ("sentence", "option1", "option2", "answer"):
         if not isinstance(record.get(field), str):
             raise ValueError(f"{where}: field {field!r} is missing or not a string")
+        if half := half_character(record[field]):
+            raise ValueError(f"{where}: field {field!r}: {half}")
     if record["answer"] not in ("1", "2"):  # Winogrande's test split has an empty answer
         raise ValueError(f'{where}: answer is {record["answer"]!r}; valid: "1" or "2" (a test split has none)')
     for field in ("option1", "option2"):
@@ -101,6 +105,8 @@ def _parse(record: object, where: str) -> Example:
     blanks = record["sentence"].count("_")
     if blanks != 1:
         raise ValueError(f"{where}: sentence has {blanks} `_`; valid: exactly one, where the option goes")
+    if record["option1"].strip() == record["option2"].strip():
+        raise ValueError(f"{where}: option1 and option2 are both {record['option1']!r}; valid: two that differ")
     example = Example(record["sentence"], record["option1"], record["option2"], int(record["answer"]))
     if not example.ending:
         raise ValueError(f"{where}: sentence has nothing after its `_`, so there is nothing to score")

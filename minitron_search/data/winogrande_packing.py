@@ -16,6 +16,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from minitron_search.data.winogrande import FEWSHOT_SEED, Example
+from minitron_search.records.console import say
 
 
 def shot_texts(examples: Sequence[Example], shots: int) -> list[str]:
@@ -86,21 +87,22 @@ def pack(
     shots: int = 0,
     row_length: int = 256,
     max_length: int = 2048,
+    vocab_size: int | None = None,
 ) -> PackedOptions:
     """Tokenise as lm-eval does and pack the trees into rows of `row_length` tokens, first-fit decreasing.
 
     `max_length` is the model's `max_position_embeddings`: a longer sequence loses tokens on its left, as in
     lm-eval. A tree longer than `row_length` gets a row of its own length. Special tokens (Gemma's BOS) are
-    those the tokenizer adds by itself. Raises ValueError for `shots` the examples cannot give and for a text
-    after the blank that `max_length` cannot hold.
+    those the tokenizer adds by itself. Raises ValueError for `shots` the examples cannot give, and, by its number, for
+    an example of which nothing can be scored: `max_length` cannot hold the text after the blank, the tokenizer leaves
+    no token of it or before it, or makes one that is no row of an embedding of `vocab_size` rows.
     """
     if not examples:
         raise ValueError("winogrande: no examples to score; give at least one")
     contexts, continuations = _encode(examples, shot_texts(examples, shots), tokenizer)
     sequences = []  # what the model reads: the last token is only predicted
+    _check(examples, contexts, continuations, tokenizer, max_length, vocab_size)
     for context, continuation in zip(contexts, continuations, strict=True):
-        if len(continuation) > max_length:
-            raise ValueError(f"winogrande: {len(continuation)} tokens after the blank exceed max_length {max_length}")
         sequences.append(tuple((context + continuation)[-(max_length + 1) : -1]))
 
     trees = [_Tree(sequences, options) for options in _group(sequences, row_length)]
@@ -155,16 +157,71 @@ def _filled_rows(trees: Sequence["_Tree"], row_length: int) -> list[list["_Tree"
 def _encode(
     examples: Sequence[Example], shots: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Return context and continuation tokens of every option, two per example: lm-eval's `_encode_pair`."""
+    """Return context and continuation tokens of every option, two per example: lm-eval's `_encode_pair`.
+
+    The continuation is what the whole text has beyond as many tokens as the context has alone, whatever those are: a
+    tokenizer that ends every text with EOS ends the context so too, in the middle of what the model reads.
+    """
     contexts, wholes = [], []
     for example, shot in zip(examples, shots, strict=True):
         for beginning in example.beginnings:
             contexts.append((shot + beginning).rstrip())  # a trailing space goes with the continuation
             wholes.append(f"{shot}{beginning} {example.ending}")
-    context_ids: list[list[int]] = tokenizer(contexts)["input_ids"]  # type: ignore[assignment]
-    whole_ids: list[list[int]] = tokenizer(wholes)["input_ids"]  # type: ignore[assignment]
+    context_ids, whole_ids = _ids(contexts, tokenizer), _ids(wholes, tokenizer)
     continuations = [whole[len(context) :] for context, whole in zip(context_ids, whole_ids, strict=True)]
     return context_ids, continuations
+
+
+def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return the tokens of every text with what the tokenizer adds by itself; without, as lm-eval has it, where a text
+    begins with the words of BOS (or EOS, where there is none)."""
+    ids: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]  # type: ignore[assignment]
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if first is not None:
+        words = str(tokenizer.decode(first))
+        for number, text in enumerate(texts):
+            if text.startswith(words):
+                ids[number] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[assignment]
+    return ids
+
+
+def _check(
+    examples: Sequence[Example], contexts: Sequence[list[int]], continuations: Sequence[list[int]],
+    tokenizer: PreTrainedTokenizerBase, max_length: int, vocab_size: int | None,
+) -> None:  # fmt: skip
+    """Raise ValueError, by its number, for the first example of which nothing can be scored; see `pack`."""
+    alike = []
+    for option, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
+        number = option // 2
+        beyond = [token for token in context + continuation if vocab_size is not None and token >= vocab_size]
+        if beyond:
+            raise _unscored(number, examples, f"{tokenizer.convert_ids_to_tokens(beyond[0])!r} is token {beyond[0]} of "
+                            f"the tokenizer, and the embedding has {vocab_size} rows")  # fmt: skip
+        if not context:
+            raise _unscored(number, examples, "the tokenizer makes no token of the text up to the blank")
+        if not continuation:
+            raise _unscored(number, examples, f"the tokenizer leaves no token of the text after the blank: with it the "
+                            f"whole has {len(context)} tokens or fewer, as many as what comes before has alone "
+                            "(tokens that cross words, or lost characters)")  # fmt: skip
+        if len(continuation) > max_length:
+            raise _unscored(
+                number, examples, f"{len(continuation)} tokens after the blank exceed max_length {max_length}"
+            )
+        if option % 2 and contexts[option - 1] == context and continuations[option - 1] == continuation:
+            alike.append(number)
+    if len(alike) == len(examples):
+        raise _unscored(alike[0], examples, "its two options are the same tokens, and so are those of every example")
+    if alike:
+        say(
+            f"winogrande: of {len(alike)} of {len(examples)} examples, the first being number {alike[0] + 1}, the "
+            "tokenizer makes the same tokens with either option; option 1 counts as chosen there, as in lm-eval"
+        )
+
+
+def _unscored(number: int, examples: Sequence[Example], reason: str) -> ValueError:
+    return ValueError(f"winogrande.source: example {number + 1} ({examples[number].sentence[:60]!r}) cannot be scored: "
+                      f"{reason}; valid: questions that this tokenizer can tell apart, or a smaller "
+                      "winogrande.limit")  # fmt: skip
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 from safetensors import safe_open
 
 from minitron_search.config.types import Precision
+from minitron_search.data.tokenizer_files import tokenizer_files
 from minitron_search.evaluation.lm_eval_tasks import Task, reason
 from minitron_search.evaluation.statistics import clustered, compared, mcnemar
 from minitron_search.models.loading import weight_files
@@ -17,7 +18,7 @@ from minitron_search.records import cache
 from minitron_search.records.cache import content_id, file_hash
 from minitron_search.records.console import say
 from minitron_search.records.directory import RunDirectory
-from minitron_search.teachers.sources import TOKENIZER_FILES, fingerprint, teacher_folder
+from minitron_search.teachers.sources import fingerprint, teacher_folder
 
 Compute = Callable[[Path, Task, Precision, int | None], dict[str, Any]]
 TEACHER = "teacher"
@@ -160,14 +161,11 @@ def _asked(result: Mapping[str, Any]) -> tuple:
     return tuple(result[key] for key in ("label", "questions", "metric", "shots", "limit", "precision"))
 
 
-BESIDE_WEIGHTS = (*TOKENIZER_FILES, "generation_config.json")
-
-
 def model_content(folder: Path) -> str:
     """Return the content id of all that a model's answers depend on: the `fingerprint` of its weights, its tokenizer,
     its generation defaults."""
-    files = sorted({file for pattern in BESIDE_WEIGHTS for file in folder.glob(pattern)})
-    beside = "".join(f"{file.name} {file_hash(file)} " for file in files)
+    names = sorted({*tokenizer_files(folder), "generation_config.json"})
+    beside = "".join(f"{name} {file_hash(folder / name)} " for name in names if (folder / name).is_file())
     return content_id(f"{fingerprint(folder)} {beside}".encode(), digits=16)
 
 

@@ -13,6 +13,7 @@ from minitron_search.config.types import Precision
 from minitron_search.evaluation import lm_eval_tasks
 from minitron_search.evaluation.lm_eval_tasks import Task
 from minitron_search.evaluation.statistics import chance_bar, standard_error
+from minitron_search.models import patches  # noqa: F401  (no generation default keeps a model from its questions)
 from minitron_search.models.device import device
 from minitron_search.records.cache import content_id
 

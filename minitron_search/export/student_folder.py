@@ -4,39 +4,40 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from transformers import PreTrainedModel
+import torch
+from transformers import AutoConfig, PreTrainedModel
 
 from minitron_search.distillation.checkpoints import CheckpointFolder, load_weights
-from minitron_search.export.compatibility import complete, refusals
+from minitron_search.export.compatibility import complete, refusals, renamed
 from minitron_search.export.model_card import Origin, model_card
+from minitron_search.export.teacher_files import write_files
 from minitron_search.models.device import on_device
-from minitron_search.teachers.sources import TOKENIZER_FILES
 from minitron_search.trials.inputs import TrialInputs
 from minitron_search.trials.runner import initial_student
 from minitron_search.trials.trial import Trial
 
 
-def export(inputs: TrialInputs, trial: Trial, origin: Origin, teacher_folder: Path, folder: Path) -> None:
-    """Write the retrained student of `trial` as a stock folder, which appears whole or not at all, with its card and
-    the teacher's licence."""
-    student = trained_student(inputs, trial)
+def export(inputs: TrialInputs, trial: Trial, origin: Origin, folder: Path) -> None:
+    """Write the retrained student of `trial` as a stock folder, which appears whole or not at all, with its card, the
+    teacher's tokenizer and the teacher's licence; its weights in the dtype that they were scored in."""
+    student = trained_student(inputs, trial).to(getattr(torch, trial.stored))
     row = next(row for row in inputs.run_dir.metrics(trial.id) if row["kind"] == "rung")
     complete(student.config)
-    card = model_card(origin, trial, row, refusals(student.config))
-    write_folder(student, teacher_folder, folder, {**origin.files, "README.md": card})
+    teacher = AutoConfig.from_pretrained(inputs.teacher_folder)
+    card = model_card(origin, trial, row, refusals(student.config), renamed(teacher, student.config))
+    write_folder(student, {**origin.files.contents, "README.md": card.encode()}, folder)
 
 
-def write_folder(model: PreTrainedModel, tokenizer: Path, folder: Path, texts: Mapping[str, str]) -> None:
-    """Write a stock folder with the tokenizer of folder `tokenizer` and the files `texts`, by name; it appears whole or
-    not at all."""
+def write_folder(model: PreTrainedModel, files: Mapping[str, bytes], folder: Path) -> None:
+    """Write a stock folder with other files beside the weights, by name; it appears whole or not at all, and whoever
+    may enter the folder that it is in may read it."""
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
-    for pattern in (*TOKENIZER_FILES, "generation_config.json"):
-        for file in tokenizer.glob(pattern):
-            shutil.copy(file, temporary)
-    for name, text in texts.items():
-        (temporary / name).write_text(text)
+    write_files(temporary, files)
+    temporary.chmod(0o755)
+    for path in temporary.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 

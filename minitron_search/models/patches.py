@@ -5,14 +5,16 @@ windows_are_not_packed       none yet (5.23 looks for packed sequences in every 
 llama_as_mistral             none yet (huggingface/transformers#46082)
 dequantised                  none yet (5.23 saves a converted GGUF as if it were still quantised)
 recompute_activations        6, which renames what 5 warns of
+generation_defaults          none yet (5.23 loads no weights beside a generation_config.json that it refuses)
 """
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
-from transformers import MistralConfig, PretrainedConfig, PreTrainedModel, masking_utils
+from transformers import GenerationConfig, MistralConfig, PretrainedConfig, PreTrainedModel, masking_utils
 
 
 @contextmanager
@@ -46,3 +48,21 @@ def recompute_activations(model: PreTrainedModel) -> None:
     """Switch gradient checkpointing on: activations inside a layer are computed again in the backward pass."""
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
         model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+_stock = GenerationConfig.from_pretrained.__func__  # type: ignore[attr-defined]
+
+
+def generation_defaults(cls: type[GenerationConfig], *where: Any, **options: Any) -> GenerationConfig:
+    """Load generation defaults. Raises OSError for any that are refused: transformers then looks for them in
+    config.json, whose own have no effect if they are refused too."""
+    try:
+        return _stock(cls, *where, **options)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        if options.get("_from_model_config"):
+            return cls(_from_model_config=True)
+        raise OSError(f"{error}") from error
+
+
+# in every process that loads a model: nothing here generates, and old models have defaults that 5 refuses
+GenerationConfig.from_pretrained = classmethod(generation_defaults)  # type: ignore[assignment]

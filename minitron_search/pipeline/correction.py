@@ -125,7 +125,8 @@ def _make(
     before, after = ({name: rows[rung][name] for name in score_columns()} for rung in (0, 1))
     record = {"method": method.method, "tokens": rows[1]["tokens"], "seconds": time.monotonic() - began,
               "before": before, "after": after, "made_from": content}  # fmt: skip
-    on_all_cpus(run_dir, _export, inputs, trial, prepared.pruned.folder, folder, record)
+    files = dict(prepared.origin.files.contents)
+    on_all_cpus(run_dir, _export, inputs, trial, files, folder, record)
     if run_dir.transfer is not None:
         run_dir.transfer.fetch(folder)
     shutil.rmtree(work.root)
@@ -151,7 +152,8 @@ def _trial_inputs(prepared: Prepared, work: RunDirectory) -> TrialInputs:
     )
 
 
-def _export(inputs: TrialInputs, trial: Trial, tokenizer: Path, folder: Path, record: dict[str, Any]) -> None:
+def _export(inputs: TrialInputs, trial: Trial, files: dict[str, bytes], folder: Path, record: dict[str, Any]) -> None:
     """Write `folder`, which appears whole or not at all."""
     model = merged(student_folder.trained_student(inputs, trial))
-    student_folder.write_folder(model, tokenizer, folder, {"correction.json": json.dumps(record, indent=1)})
+    about = json.dumps(record, indent=1).encode()
+    student_folder.write_folder(model, {**files, "correction.json": about}, folder)

@@ -20,7 +20,6 @@ from minitron_search.evaluation.evidence import evidence
 from minitron_search.evaluation.lm_eval_run import evaluate
 from minitron_search.evaluation.lm_eval_tasks import parse_tasks
 from minitron_search.export import student_folder
-from minitron_search.export.model_card import origin_of
 from minitron_search.models.architecture import Architecture
 from minitron_search.pipeline import retraining
 from minitron_search.pipeline.correction import correct_teacher
@@ -187,6 +186,7 @@ def promote(
         make_trial(space, architecture, arm, loop, seed=seed, initialization=initialization)
         for arm, loop in (("retrained", settings), ("untrained", untrained(settings)))
     )
+    trial = replace(trial, stored=prepared.stored)
     begin(run_dir, [trial, before])
     say(f"retrain: {architecture} on {config.retraining.tokens:,} tokens")
     run_dir.event("trial_started", trial=trial.id)
@@ -206,11 +206,9 @@ def promote(
 
 def export(prepared: Prepared, trial: Trial, rank: int, inputs: ray.ObjectRef) -> None:
     """Write the retrained student as a stock folder with its model card, on the driver's node."""
-    config, run_dir = prepared.config, prepared.run_dir
-    sources = config.corpus.train, config.corpus.validation, config.winogrande.source
-    origin = origin_of(config.teacher.model, taught_by(prepared), *sources)
+    run_dir = prepared.run_dir
     folder = run_dir.best(rank)
-    on_all_cpus(run_dir, student_folder.export, inputs, trial, origin, prepared.pruned.folder, folder)
+    on_all_cpus(run_dir, student_folder.export, inputs, trial, prepared.origin, folder)
     if run_dir.transfer is not None:
         run_dir.transfer.fetch(folder)
 
@@ -218,14 +216,6 @@ def export(prepared: Prepared, trial: Trial, rank: int, inputs: ray.ObjectRef) -
 def promoted(run_dir: RunDirectory) -> frozenset[str]:
     """Return the ids of the trials that the search promoted."""
     return frozenset(row["trial"] for row in run_dir.read_trials() if row["status"] == "promoted")
-
-
-def taught_by(prepared: Prepared) -> str:
-    """Return, for a model card, which model the student was distilled from."""
-    model, correction = prepared.config.distillation.teacher, prepared.config.teacher.correction
-    name = f"`{model}`" if model else "it"
-    when = " in parallel" if correction.parallel else ""
-    return name if correction.method == "none" else f"{name}, corrected{when} on the same text ({correction.method})"
 
 
 def evaluate_models(prepared: Prepared, students: int) -> None:

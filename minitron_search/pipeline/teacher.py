@@ -42,6 +42,7 @@ class Permuted(NamedTuple):
     source: Path  # the model in its own order, rotated if importance is by PCA
     rankings: Rankings
     stored: Path  # the model in the new order, in the dtype it is stored in
+    vocab_size: int | None = None  # the rows of its vocabulary that are kept; None: all
 
 
 class Outputs(NamedTuple):
@@ -84,7 +85,10 @@ def make_trial_inputs(prepared: Prepared) -> TrialInputs:
 
 
 def permute_models(prepared: Prepared, importance: Importance) -> tuple[Permuted, Permuted]:
-    """Return the pruned model and the teacher, permuted alike if their shapes are alike; else the teacher is not."""
+    """Return the pruned model and the teacher, permuted alike if their shapes are alike; else the teacher is not.
+
+    Of a teacher whose vocabulary is padded further than the pruned model's, the rows that both have are kept.
+    """
     run_dir, rotation = prepared.run_dir, importance.rotation
     rankings = importance.rankings(prepared.space.teacher.num_key_value_heads)
     order = _order_id(run_dir, prepared.pruned)
@@ -94,18 +98,22 @@ def permute_models(prepared: Prepared, importance: Importance) -> tuple[Permuted
     teacher = prepared.distillation_teacher
     if teacher is None:
         return pruned, pruned
+    shared = prepared.pruned.config.vocab_size
     if lines_up(teacher.config, prepared.pruned.config):
-        return pruned, _permuted(run_dir, teacher, rankings, order, rotation)
-    return pruned, _permuted(run_dir, teacher, Rankings.identity(teacher.config), UNPERMUTED, None)
+        return pruned, _permuted(run_dir, teacher, rankings, order, rotation, shared)
+    return pruned, _permuted(run_dir, teacher, Rankings.identity(teacher.config), UNPERMUTED, None, shared)
 
 
-def _permuted(run_dir: RunDirectory, model: Model, rankings: Rankings, order: str, rotation: Any) -> Permuted:
-    key = content_id([model.fingerprint, order])
+def _permuted(
+    run_dir: RunDirectory, model: Model, rankings: Rankings, order: str, rotation: Any, shared: int | None = None
+) -> Permuted:
+    rows = shared if shared is not None and shared < model.config.vocab_size else None
+    key = content_id([model.fingerprint, order] if rows is None else [model.fingerprint, order, rows])
     folder, source = _permuted_folder(key), model.folder
     if rotation is not None:
         source = on_all_cpus(run_dir, rotate_teacher, source, rotation, folder / "rotated")
-    stored = on_all_cpus(run_dir, permute_teacher, source, rankings, folder / "stored")
-    return Permuted(key, source, rankings, stored)
+    stored = on_all_cpus(run_dir, permute_teacher, source, rankings, folder / "stored", "auto", rows)
+    return Permuted(key, source, rankings, stored, rows)
 
 
 def _permuted_folder(key: str) -> Path:
@@ -117,7 +125,9 @@ def _in_precision(run_dir: RunDirectory, model: Permuted, precision: Precision) 
     if on_one_node(run_dir, _dtype, model.stored) == teacher_cache.DTYPES[precision]:
         return model.stored
     folder = _permuted_folder(model.key) / precision
-    return on_all_cpus(run_dir, permute_teacher, model.source, model.rankings, folder, precision)
+    return on_all_cpus(
+        run_dir, permute_teacher, model.source, model.rankings, folder, precision, model.vocab_size
+    )  # fmt: skip
 
 
 def _cache_outputs(prepared: Prepared, key: str, computing: Path, parallel: CorrectionSettings | None) -> Outputs:

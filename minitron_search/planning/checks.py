@@ -34,6 +34,10 @@ PLACEMENT = (
 )  # fmt: skip
 
 
+# Keys that runs begun before they existed lack -> the value by which such a run did what it did
+ADDED = {"retraining.dtype": "float32"}
+
+
 # float32 master, two moments: what one checkpoint holds for every parameter
 CHECKPOINT_BYTES = 12
 
@@ -80,13 +84,28 @@ def check_output(run_dir: RunDirectory, config: Config, resume: bool) -> None:
         raise ValueError(f"output: {config.output} is not empty and holds no run; valid: a new folder")
     if not resume:
         raise ValueError(f"output: {config.output} holds a run; valid: another folder, or --resume to continue it")
+    continued = {f"{key}: None there, {value!r} asked now" for key, value in ADDED.items()}
     changed = [
-        line for line in loading.differences(run_dir.read_config(), config.dump())
-        if not line.startswith(tuple(f"{key}:" for key in PLACEMENT))
+        line for line in loading.differences(run_dir.read_config(), as_begun(run_dir, config).dump())
+        if not line.startswith(tuple(f"{key}:" for key in PLACEMENT)) and line not in continued
     ]  # fmt: skip
     if changed:
         raise ValueError(f"output: {config.output} holds a run of another configuration; " + "; ".join(changed)
                          + "; valid: the same values, or another folder")  # fmt: skip
+
+
+def as_begun(run_dir: RunDirectory, config: Config) -> Config:
+    """Return the configuration with the values of `ADDED` for the keys that the run in `run_dir` lacks, if they are not
+    given others."""
+    if not run_dir.config.exists():
+        return config
+    there, values = run_dir.read_config(), config.dump()
+    default = loading.parse_config({}).dump()
+    for key, value in ADDED.items():
+        section, name = key.split(".")
+        if name not in (there.get(section) or {}) and values[section][name] == default[section][name]:
+            values[section][name] = value
+    return loading.parse_config(values)
 
 
 def check_stages(run_dir: RunDirectory, config: Config) -> None:

@@ -18,11 +18,14 @@ from minitron_search.depth.sweep import in_layers
 from minitron_search.distillation.correction import norm_weights
 from minitron_search.evaluation.lm_eval_tasks import check_data, parse_tasks
 from minitron_search.evaluation.winogrande import check_window
+from minitron_search.export.model_card import Origin, check_card, origin_of, taught_by
+from minitron_search.export.teacher_files import check_tokenizer, stored_dtype
 from minitron_search.importance.methods import trimmed_config
 from minitron_search.models.architecture import parameter_count
 from minitron_search.models.device import resolve
 from minitron_search.models.families import family_of, sizes, weights, whole
 from minitron_search.planning.checks import (
+    as_begun,
     check_compiler,
     check_disk,
     check_importance,
@@ -33,7 +36,9 @@ from minitron_search.planning.checks import (
     check_topk,
     importance_seed,
 )
+from minitron_search.planning.token_ids import check_special_tokens, check_windows
 from minitron_search.records.bucket import bucket_copy
+from minitron_search.records.console import say
 from minitron_search.records.directory import RunDirectory
 from minitron_search.search.samplers import check_sampler
 from minitron_search.search.space import SearchSpace
@@ -57,7 +62,8 @@ class Prepared:
 
     `precision`: of the products, as this machine resolves `auto` until the run is on its cluster. `pruned`: the model
     that students are cut from. `distillation_teacher`: the one that they are distilled from, None if it is the same.
-    `corrected`: the folder of the corrected model that has taken the place of one of them, or of both.
+    `corrected`: the folder of the corrected model that has taken the place of one of them, or of both. `origin`: what
+    the card of a student says, and all that goes beside its weights. `stored`: the dtype that students are written in.
     """
 
     config: Config
@@ -68,6 +74,8 @@ class Prepared:
     space: SearchSpace
     corpus: Corpus
     packed: PackedOptions
+    origin: Origin
+    stored: str
     distillation_teacher: Model | None = None
     corrected: Path | None = None
 
@@ -115,14 +123,18 @@ def prepare(config: Config, resume: bool) -> Prepared:
     """Do all checks and load all inputs. Raises ValueError as `check` does, and if text or disk space is too short."""
     pruned, space = check(config, resume)
     run_dir = RunDirectory(config.output)
+    config = as_begun(run_dir, config)
     if bucket := bucket_copy(config.output, run_dir):
         bucket.check_writable()
     log_in(config.trackers)
     check_disk(config, space)
     folder = teacher_folder(config.teacher.model).absolute()
     tokenizer = load_tokenizer(config.teacher.model)
+    origin = _origin(config, folder, tokenizer)
+    check_special_tokens(config, tokenizer, pruned.vocab_size)
     packed = _packed_questions(config, pruned, tokenizer)
-    corpus = _corpus(config, tokenizer)
+    corpus = _corpus(config, tokenizer, pruned.vocab_size)
+    check_windows(config, corpus, tokenizer, pruned.vocab_size)
     check_teacher_cache(config, pruned, corpus)
     if "retrain" in config.stages:
         _fetch_evaluation(config)
@@ -135,7 +147,9 @@ def prepare(config: Config, resume: bool) -> Prepared:
         space=space,
         corpus=corpus,
         packed=packed,
-        distillation_teacher=_distillation_teacher(config, tokenizer),
+        origin=origin,
+        stored=stored_dtype(folder, pruned) if config.retraining.dtype == "auto" else config.retraining.dtype,
+        distillation_teacher=_distillation_teacher(config, tokenizer, pruned.vocab_size),
     )
 
 
@@ -172,15 +186,27 @@ def _fetch_evaluation(config: Config) -> None:
             checked_fingerprint(reference, teacher_folder(reference))
 
 
+def _origin(config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Origin:
+    """Read now what is written beside a student's weights, and see that a card and a tokenizer come of it."""
+    sources = config.corpus.train, config.corpus.validation, config.winogrande.source
+    origin = origin_of(config.teacher.model, taught_by(config), *sources)
+    if "retrain" in config.stages:
+        check_tokenizer(config.teacher.model, folder, origin.files, tokenizer)
+        check_card(origin)
+        for sentence in origin.files.left:
+            say(f"teacher.model: {config.teacher.model}: {sentence}; students go without it")
+    return origin
+
+
 def _packed_questions(config: Config, pruned: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PackedOptions:
     examples = load_examples(config.winogrande.source, config.winogrande.limit)
     longest = getattr(pruned, "max_position_embeddings", 2048)
-    packed = pack(examples, tokenizer, config.winogrande.shots, max_length=longest)
+    packed = pack(examples, tokenizer, config.winogrande.shots, max_length=longest, vocab_size=pruned.vocab_size)
     check_window(pruned, packed)
     return packed
 
 
-def _corpus(config: Config, tokenizer: PreTrainedTokenizerBase) -> Corpus:
+def _corpus(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Corpus:
     # the same text whatever stages run now: the corrected teacher is of that text
     corrected = correction_tokens(config) if set(config.stages) != {"report"} else 0
     trains = corrected or set(config.stages) & {"importance", "search", "retrain"}
@@ -194,6 +220,7 @@ def _corpus(config: Config, tokenizer: PreTrainedTokenizerBase) -> Corpus:
         train_tokens=max(config.search.rungs[-1], config.retraining.tokens, corrected) if trains else 0,
         seed=config.seed if config.importance.samples else importance_seed(config),
         calibration=config.corpus.calibration,
+        vocab_size=vocab_size,
     )
 
 
@@ -213,10 +240,11 @@ def _distillation_teacher_config(config: Config, pruned: PretrainedConfig) -> Pr
     with _blaming("distillation.teacher"):
         other = teacher_config(name)
         family_of(other)
-    if other.vocab_size != pruned.vocab_size:
+    if other.vocab_size < pruned.vocab_size:
         raise ValueError(f"distillation.teacher: {name!r} has a vocabulary of {other.vocab_size:,} and teacher.model "
-                         f"{config.teacher.model!r} one of {pruned.vocab_size:,}; valid: a model with the same "
-                         "tokenizer, such as the one that teacher.model was pruned from")  # fmt: skip
+                         f"{config.teacher.model!r} one of {pruned.vocab_size:,}, of which it would say nothing of the "
+                         "last; valid: a model with the same tokenizer and at least as many rows, such as the one that "
+                         "teacher.model was pruned from")  # fmt: skip
     if config.distillation.intermediate and not lines_up(pruned, other):
         raise ValueError(f"distillation.intermediate: {config.distillation.intermediate} compares states channel by "
                          f"channel, and distillation.teacher {name!r} has another shape than teacher.model "
@@ -224,10 +252,11 @@ def _distillation_teacher_config(config: Config, pruned: PretrainedConfig) -> Pr
     return other
 
 
-def _distillation_teacher(config: Config, tokenizer: PreTrainedTokenizerBase) -> Model | None:
+def _distillation_teacher(config: Config, tokenizer: PreTrainedTokenizerBase, rows: int) -> Model | None:
     """Return the model of `distillation.teacher`, None unless one is given.
 
-    Raises ValueError if its tokenizer gives the pruned model's token ids to other words.
+    Raises ValueError if its tokenizer gives the pruned model's token ids to other words, or if the rows that it has
+    beyond the `rows` of the pruned model are more than padding.
     """
     name = config.distillation.teacher
     if name is None:
@@ -242,7 +271,13 @@ def _distillation_teacher(config: Config, tokenizer: PreTrainedTokenizerBase) ->
                          f"{config.teacher.model!r}: {token!r} is its token {own.get(token)} and the other's "
                          f"{ours.get(token)}; valid: a model with the same tokenizer, such as the one that "
                          "teacher.model was pruned from")  # fmt: skip
-    return Model(folder, AutoConfig.from_pretrained(folder), content)
+    beyond = [token for token, number in ours.items() if number >= rows]
+    teacher = AutoConfig.from_pretrained(folder)
+    if beyond and teacher.vocab_size > rows:
+        raise ValueError(f"distillation.teacher: {name!r} has {teacher.vocab_size:,} rows and teacher.model "
+                         f"{config.teacher.model!r} {rows:,}, and {min(beyond)!r} is a token of the rows between; "
+                         "valid: a model whose other rows are padding alone")  # fmt: skip
+    return Model(folder, teacher, content)
 
 
 @contextmanager

@@ -25,11 +25,14 @@ from minitron_search.pruning.rankings import Rankings
 from minitron_search.records import cache
 
 
-def permute_teacher(teacher_folder: Path, rankings: Rankings, folder: Path, dtype: str = "auto") -> Path:
+def permute_teacher(
+    teacher_folder: Path, rankings: Rankings, folder: Path, dtype: str = "auto", vocab_size: int | None = None
+) -> Path:
     """Write the teacher with every axis in descending importance: the same function, a stock folder.
 
-    `dtype` is float32, bfloat16, or auto for the dtype it is stored in. The folder appears whole or not at all;
-    one that exists already is left as it is.
+    `dtype` is float32, bfloat16, or auto for the dtype it is stored in. `vocab_size`: how many rows of the vocabulary's
+    tables are kept, the first; None for all. Without the others, the softmax is over those that are kept. The folder
+    appears whole or not at all; one that exists already is left as it is.
     """
 
     def write(into: Path) -> None:
@@ -39,6 +42,8 @@ def permute_teacher(teacher_folder: Path, rankings: Rankings, folder: Path, dtyp
         with torch.no_grad():
             for name, parameter in state.items():
                 parameter.copy_(permuted[name])
+        if vocab_size is not None and vocab_size < teacher.config.vocab_size:
+            teacher.resize_token_embeddings(vocab_size)
         teacher.save_pretrained(into)
 
     cache.make_once(folder, write)

@@ -5,16 +5,18 @@ import time
 
 from rich.console import Console
 
+from minitron_search.records.escaping import visible
+
 # a job's log has no width of its own; the summary table needs 100 columns
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 def say(text: str) -> None:
     """Print a line with the time: the one way by which the program tells what it does."""
-    console.print(time.strftime("%H:%M:%S"), text, markup=False)
+    console.print(time.strftime("%H:%M:%S"), visible(text), markup=False)
 
 
 def complain(problem: Exception | str, status: int) -> int:
     """Print what is wrong on stderr and return `status`."""
-    print(f"minitron_search: {problem}", file=sys.stderr)
+    print(f"minitron_search: {visible(problem)}", file=sys.stderr)
     return status

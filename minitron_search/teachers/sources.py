@@ -27,7 +27,11 @@ from minitron_search.teachers import embedded
 from minitron_search.teachers.files import DamagedError, check_files, check_small_files, check_values
 
 # What from_pretrained reads, without the copies in other formats that many repositories hold beside it.
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.*.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "chat_template.json", "*.jinja",
+    "additional_chat_templates/*.jinja",
+)  # fmt: skip
 HUB_FILES = [
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES,
     "README.md", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*",  # for the card of its student

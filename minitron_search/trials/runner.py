@@ -115,6 +115,10 @@ class _TrialRun:
                 saving = writer.submit(milestone.save, self.checkpoints.at(milestone.step))
             if self.processes.rank == 0:
                 assert milestone.student is not None
+                if self.trial.stored != "float32" and rung == len(self.trial.settings.milestones) - 1:
+                    if milestone.step > 0:
+                        saving.result()  # the checkpoint keeps every bit
+                    round_weights(milestone.student, self.trial.stored)
                 scored = score_student(self.inputs, milestone.student, self.trial)
                 columns = columns_of(self.inputs, milestone.student, self.trial, scored)
             if milestone.step > 0:
@@ -138,6 +142,13 @@ class _TrialRun:
             winogrande_twin=self.inputs.packed.twin.tolist(),
         )  # fmt: skip
         self.run_dir.log_rung(self.trial.id, row)
+
+
+@torch.no_grad()
+def round_weights(student: PreTrainedModel, dtype: str) -> None:
+    """Round the weights of a student, in place, to what is left of them in another dtype."""
+    for parameter in student.parameters():
+        parameter.copy_(parameter.to(getattr(torch, dtype)))
 
 
 def run_to_end(inputs: TrialInputs, trial: Trial, *, decided: bool = True, rank: int = 0, world_size: int = 1) -> None:

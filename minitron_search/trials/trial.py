@@ -15,6 +15,7 @@ class Trial:
     """One student and how it is trained and scored.
 
     score_precision: may differ from the run's: what users reload is scored in float32.
+    stored: the dtype that the trained student is written in; its weights are rounded to it before they are scored.
     counts: the columns of the table that depend on the architecture alone.
     """
 
@@ -26,6 +27,7 @@ class Trial:
     settings: LoopSettings
     score_precision: Precision
     counts: dict[str, int | None]
+    stored: str = "float32"
 
     @property
     def id(self) -> str:

@@ -26,7 +26,8 @@ FULL = {
     "drop_block_length": 0,
 }
 METRICS = ("lm_loss", "winogrande_acc", "winogrande_margin", "bi")
-HOSTILE = "</script><script>alert(1)</script>"
+# a script, an image that runs one, a colour of terminals, text that reads backwards
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m\u202egpj.exe"
 
 
 def architecture(rng: np.random.Generator) -> dict[str, int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from plotly.offline import get_plotlyjs
 
 from analysis import report, run_cards
 from analysis.cards.pareto import AXES
@@ -19,6 +20,7 @@ from analysis.page.page import csv_link, embedded, fill, no_formula
 from analysis.report import main, write_report
 from minitron_search.records.bucket import BucketCopy
 from minitron_search.records.directory import RunDirectory
+from minitron_search.records.escaping import UNSEEN
 from tests.analysis.conftest import METRICS
 
 TITLES = ["Summary", "Pareto fronts", "Convergence", "Depth", "Importance", "Axes of the search",
@@ -88,6 +90,11 @@ def test_no_word_of_a_run_becomes_a_tag(page: Page, hostile_page: Path):
     for text in wild.data:
         json.loads(text)
         assert "<" not in text
+
+
+def test_no_word_of_a_run_turns_or_hides_others(hostile_page: Path):
+    shown = hostile_page.read_text(encoding="utf-8").replace(get_plotlyjs(), "")
+    assert "\\u202egpj.exe" in shown and UNSEEN.search(shown) is None
 
 
 @pytest.mark.parametrize("kind", ["=1+1", "+1", "-1", "@SUM(A1)"])

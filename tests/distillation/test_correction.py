@@ -18,6 +18,7 @@ from minitron_search.distillation.loop import LoopSettings, Milestone, TrainResu
 from minitron_search.distillation.settings import CorrectionSettings, method_of
 from minitron_search.distillation.teacher import TeacherSource, live_teacher
 from minitron_search.export.student_folder import write_folder
+from minitron_search.export.teacher_files import teacher_files
 from minitron_search.pipeline.correction import made_from
 from minitron_search.trials.settings import correction, correction_settings, retraining_settings
 from tests import tiny
@@ -95,7 +96,8 @@ def test_only_what_the_method_trains_changes_and_plain_weights_come_out(method: 
     else:
         assert changed == set(named)
     tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
-    write_folder(model, tmp_path / "tokenizer", tmp_path / "corrected", {"correction.json": "{}"})
+    files = {**teacher_files(tmp_path / "tokenizer").contents, "correction.json": b"{}"}
+    write_folder(model, files, tmp_path / "corrected")
     assert {path.name for path in (tmp_path / "corrected").iterdir()} >= {"correction.json", "tokenizer.json"}
     with safe_open(tmp_path / "corrected" / "model.safetensors", "pt") as file:
         assert not [key for key in file.keys() if "lora" in key or "base_layer" in key]
@@ -145,9 +147,9 @@ def test_half_a_folder_is_never_there(tmp_path: Path, monkeypatch: pytest.Monkey
     with monkeypatch.context() as patched:
         patched.setattr(model, "save_pretrained", broken)
         with pytest.raises(OSError, match="no space"):
-            write_folder(model, tmp_path, tmp_path / "corrected", {})
+            write_folder(model, {}, tmp_path / "corrected")
     assert not (tmp_path / "corrected").exists()
-    write_folder(model, tmp_path, tmp_path / "corrected", {})
+    write_folder(model, {}, tmp_path / "corrected")
     assert torch.equal(float32_of(tmp_path / "corrected").lm_head.weight, model.lm_head.weight)
 
 

@@ -115,12 +115,12 @@ def refused(command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     return refuse
 
 
-def test_a_teacher_of_another_vocabulary_is_refused(refused: Any, command: Command) -> None:
+def test_a_teacher_of_a_smaller_vocabulary_is_refused(refused: Any, command: Command) -> None:
     folder = command.folder / "foreign"
-    tiny.model(tiny.config(vocab_size=300, max_position_embeddings=512)).save_pretrained(folder)
+    tiny.model(tiny.config(vocab_size=200, max_position_embeddings=512)).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     said = refused("--distillation.teacher", str(folder))
-    assert "distillation.teacher: " in said and "a vocabulary of 300 and teacher.model" in said and "one of 258" in said
+    assert "distillation.teacher: " in said and "a vocabulary of 200 and teacher.model" in said and "one of 258" in said
     assert "valid: a model with the same tokenizer" in said
 
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from minitron_search.config.schema import Config
 from minitron_search.export.compatibility import ALWAYS_TIED, FOUR_TIMES, NOT_CONVERTED, PERIODS, complete, refusals
 from minitron_search.export.student_folder import write_folder
+from minitron_search.export.teacher_files import teacher_files
 from minitron_search.models.families import student_config, whole
 from minitron_search.pruning.trimming import trim
 from minitron_search.search.space import SearchSpace
@@ -46,7 +47,7 @@ def exported(folder: Path, name: str, seed: int, **given: Any) -> Path:
     tiny.tokenizer().save_pretrained(folder / "teacher")
     student = trim(folder / "teacher", tiny.random_architecture(teacher, seed))
     complete(student.config)
-    write_folder(student, folder / "teacher", folder / "best", {})
+    write_folder(student, teacher_files(folder / "teacher").contents, folder / "best")
     return folder / "best"
 
 

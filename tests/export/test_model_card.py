@@ -1,5 +1,6 @@
 """A student's model card: what the Hub reads of it, and that the teacher's licence goes with the student."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -8,15 +9,20 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from minitron_search.export import model_card as module
-from minitron_search.export.model_card import model_card, origin_of
+from minitron_search.export.compatibility import renamed
+from minitron_search.export.model_card import check_card, model_card, origin_of
 from minitron_search.export.student_folder import write_folder
+from minitron_search.models.families import student_config, whole
+from minitron_search.records.escaping import UNSEEN, in_markdown
 from minitron_search.teachers import embedded
 from minitron_search.teachers.sources import HUB_FILES, hub_name
 from minitron_search.trials.settings import LoopSettings
 from minitron_search.trials.trial import Trial
 from tests import tiny
+from tests.records.test_escaping import Tags
 
 TEXTS = ("it", "docstrings", "docstrings", "embedded")
 ROW = {
@@ -100,12 +106,13 @@ def test_licence_and_notices_are_copied_beside_the_student(tmp_path: Path) -> No
     files = {"LICENSE": "Do well.", "Notice_TXT": "Made by people.", "USE_POLICY.md": "Für alle."}
     origin = origin_of(teacher(tmp_path / "teacher", **files), *TEXTS)
     model = tiny.model(tiny.config())
-    write_folder(
-        model, tmp_path, tmp_path / "best", {**origin.files, "README.md": model_card(origin, trial(), ROW, {})}
-    )
+    card = model_card(origin, trial(), ROW, {}).encode()
+    write_folder(model, {**origin.files.contents, "README.md": card}, tmp_path / "best")
     for name, text in (("LICENSE", "Do well."), ("Notice.txt", "Made by people."), ("USE_POLICY.md", "Für alle.")):
         assert (tmp_path / "best" / name).read_text() == text
-    assert origin_of(str(tmp_path / "best"), *TEXTS).files == origin.files, "a student's student has them too"
+    assert origin_of(str(tmp_path / "best"), *TEXTS).files.licences == origin.files.licences, (
+        "a student's student has them too"
+    )
 
 
 def test_what_the_card_needs_is_fetched_from_the_hub() -> None:
@@ -159,3 +166,65 @@ def test_a_student_is_not_lost_for_its_teachers_readme(readme: bytes, tmp_path: 
 def test_a_data_set_with_a_dot_in_its_name_is_one(name: str) -> None:
     source = module._source(name)
     assert source.name == name and source.hub == "/".join(name.split("/")[:2])
+
+
+NAME = (
+    "</td><script>alert(1)</script> | [x](javascript:alert(1)) ![y](https://evil.example/y.png) \x1b[31m \u202egpj"
+    "\n---\nlicense: mit\n# H"
+)
+
+
+def test_nothing_that_others_wrote_is_live_in_a_card(tmp_path: Path) -> None:
+    folder = tmp_path / NAME.replace("/", "-")[:120]
+    given = {"license": "other", "license_name": NAME, "license_link": "javascript:alert(1)", "language": [NAME, "en"],
+             "base_model": NAME}  # fmt: skip
+    readme = f"---\n{yaml.safe_dump(given)}---\n# A model\n"
+    name = teacher(folder, readme)
+    (folder / f"LICENSE{NAME.replace('/', '-')[:100]}").write_text("Do well.")
+    origin = origin_of(name, in_markdown(NAME), NAME.replace("/", "-"), f"./{NAME}", f"./{NAME}.jsonl")
+    origin = dataclasses.replace(origin, files=origin.files._replace(left=(f"{NAME} is a link",)))
+    card = model_card(origin, trial(), ROW, {})
+    said = front_matter(card)
+    assert said["license"] == "other" and said["language"] == ["en"]
+    assert not {"license_link", "base_model"} & set(said) and len(said["model-index"][0]["results"]) >= 2
+    body = card.split("---\n", 2)[2]
+    assert UNSEEN.search(card) is None and "<script" not in card
+    found = Tags(MarkdownIt("commonmark", {"html": True}).enable("table").render(body))
+    plain = Tags(
+        MarkdownIt("commonmark")
+        .enable("table")
+        .render(model_card(origin_of(teacher(tmp_path / "p"), *TEXTS), trial(), ROW, {}).split("---\n", 2)[2])
+    )
+    assert [tag for tag in found.tags if tag != "code"] == [tag for tag in plain.tags if tag != "code"]
+    check_card(origin)
+
+
+@tiny.over(
+    [
+        {"license": ["mit", "apache-2.0"], "language": {"en": 1}, "base_model": 3},
+        {"license": {"a": 1}, "license_name": ["x"], "license_link": 7, "language": False},
+        {"license": "mit\nlicense_name: x", "language": "not a language at all", "base_model": ["a/b", "<b>"]},
+        {"language": [["en"], {"en": 1}], "model-index": [["a"]], "license": "x y"},
+        {"datasets": 5, "model-index": "x", "tags": {"a": 1}, "license": None, "pipeline_tag": ["x"]},
+    ]
+)
+def test_a_readme_of_any_form_makes_a_card(given: dict[str, Any], tmp_path: Path) -> None:
+    readme = f"---\n{yaml.safe_dump(given)}---\n"
+    origin = origin_of(teacher(tmp_path, readme), *TEXTS)
+    check_card(origin)
+    said = front_matter(model_card(origin, trial(), ROW, {}))
+    assert isinstance(said["license"], str) and "\n" not in said["license"]
+    assert said.get("base_model") in (None, ["a/b"]) and "language" not in said
+
+
+def test_the_card_says_why_a_llama_became_a_mistral_and_in_which_dtype_it_is(tmp_path: Path) -> None:
+    llama = tiny.config(hidden_size=24, num_attention_heads=4)
+    shape = dataclasses.replace(whole(llama), hidden_size=22)
+    student = student_config(llama, shape)
+    assert student.model_type == "mistral" and renamed(llama, llama) == ""
+    origin, made = origin_of(teacher(tmp_path), *TEXTS), dataclasses.replace(trial(), stored="bfloat16")
+    card = model_card(origin, made, ROW, {}, renamed(llama, student))
+    assert "Its teacher is a llama and it is stored as a mistral, which computes the same: transformers" in card
+    assert "hidden_size, here 22, its num_attention_heads, here 4, do not divide" in card
+    assert "| weights | bfloat16 |" in card
+    assert "mistral" not in model_card(origin, made, ROW, {}, renamed(llama, llama))

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from transformers import GPTJConfig, GPTJForCausalLM
+from transformers import AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM
 
 from minitron_search.cli import main
 from minitron_search.config import loading
@@ -337,3 +338,50 @@ def test_an_evaluation_that_cannot_be_is_refused(refused: Refused, task: Path, i
 def test_continuing_may_change_what_is_evaluated(good: list[str], here: Path) -> None:
     existing_run(good)
     assert main([*good, "--resume", "--dry-run", "--evaluation.tasks", "winogrande:0", "--evaluation.limit", "9"]) == 0
+
+
+def test_a_run_that_was_begun_without_a_dtype_goes_on_in_float32(good: list[str], refused: Refused) -> None:
+    existing_run(good)
+    run = RunDirectory("run")
+    begun = run.read_config()
+    config = loading.load_config(None, good)
+    assert prepare(config, resume=True).config.retraining.dtype == "auto"
+    del begun["retraining"]["dtype"]
+    run.write_config(begun)
+    for flags in ((), ("--retraining.dtype", "float32")):
+        prepared = prepare(loading.load_config(None, [*good, *flags]), resume=True)
+        assert prepared.config.retraining.dtype == prepared.stored == "float32"
+    assert "retraining.dtype: 'float32' there" not in refused("--resume", "--seed", "1")
+    assert "retraining.dtype: None there, 'bfloat16' asked now" in refused("--resume", "--retraining.dtype", "bfloat16")
+
+
+@pytest.mark.parametrize("asked", ["auto", "float32", "bfloat16"])
+def test_students_are_written_in_the_dtype_asked_for(asked: str, good: list[str], here: Path) -> None:
+    folder = tiny.teacher_folder(here / "half")
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    flags = [*good, "--teacher.model", str(folder), "--retraining.dtype", asked]
+    assert prepare(loading.load_config(None, flags), resume=False).stored == {"auto": "bfloat16"}.get(asked, asked)
+
+
+@pytest.mark.parametrize("special", ["eos_token", "bos_token", "unk_token", "pad_token", "extra"])
+def test_a_token_beyond_the_embedding_is_refused_if_it_can_be_read(
+    special: str, good: list[str], refused: Refused, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny.teacher_folder(here / "beyond")
+    tokenizer = tiny.tokenizer()
+    key, value = ("extra_special_tokens", ["<|more|>"]) if special == "extra" else (special, "<|more|>")
+    tokenizer.add_special_tokens({key: value})
+    tokenizer.save_pretrained(folder)
+    flags = ["--teacher.model", str(folder)]
+    if special in ("pad_token", "extra"):
+        prepare(loading.load_config(None, [*good, *flags]), resume=False)
+        said = capsys.readouterr().out
+        assert "tokens beyond the 258 rows of the embedding, '<|more|>' (258); this run reads none of them" in said
+        for part in ("train", "validation"):
+            text = "<|more|> " * 200 + tiny.prose(4000)
+            (here / f"{part}.txt").write_text(text)
+            said = refused(*flags, f"--corpus.{part}", str(here / f"{part}.txt"))
+            assert f"corpus.{part}: " in said and "'<|more|>' is token 258" in said and "has 258 rows; valid:" in said
+    else:
+        said = refused(*flags)
+        assert f"its {special} '<|more|>' is token 258 of the tokenizer, and the embedding has 258 rows" in said

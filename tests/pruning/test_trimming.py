@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from minitron_search.models.architecture import Architecture
 from minitron_search.models.families import decoder_layers, family_of, sizes, student_config, whole
@@ -353,6 +353,20 @@ def test_a_permuted_teacher_that_exists_is_left_as_it_is(tmp_path: Path) -> None
     before = (folder / "model.safetensors").read_bytes()
     permute_teacher(tmp_path / "teacher", Rankings.random(config, 2), folder)
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+@tiny.over([("qwen2", True), ("qwen2", False), ("phi", False), ("gemma2", True), ("gpt_neox", False)])
+def test_a_padded_vocabulary_is_cut_to_the_rows_that_are_shared(model_type: str, tied: bool, tmp_path: Path) -> None:
+    """What is left says of every token what the whole says, among the tokens that are left."""
+    config = tiny.config(model_type, vocab_size=80, tie_word_embeddings=tied)
+    tiny.model(config).save_pretrained(tmp_path / "teacher")
+    folder = permute_teacher(tmp_path / "teacher", Rankings.identity(config), tmp_path / "cut", "auto", 61)
+    ids = tiny.tokens(tiny.config())
+    whole = tiny.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "teacher").eval(), ids)[..., :61]
+    left = tiny.logits(load_teacher(folder), ids)
+    torch.testing.assert_close(left, whole, rtol=1e-5, atol=1e-5)
+    again = permute_teacher(tmp_path / "teacher", Rankings.identity(config), tmp_path / "whole", "auto", 80)
+    assert AutoConfig.from_pretrained(again).vocab_size == 80 and AutoConfig.from_pretrained(folder).vocab_size == 61
 
 
 def test_the_random_control_has_the_shape_and_is_its_seeds(tmp_path: Path) -> None:
