@@ -8,7 +8,6 @@ from minitron_search.config.types import (
     MOST_WINDOW,
     AutoProcesses,
     AutoTokens,
-    Count,
     Few,
     LayersOrFraction,
     LearningRate,
@@ -67,7 +66,7 @@ class CorpusConfig(Section):
     train: Named = "docstrings"
     validation: Named = "docstrings"
     calibration: Named | None = None
-    sequence_length: Annotated[Count, Field(ge=8, le=MOST_WINDOW)] = 256
+    sequence_length: Annotated[int, BeforeValidator(as_number), Field(ge=8, le=MOST_WINDOW)] = 256
     calibration_samples: Many = 64
     validation_samples: Annotated[Many, Field(ge=2)] = 32
 

@@ -6,12 +6,21 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from minitron_search.config.inputs import Section
-from minitron_search.config.types import MOST_WINDOW, Count, Layers, Positive, Share, Size, as_list, same_in_every_layer
+from minitron_search.config.types import (
+    MOST_WINDOW,
+    Layers,
+    Positive,
+    Share,
+    Size,
+    as_list,
+    as_number,
+    same_in_every_layer,
+)
 
-BatchSize = Annotated[Count, Field(le=2**16)]
+BatchSize = Annotated[int, BeforeValidator(as_number), Field(ge=1, le=2**16)]
 
 
-Context = Annotated[Count, Field(le=MOST_WINDOW)]
+Context = Annotated[int, BeforeValidator(as_number), Field(ge=1, le=MOST_WINDOW)]
 
 
 MOST_VALUES = 2**16  # of an axis: all of them are enumerated

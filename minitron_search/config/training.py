@@ -10,7 +10,6 @@ from minitron_search.config.types import (
     AutoCount,
     AutoProcesses,
     AutoTokens,
-    Count,
     Few,
     LearningRate,
     Loss,
@@ -121,13 +120,13 @@ class DistillationConfig(Section):
         0.0  # alpha; 0: logits only (best practice 7)
     )
     intermediate_loss: Literal["mse", "cosine"] = "mse"
-    intermediate_layers: Literal["all"] | Annotated[Count, Field(le=10**4)] = "all"
+    intermediate_layers: Literal["all"] | Annotated[int, BeforeValidator(as_number), Field(ge=1, le=10**4)] = "all"
     embedding: bool = False
     learning_rate: LearningRate = 3e-4
-    batch_tokens: Annotated[Tokens, Field(le=10**9)] = 1_000
+    batch_tokens: Annotated[int, BeforeValidator(as_number), Field(ge=1, le=10**9)] = 1_000
     teacher_cache: Annotated[Literal["auto", "hidden", "topk", "off"], BeforeValidator(off_for_false)] = "auto"
     teacher_cache_bytes: AutoCount = "auto"
-    topk: Annotated[Count, Field(le=10**7)] = 64
+    topk: Annotated[int, BeforeValidator(as_number), Field(ge=1, le=10**7)] = 64
     teacher: Place | None = None  # another model that teaches, as teacher.model names one; null for the pruned model
     initialization: Literal["pruned", "random", "random_pruned", "merged"] = "pruned"
     gradient_checkpointing: bool = False
@@ -190,7 +189,7 @@ class EvaluationConfig(Section):
 
     tasks: Annotated[tuple[Named, ...], BeforeValidator(as_list)] = ()
     references: Annotated[tuple[Place, ...], BeforeValidator(as_list)] = ()
-    limit: Annotated[Count, Field(le=10**9)] | None = None
+    limit: Annotated[int, BeforeValidator(as_number), Field(ge=1, le=10**9)] | None = None
 
     @model_validator(mode="after")
     def _references_have_names_of_their_own(self) -> "EvaluationConfig":

@@ -9,6 +9,7 @@ A source is one of
 
 import glob
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ def _files(field: str, name: str) -> TextSource:
         if not paths:
             raise ValueError(f"{field}: {name!r} matches no file; valid: {_valid()}")
     for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{field}: {str(path)!r} is not a regular file; valid: {_valid()}")
         if path.suffix not in READERS:
             raise ValueError(f"{field}: {str(path)!r} is none of {', '.join(READERS)}; valid: {_valid()}")
     return TextSource(
@@ -66,6 +69,9 @@ def _files(field: str, name: str) -> TextSource:
 
 
 def _txt(field: str, path: Path) -> Iterator[str]:
+    if path.stat().st_size > (most := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        raise ValueError(f"{field}: {str(path)!r} is one document, larger than this machine's memory of {most:,} "
+                         "bytes; valid: a .jsonl with a document a line")  # fmt: skip
     try:
         yield path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 EMBEDDED = Path(__file__).parent / "embedded" / "winogrande.jsonl"
+MOST_BYTES = 2**30  # of a file of questions: it is read at once
 HUB = "allenai/winogrande"
 FEWSHOT_SEED = 1234  # lm-eval's default `fewshot_random_seed`
 
@@ -62,6 +63,8 @@ def _from_file(path: Path) -> list[Example]:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.jsonl")], cutoff=0.4)
         hint = f"near it: {', '.join(near)}" if near else "valid: embedded, or a file that exists"
         raise ValueError(f"winogrande.source: no file {path}; {hint}")
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ValueError(f"winogrande.source: {path} has {size:,} bytes; valid: at most {MOST_BYTES:,}")
     examples = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if line.strip():

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from minitron_search.models import embedded
 from minitron_search.records import cache
 from minitron_search.records.cache import content_id, file_hash
+from minitron_search.records.failures import described
 from minitron_search.records.paths import is_uri
 from minitron_search.records.transfer import WHOLE
 
@@ -28,6 +29,7 @@ HUB_FILES = [
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES,
     "README.md", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*",  # for the card of its student
 ]  # fmt: skip
+MOST_LAYERS, MOST_CONFIG = 4_096, 2**22  # of a model; bytes of its config.json
 PUBLISHED = Path(__file__).parent / "published"  # configurations of the papers' teachers, as on the Hub
 
 
@@ -60,8 +62,8 @@ def teacher_config(model: str) -> PretrainedConfig:
         return embedded.config()
     source: str | Path = _checked(model, _path(model)) if _is_local(model) else model
     try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        return _of_a_size(model, AutoConfig.from_pretrained(source))
+    except Exception as error:  # of a configuration that is not one, transformers raises whatever comes
         published = PUBLISHED / f"{model.replace('/', '--')}.json"
         if published.is_file():  # the papers' teachers can be planned with where the Hub is not reached
             return AutoConfig.for_model(**json.loads(published.read_text()))
@@ -77,7 +79,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         source = _checked(model, _path(model))
     try:
         return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as above, and the Rust of tokenizers has an error of its own
         raise _invalid(model, f"has no tokenizer that can be loaded ({_first_line(error)})") from error
 
 
@@ -114,6 +116,11 @@ def _checked(model: str, folder: Path) -> Path:
         raise _invalid(model, f"is not a folder{near_names(folder)}")
     if not (folder / "config.json").is_file():
         raise _invalid(model, "has no config.json")
+    for file in sorted(folder.iterdir()):
+        if file.exists() and not file.is_file() and not file.is_dir():  # a pipe: whoever opens it waits
+            raise _invalid(model, f"holds {file.name}, which is not a regular file")
+    if (size := (folder / "config.json").stat().st_size) > MOST_CONFIG:
+        raise _invalid(model, f"has a config.json of {size:,} bytes")
     weights = weight_files(folder)
     if not weights:
         raise _invalid(model, "has no weights in safetensors files (save_pretrained writes them)")
@@ -133,8 +140,16 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
 
 
+def _of_a_size(model: str, config: PretrainedConfig) -> PretrainedConfig:
+    """Return a configuration, unless it has more layers than any model: every layer is listed, many times."""
+    layers = getattr(config, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise _invalid(model, f"has {layers:,} layers in config.json, of which at most {MOST_LAYERS:,} are supported")
+    return config
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return described(error)
 
 
 def _invalid(model: str, why: str) -> ValueError:
