@@ -164,8 +164,8 @@ def read_yaml(file: str) -> dict[str, Any]:
     anything but a mapping."""
     path = Path(at_home(file))
     if not path.is_file():
-        near = sorted(str(other) for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = f"there are {', '.join(near)}" if near else "valid: the path of a YAML file"
+        near = sorted(str(other) for other in path.parent.glob("*.yaml") if other.is_file())
+        hint = f"valid: {', '.join(near[:8]) or 'the path of a YAML file'}"
         kind = "a folder" if path.is_dir() else "not a regular file" if path.exists() else ""
         raise ValueError(f"--config: {f'{file!r} is {kind}' if kind else f'no file {file!r}'}; {hint}")
     if (size := path.stat().st_size) > MOST_BYTES:

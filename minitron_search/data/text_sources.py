@@ -22,6 +22,7 @@ from minitron_search.data.docstrings import documents as docstring_documents
 from minitron_search.models.sources import near_names
 from minitron_search.records.cache import content_id
 
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # bytes of this machine
 HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
 
 
@@ -60,6 +61,9 @@ def _files(field: str, name: str) -> TextSource:
     for path in paths:
         if not path.is_file():
             raise ValueError(f"{field}: {str(path)!r} is not a regular file; valid: {_valid()}")
+        if path.suffix == ".txt" and path.stat().st_size > MEMORY:
+            raise ValueError(f"{field}: {str(path)!r} is one document, larger than this machine's memory of {MEMORY:,} "
+                             "bytes; valid: a .jsonl with a document a line")  # fmt: skip
         if path.suffix not in READERS:
             raise ValueError(f"{field}: {str(path)!r} is none of {', '.join(READERS)}; valid: {_valid()}")
     return TextSource(
@@ -69,9 +73,6 @@ def _files(field: str, name: str) -> TextSource:
 
 
 def _txt(field: str, path: Path) -> Iterator[str]:
-    if path.stat().st_size > (most := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
-        raise ValueError(f"{field}: {str(path)!r} is one document, larger than this machine's memory of {most:,} "
-                         "bytes; valid: a .jsonl with a document a line")  # fmt: skip
     try:
         yield path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -59,6 +59,8 @@ def load_examples(source: str, limit: int | None = None) -> list[Example]:
 
 
 def _from_file(path: Path) -> list[Example]:
+    if path.exists() and not path.is_file():
+        raise ValueError(f"winogrande.source: {path} is not a regular file; valid: embedded, or a .jsonl file")
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.jsonl")], cutoff=0.4)
         hint = f"near it: {', '.join(near)}" if near else "valid: embedded, or a file that exists"

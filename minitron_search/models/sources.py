@@ -29,7 +29,11 @@ HUB_FILES = [
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES,
     "README.md", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*",  # for the card of its student
 ]  # fmt: skip
-MOST_LAYERS, MOST_CONFIG = 4_096, 2**22  # of a model; bytes of its config.json
+MOST_CONFIG = 2**22  # bytes of config.json
+SIZES = {
+    "num_hidden_layers": 4_096, "hidden_size": 10**7, "intermediate_size": 10**8, "num_attention_heads": 10**5,
+    "num_key_value_heads": 10**5, "vocab_size": 10**9,
+}  # fmt: skip
 PUBLISHED = Path(__file__).parent / "published"  # configurations of the papers' teachers, as on the Hub
 
 
@@ -62,12 +66,15 @@ def teacher_config(model: str) -> PretrainedConfig:
         return embedded.config()
     source: str | Path = _checked(model, _path(model)) if _is_local(model) else model
     try:
-        return _of_a_size(model, AutoConfig.from_pretrained(source))
+        config = AutoConfig.from_pretrained(source)
     except Exception as error:  # of a configuration that is not one, transformers raises whatever comes
         published = PUBLISHED / f"{model.replace('/', '--')}.json"
         if published.is_file():  # the papers' teachers can be planned with where the Hub is not reached
             return AutoConfig.for_model(**json.loads(published.read_text()))
         raise _invalid(model, f"has no configuration that can be loaded ({_first_line(error)})") from error
+    if wrong := _impossible(config):
+        raise _invalid(model, f"has {wrong} in config.json")
+    return config
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -140,12 +147,16 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
 
 
-def _of_a_size(model: str, config: PretrainedConfig) -> PretrainedConfig:
-    """Return a configuration, unless it has more layers than any model: every layer is listed, many times."""
-    layers = getattr(config, "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > MOST_LAYERS:
-        raise _invalid(model, f"has {layers:,} layers in config.json, of which at most {MOST_LAYERS:,} are supported")
-    return config
+def _impossible(config: PretrainedConfig) -> str:
+    """Return which size of a configuration no model has, '' if all are possible. Every layer is listed, many times."""
+    for name, most in SIZES.items():
+        size = getattr(config, name, None)
+        if isinstance(size, int) and not 1 <= size <= most:
+            return f"{name} {size:,} (possible: 1 to {most:,})"
+    heads, groups = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        return f"num_attention_heads {heads}, no multiple of its num_key_value_heads {groups},"
+    return ""
 
 
 def _first_line(error: Exception) -> str:

@@ -111,7 +111,7 @@ def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace]:
     with reading(f"output: {config.output}", "a run directory whose files are whole, or another folder"):
         check_output(run_dir, config, resume)
         check_stages(run_dir, config)
-    with reading(f"teacher.model: {config.teacher.model!r}: config.json", MODEL_ADVICE):
+    with reading(f"teacher.model: {config.teacher.model!r}", MODEL_ADVICE):
         pruned = _pruned_config(config)
         whole(pruned)
         parameter_count(weights(pruned), sizes(pruned))
@@ -271,7 +271,7 @@ def _distillation_teacher(config: Config, tokenizer: PreTrainedTokenizerBase) ->
 def _blaming(key: str) -> Iterator[None]:
     """While the block runs, let errors about a model name `key`, which holds it here, instead of teacher.model."""
     try:
-        with reading(f"{key}: config.json", MODEL_ADVICE):
+        with reading(key, MODEL_ADVICE):
             yield
     except ValueError as error:
         raise ValueError(str(error).replace("teacher.model", key)) from error

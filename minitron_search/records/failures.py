@@ -6,6 +6,7 @@ Anything else that was raised gets the name of its type, and where it can be sai
 """
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -46,6 +47,8 @@ def reading(what: str, valid: str) -> Iterator[None]:
     except Exception as error:
         if is_told(error):
             raise
+        if re.match(r"[a-z_]+(\.[a-z_]+)+: ", str(error)):  # names its key by itself
+            raise ValueError(f"{error}; valid: {valid}") from error
         raise ValueError(f"{what}: {described(error)}; valid: {valid}") from error
 
 
@@ -61,7 +64,9 @@ def described(error: BaseException) -> str:
     kind = type(error).__name__
     if isinstance(error, MemoryError):
         return f"not enough memory{f' ({text})' if text else ''}"
-    return text if type(error) in (ValueError, RuntimeError, OSError, FileNotFoundError) and text else f"{kind}: {text}"
+    if not text:
+        return kind
+    return text if type(error) in (ValueError, RuntimeError, OSError, FileNotFoundError) else f"{kind}: {text}"
 
 
 def message_of(error: BaseException) -> str:
