@@ -4,65 +4,106 @@
                                   [--KEY.SUBKEY VALUE ...]
 
 Exit status: 0 done, 1 a stage failed, 2 the configuration or an input is wrong (nothing was written), 130
-interrupted (`--resume` continues the run).
+interrupted and 143 terminated (`--resume` continues the run). Whatever fails is one message (`records.failures`).
 """
 
+import argparse
 import os
 import sys
-from dataclasses import dataclass
-from typing import Annotated
+from functools import partial
+from typing import Any, NoReturn
 
-import tyro
-
-from minitron_search.config.loading import is_ablation, load_config
-from minitron_search.records.console import complain
+from minitron_search.config.loading import check_ablation_keys, configured, is_ablation, load_config, pairs, yaml_values
+from minitron_search.config.schema import Config
+from minitron_search.records.failures import reading, run_command
+from minitron_search.records.paths import is_uri, located, working_folder
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-@dataclass
-class Options:
-    """Find the best smaller architecture inside a trained decoder LM, and prove it.
+class Parser(argparse.ArgumentParser):
+    """The parser of the command's own options, whose errors are messages like all others."""
 
-    Every key of the configuration is a flag too: --search.trials 16, --space.budget.params.target 90M.
-    """
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message.removeprefix('argument ')}; valid: --help lists the options")
 
-    config: Annotated[str | None, tyro.conf.arg(help="YAML file; without one, the embedded default")] = None
-    stages: Annotated[str | None, tyro.conf.arg(help="which stages, as in importance,search,retrain,report")] = None
-    output: Annotated[str | None, tyro.conf.arg(help="the run directory")] = None
-    resume: Annotated[bool, tyro.conf.arg(help="continue the run in --output")] = False
-    dry_run: Annotated[bool, tyro.conf.arg(help="say what would be done, and spend nothing")] = False
+
+PARSER = Parser(
+    prog="python -m minitron_search.run",
+    description="Find the best smaller architecture inside a trained decoder LM, and prove it.",
+    epilog="Every key of the configuration is a flag too: --search.trials 16, --space.budget.params.target 90M.",
+    allow_abbrev=False,
+)
+PARSER.add_argument("--config", metavar="FILE", help="YAML file; without one, the embedded default")
+PARSER.add_argument("--stages", metavar="NAMES", help="which stages, as in importance,search,retrain,report")
+PARSER.add_argument("--output", metavar="DIR", help="the run directory, or its address in storage")
+PARSER.add_argument("--resume", action="store_true", help="continue the run in --output, which needs nothing else")
+PARSER.add_argument("--dry-run", action="store_true", help="say what would be done, and spend nothing")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit status; what went wrong is one message on stderr."""
-    options, overrides = parse_flags(sys.argv[1:] if arguments is None else arguments)
-    try:
-        if options.config is not None and is_ablation(options.config):
-            from minitron_search.commands import ablate
-
-            return ablate(options.config, overrides, resume=options.resume, dry_run=options.dry_run)
-        config = load_config(options.config, overrides)
-        # only now: torch, transformers and Ray take seconds to import, and a misspelt key is told without them
-        from minitron_search.commands import forecast, search
-
-        return forecast(config, options.resume) if options.dry_run else search(config, options.resume)
-    except (ValueError, RuntimeError, OSError) as error:
-        return complain(error, 2)
-    except KeyboardInterrupt:
-        return complain("interrupted before anything was written", 130)
+    return run_command(partial(command, sys.argv[1:] if arguments is None else arguments))
 
 
-def parse_flags(arguments: list[str]) -> tuple[Options, list[str]]:
+def command(arguments: list[str]) -> int:
+    """Do what the arguments ask for; return the exit status, or raise what is wrong with them."""
+    options, overrides = parse_flags(arguments)
+    if options.resume and options.config is None:
+        return resume(overrides, options.dry_run)
+    if options.config is not None and is_ablation(options.config):
+        check_ablation_keys(options.config, overrides)
+        from minitron_search.commands import ablate
+
+        return ablate(options.config, overrides, resume=options.resume, dry_run=options.dry_run)
+    return run(load_config(options.config, overrides), options.resume, options.dry_run)
+
+
+def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return the options of the command, and the flags that set keys of the configuration."""
-    options, overrides = tyro.cli(
-        tyro.conf.configure(tyro.conf.FlagCreatePairsOff)(Options),
-        args=arguments,
-        return_unknown_args=True,
-        prog="python -m minitron_search.run",
-    )
+    options, overrides = PARSER.parse_known_args(arguments)
     for name in ("stages", "output"):
         if getattr(options, name) is not None:
-            overrides += [f"--{name}", getattr(options, name)]
+            overrides.append(f"--{name}={getattr(options, name)}")
     return options, overrides
+
+
+def run(config: Config, resumed: bool, dry_run: bool) -> int:
+    """Run, or forecast, what is configured."""
+    # only now: torch, transformers and Ray take seconds to import, and a misspelt key is told without them
+    from minitron_search.commands import forecast, search
+
+    return forecast(config, resumed) if dry_run else search(config, resumed)
+
+
+def resume(overrides: list[str], dry_run: bool) -> int:
+    """Continue what the output holds, a run or an ablation, as it was configured, with overrides on top."""
+    flags = dict(pairs(overrides))
+    output = flags.get("output") or (f"runs/{flags['name']}" if flags.get("name") else Config().output)
+    if ablation := kept(output, "ablation.json"):
+        from minitron_search.commands import ablate
+
+        return ablate(None, overrides, resume=True, dry_run=dry_run, kept=ablation)
+    values: dict[str, Any] = {}
+    if text := kept(output, "config.yaml"):
+        values = {**yaml_values(text, f"output: {output}/config.yaml"), "output": output}
+    with reading(f"output: {output}/config.yaml", "the same command with --config"):
+        config = configured(values, overrides)
+    return run(config, True, dry_run)
+
+
+def kept(output: str, name: str) -> str | None:
+    """Return the text of a file of the run directory `output`, here or in storage; None if it is not there."""
+    try:
+        output = located(output)
+    except ValueError as error:
+        raise ValueError(f"output: {output!r} {error}") from None
+    if is_uri(output):
+        from minitron_search.records.bucket import stored_text  # pyarrow: half a second
+
+        if (text := stored_text(output, name)) is not None:
+            return text
+    file = working_folder(output) / name
+    with reading(f"output: {file}", "a run directory whose files can be read"):
+        return file.read_text(encoding="utf-8") if file.is_file() else None

@@ -14,6 +14,7 @@ Every arm is an ordinary run of one architecture, in <output>/<arm>. It says wha
 the comparison relies on (`SHARED`).
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -26,10 +27,11 @@ import numpy as np
 from minitron_search.ablation.shapes import shaped
 from minitron_search.config import loading
 from minitron_search.config.schema import Config
+from minitron_search.planning.checks import is_placement
 from minitron_search.planning.prepare import Prepared, check, check_names
 from minitron_search.records.bucket import bucket_copy
-from minitron_search.records.directory import RunDirectory
-from minitron_search.records.paths import inside, is_uri, working_folder
+from minitron_search.records.directory import ABLATION_FILE, RunDirectory
+from minitron_search.records.paths import at_home, inside, is_uri, working_folder
 from minitron_search.search.schedule import whole_batches
 from minitron_search.search.space import SearchSpace
 from minitron_search.teachers.sources import is_stored
@@ -125,6 +127,11 @@ class Ablation:
         ours = [Path(model) for model in named if model and Path(model).is_relative_to(self.root / BEFORE)]
         return any(not model.exists() for model in ours)
 
+    def definition(self) -> dict[str, Any]:
+        """Return the YAML that defines it, with what flags and base have added: all that continuing it takes."""
+        own = {"name": self.name, "question": self.question, "figure": self.figure, "baseline": self.baseline}
+        return {**own, BEFORE: self.before, "arms": self.changes, **self.values}
+
     def about(self) -> dict[str, Any]:
         """Return what ablation.json holds."""
         shared = loading.parse_config({
@@ -154,19 +161,66 @@ def load(file: str, overrides: list[str]) -> Ablation:
     values = loading.read_yaml(file)
     base = values.pop("base", None)
     loading.override(values, overrides)
+    under: dict[str, Any] = {}
+    if base is not None:
+        under = loading.read_yaml(str(Path(file).parent / at_home(str(base))))
+        for key in SET:  # those of a search
+            _without(under, key)
+    return _defined(values, under, Path(file).stem)
+
+
+def begun_as(kept: str, overrides: list[str]) -> Ablation:
+    """Return the ablation that an ablation.json, of which `kept` is the text, defines, with dotted overrides on top.
+
+    Raises ValueError for overrides that change more than where it runs, and for a file that defines none.
+    """
+    output = dict(loading.pairs(overrides)).get("output")
+    try:
+        definition = json.loads(kept)["definition"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"output: {output}/{ABLATION_FILE} does not say how the ablation is defined; valid: the same "
+                         "command with --config") from None  # fmt: skip
+    values = deepcopy(definition)
+    loading.override(values, overrides)
+    changed = [
+        f"{key}: {there!r} there, {asked!r} asked now"
+        for key, there, asked in loading.changes(definition, values)
+        if not is_placement(_in_a_run(key)) and not _alike(_in_a_run(key), there, asked)
+    ]
+    if changed:
+        raise ValueError(f"output: {output} holds an ablation of another configuration; {'; '.join(changed)}; valid: "
+                         "the same values, or another folder")  # fmt: skip
+    return _defined({**values, "output": output}, {}, "")
+
+
+def _in_a_run(key: str) -> str:
+    """Return the key of a run's configuration that a key of an ablation sets."""
+    first, _, rest = key.partition(".")
+    return rest.partition(".")[2] if first in ("arms", BEFORE) else key
+
+
+def _alike(key: str, there: Any, asked: Any) -> bool:
+    """Return whether two ways to write a key's value mean the same, as `4K` and 4000 do."""
+    try:
+        one, other = (loading.parse_config(_nested(key, value)) for value in (there, asked))
+    except ValueError:
+        return False
+    return one == other
+
+
+def _defined(values: dict[str, Any], under: Mapping[str, Any], default_name: str) -> Ablation:
+    """Return the ablation of plain values over those of its base. Raises ValueError as `load` does."""
     own: dict[str, Any] = {key: values.pop(key, None) for key in OWN if key not in ("base", "architecture")}
     _check_shared(values)
     _check_sections(values)
-    if base is not None:
-        under = loading.read_yaml(str(Path(file).parent / base))
-        for key in SET:  # those of a search
-            _without(under, key)
-        values = _merged({key: value for key, value in under.items() if key not in ("name", "output")}, values)
-    arms, name = own["arms"], values.pop("name", Path(file).stem)
+    values = _merged({key: value for key, value in under.items() if key not in ("name", "output")}, values)
+    arms, name = own["arms"], values.pop("name", default_name)
     if not isinstance(arms, Mapping) or len(arms) < 2:
         raise ValueError(f"arms: {arms!r}; valid: two or more, as in {{random: {{distillation: {{initialization: "
                          "random}}, pruned: {}}")  # fmt: skip
     before = own[BEFORE] or {}
+    if not isinstance(before, Mapping):
+        raise ValueError(f"{BEFORE}: {before!r}; valid: runs by name, as in {{middle: {{}}}}")
     for key, named in (("arms", arms), (BEFORE, before)):
         for arm, changes in named.items():
             if not NAME.fullmatch(str(arm)) or arm == BEFORE:
@@ -183,7 +237,7 @@ def load(file: str, overrides: list[str]) -> Ablation:
         raise ValueError(f"baseline: {baseline!r} is not an arm; valid: {', '.join(map(str, arms))}")
     if not own["question"]:
         raise ValueError("question: none; valid: what the arms are to answer, in a sentence")
-    output = str(values.pop("output", None) or f"runs/{name}")
+    output = loading.parse_config({"name": name, "output": values.pop("output", None) or f"runs/{name}"}).output
     return Ablation(
         name=str(name),
         output=output if is_uri(output) else str(Path(output.removeprefix("file://"))),

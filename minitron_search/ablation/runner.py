@@ -57,7 +57,9 @@ def run_ablation(ablation: Ablation, prepared: dict[str, Prepared], run_one: Cal
 def _begin(ablation: Ablation) -> None:
     """Write ablation.json, and link the runs' folders into the ablation's."""
     ablation.root.mkdir(parents=True, exist_ok=True)
-    replace_text(ablation.root / ABLATION_FILE, json.dumps(ablation.about(), indent=1))
+    replace_text(
+        ablation.root / ABLATION_FILE, json.dumps({**ablation.about(), "definition": ablation.definition()}, indent=1)
+    )
     storage.put(ablation)
     storage.link(ablation)
 
@@ -90,8 +92,8 @@ def _run_arm(
         _run_and_store(ablation, arm, prepared[arm], run_one)
     except session.UnfitError:
         raise
-    except (ValueError, RuntimeError) as error:
-        say(f"arm {arm} failed: {error}")
+    except Exception as error:  # the other arms are worth having, whatever it is
+        say(f"arm {arm} failed: {session.message_of(error)}")
         return False
     finally:
         release_memory()

@@ -4,12 +4,15 @@ All of them were checked with Ray 2.60.0. `tests/project/test_ray_internals.py` 
 """
 
 import logging
-from collections.abc import Generator
-from contextlib import AbstractContextManager
+import signal
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest.mock import patch
 
 import ray
+from ray._private import utils, worker
 from ray._private.state import state
 from ray._raylet import PlacementGroupID
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]  # made by protobuf
@@ -105,6 +108,33 @@ def kept_actors() -> AbstractContextManager:
                 yield from super().flush_cached_objects(force_all=True)
 
     return patch.object(tune_controller, "_ObjectCache", KeptActors)
+
+
+@contextmanager
+def sigterm_left_alone() -> Iterator[None]:
+    """While Ray starts, keep this process's own handler of SIGTERM.
+
+    Ray sets two in a driver: its own ends the process without unwinding, and that of its C++ core, set while it
+    connects, aborts with a stack. A signal that comes in between is held back until ours is there again.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours, connect = signal.getsignal(signal.SIGTERM), worker.connect
+
+    def connect_with_ours_kept(*arguments: Any, **settings: Any) -> Any:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return connect(*arguments, **settings)
+        finally:
+            signal.signal(signal.SIGTERM, ours)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+    with (
+        patch.object(utils, "set_sigterm_handler", lambda handler: None),
+        patch.object(worker, "connect", connect_with_ours_kept),
+    ):
+        yield
 
 
 def quiet_start() -> None:

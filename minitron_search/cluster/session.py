@@ -16,8 +16,9 @@ from ray.train import WorkerGroupError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from minitron_search.cluster.ray_internals import LOOPBACK_ONLY, draining_nodes, quiet_start
+from minitron_search.cluster.ray_internals import LOOPBACK_ONLY, draining_nodes, quiet_start, sigterm_left_alone
 from minitron_search.config.training import ResourcesConfig
+from minitron_search.records import failures
 from minitron_search.records.console import say
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.paths import cache_folder
@@ -45,6 +46,10 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 
+START_ADVICE = (
+    "RAY_ADDRESS unset, or of a cluster that runs; of an embedded Ray, RAY_TMPDIR in a short path such as /tmp, and a "
+    "machine that is not busy with other work"
+)
 LOOK_S = 1.0
 PLACE_S, PROGRESS_S = 1200.0, 30.0  # a spot node is there in some ten minutes, where there is one
 
@@ -60,6 +65,15 @@ def joined() -> Iterator[None]:
         yield
         return
     quiet_start()
+    with sigterm_left_alone(), failures.reading("Ray did not start", START_ADVICE):
+        _start()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
@@ -74,10 +88,6 @@ def joined() -> Iterator[None]:
             log_to_driver=False,
             **LOOPBACK_ONLY,
         )
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 class UnfitError(ValueError):
@@ -106,15 +116,14 @@ def blind_node(folder: Path) -> str | None:
 
 
 def message_of(error: BaseException) -> str:
-    """Return what `error` has to tell a user.
+    """Return what `error` has to tell a user: of one in a task or a worker what was raised there.
 
-    If the system refused a task or a worker something, such as space on a full disk, it is the system's message; Ray's
-    own message is a traceback, which is for faults of the program.
+    Ray's own message is a traceback.
     """
     inner = error
     while isinstance(inner, (RayTaskError, WorkerGroupError)):
         inner = inner.cause if isinstance(inner, RayTaskError) else next(iter(inner.worker_failures.values()))
-    return str(inner if isinstance(inner, OSError) else error)
+    return failures.message_of(inner)
 
 
 @contextmanager

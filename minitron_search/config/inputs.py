@@ -4,7 +4,22 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from minitron_search.config.types import AutoCount, Count, CountOrZero, LayersOrFraction, Positive, as_list
+from minitron_search.config.types import (
+    MOST_WINDOW,
+    AutoProcesses,
+    AutoTokens,
+    Few,
+    LayersOrFraction,
+    LearningRate,
+    Many,
+    Named,
+    Place,
+    Seed,
+    Steps,
+    Text,
+    as_list,
+    as_number,
+)
 
 
 class Section(BaseModel):
@@ -23,10 +38,10 @@ class CorrectionConfig(Section):
     """
 
     method: Literal["none", "full", "lora", "norms"] = "none"
-    tokens: AutoCount = "auto"
-    learning_rate: Literal["auto"] | Positive = "auto"
-    warmup_steps: Literal["auto"] | CountOrZero = "auto"
-    seed: CountOrZero | None = None
+    tokens: AutoTokens = "auto"
+    learning_rate: Literal["auto"] | LearningRate = "auto"
+    warmup_steps: Literal["auto"] | Steps = "auto"
+    seed: Seed | None = None
     parallel: bool = False
 
 
@@ -37,7 +52,7 @@ class TeacherConfig(Section):
         cut from; auto is the corrected ones, if the pruned model is corrected before distillation.
     """
 
-    model: str = "smollm2-135m"
+    model: Place = "smollm2-135m"
     correction: CorrectionConfig = CorrectionConfig()
     prune: Literal["auto", "original", "corrected"] = "auto"
 
@@ -48,20 +63,20 @@ class CorpusConfig(Section):
     calibration: the source that importance is measured on; null is the train source, `random` uniform random tokens.
     """
 
-    train: str = "docstrings"
-    validation: str = "docstrings"
-    calibration: str | None = None
-    sequence_length: Annotated[Count, Field(ge=8)] = 256
-    calibration_samples: Count = 64
-    validation_samples: Annotated[Count, Field(ge=2)] = 32
+    train: Named = "docstrings"
+    validation: Named = "docstrings"
+    calibration: Named | None = None
+    sequence_length: Annotated[int, BeforeValidator(as_number), Field(ge=8, le=MOST_WINDOW)] = 256
+    calibration_samples: Many = 64
+    validation_samples: Annotated[Many, Field(ge=2)] = 32
 
 
 class WinograndeConfig(Section):
     """The Winogrande questions, and how many worked examples precede each (`shots`)."""
 
-    source: str = "embedded"
-    limit: Annotated[Count, Field(ge=2)] | None = None
-    shots: CountOrZero = 0
+    source: Named = "embedded"
+    limit: Annotated[Many, Field(ge=2)] | None = None
+    shots: Annotated[int, BeforeValidator(as_number), Field(ge=0, le=1_000)] = 0
 
 
 class ImportanceConfig(Section):
@@ -74,12 +89,12 @@ class ImportanceConfig(Section):
         run's own seed draws the windows: then neither changes the text that students are distilled on.
     """
 
-    method: str = "activation"
+    method: Text = "activation"
     batch: Literal["l1", "l2", "mean", "variance"] = "l2"
     sequence: Literal["mean", "l2", "variance"] = "mean"
-    seed: CountOrZero | None = None
-    rounds: Count = 1
-    samples: Count | None = None
+    seed: Seed | None = None
+    rounds: Few = 1
+    samples: Many | None = None
 
 
 class DepthConfig(Section):
@@ -95,7 +110,7 @@ class DepthConfig(Section):
         tuple[Literal["lm_loss", "winogrande", "bi", "angular", "taylor"], ...],
         BeforeValidator(as_list), Field(min_length=1),
     ] = ("lm_loss", "winogrande", "bi")  # fmt: skip
-    workers: AutoCount = "auto"
+    workers: AutoProcesses = "auto"
     weights: Literal["auto", "resident", "streamed"] = "auto"  # streamed: one layer in memory at a time
 
     @model_validator(mode="after")

@@ -3,13 +3,20 @@
 import difflib
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
+from minitron_search.config.plain_yaml import TEXTUAL, Kind, parse, scalar
 from minitron_search.config.schema import Config
+from minitron_search.records.paths import at_home
+
+MOST_BYTES = 2**20  # of a configuration
+ABLATION_TEXT = ("question", "figure", "base", "baseline")
 
 
 def load_config(file: str | None, overrides: list[str]) -> Config:
@@ -17,8 +24,13 @@ def load_config(file: str | None, overrides: list[str]) -> Config:
 
     Raises ValueError with one message that names every wrong key, its value and a valid alternative.
     """
-    resolved = parse_config(read_yaml(file) if file else {}).dump()
-    given = dict(_pairs(overrides))
+    return configured(read_yaml(file) if file else {}, overrides)
+
+
+def configured(values: Mapping[str, Any], overrides: list[str]) -> Config:
+    """Return the configuration of plain values with overrides on top. Raises ValueError as `load_config` does."""
+    resolved = parse_config(values).dump()
+    given = dict(pairs(overrides))
     if "name" in given and "output" not in given and resolved["output"] == f"runs/{resolved['name']}":
         resolved["output"] = ""  # the folder follows the name
     override(resolved, overrides)
@@ -27,8 +39,10 @@ def load_config(file: str | None, overrides: list[str]) -> Config:
 
 def override(values: dict[str, Any], overrides: list[str]) -> None:
     """Set `--KEY.SUBKEY VALUE` in `values`. Raises ValueError for an argument that is not an option or has no value."""
-    for key, text in dict(_pairs(overrides)).items():
-        _set(values, key, _value(text))
+    for key, text in dict(pairs(overrides)).items():
+        if key == "output" and not text:
+            raise ValueError("output: '' is not valid; valid: a folder or an address, as in runs/first")
+        _set(values, key, _flag_value(key, text))
 
 
 def parse_config(values: Mapping[str, Any]) -> Config:
@@ -39,22 +53,82 @@ def parse_config(values: Mapping[str, Any]) -> Config:
         raise ValueError("\n".join(dict.fromkeys(_messages(error)))) from None
 
 
-def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield `key: left value, right value` for every leaf in which two dumped configurations differ."""
+def misspelt(values: Mapping[str, Any]) -> str:
+    """Return the messages of `parse_config` about single keys, '' if there are none: those of values that others rule
+    out are left out, because more may be given elsewhere."""
+    try:
+        Config.model_validate(values)
+    except ValidationError as error:
+        return "\n".join(dict.fromkeys(_messages(error, pairs_too=False)))
+    return ""
+
+
+def changes(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield (key, left value, right value) for every leaf in which two dumped configurations differ."""
     for key in [*left, *(key for key in right if key not in left)]:
         a, b = left.get(key), right.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            yield from differences(a, b, f"{prefix}{key}.")
+            yield from changes(a, b, f"{prefix}{key}.")
         elif a != b:
-            yield f"{prefix}{key}: {a!r} there, {b!r} asked now"
+            yield f"{prefix}{key}", a, b
+
+
+def differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> Iterator[str]:
+    """Yield `key: left value, right value` for every leaf in which two dumped configurations differ."""
+    for key, a, b in changes(left, right):
+        yield f"{key}: {a!r} there, {b!r} asked now"
 
 
 def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every dotted key with its default; a misspelt key is compared with them."""
+    for name, field in _fields(model, prefix):
+        yield name, field.default
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     for name, field in model.model_fields.items():
-        yield prefix + name, field.default
+        yield prefix + name, field
         if section := _section(field.annotation):
-            yield from keys(section, f"{prefix}{name}.")
+            yield from _fields(section, f"{prefix}{name}.")
+
+
+@cache
+def _kinds() -> dict[str, Kind]:
+    return {name: _kind(field.annotation) for name, field in _fields(Config)}
+
+
+def _kind(annotation: Any) -> Kind:
+    if _section(annotation):
+        return Kind.SECTION
+    types = set(_types(annotation))
+    if types - {type(None), tuple} != {str}:
+        return Kind.OTHER
+    return Kind.TEXTS if tuple in types else Kind.TEXT_OR_NULL if type(None) in types else Kind.TEXT
+
+
+def _types(annotation: Any) -> Iterator[type]:
+    """Yield the types that an annotation is made of, and tuple for a list of them."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        yield from _types(inner[0])
+    elif origin is Literal:
+        yield from map(type, inner)
+    elif origin in (Union, UnionType, tuple):
+        if origin is tuple:
+            yield tuple
+        for part in inner:
+            if part is not Ellipsis:
+                yield from _types(part)
+    else:
+        yield annotation
+
+
+def kind_of(key: str) -> Kind:
+    """Return what a dotted key holds, in an ablation too; `OTHER` for one that there is not."""
+    first, _, rest = key.partition(".")
+    if first in ("arms", "before"):
+        key = rest.partition(".")[2]
+    return Kind.TEXT if key in ABLATION_TEXT else _kinds().get(key, Kind.OTHER)
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
@@ -64,29 +138,56 @@ def _section(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
+def check_ablation_keys(file: str, overrides: list[str]) -> None:
+    """Raise ValueError for keys of an ablation, or of its arms, that there are not, and for values of another type."""
+    values = read_yaml(file)
+    override(values, overrides)
+    own = (*ABLATION_TEXT, "architecture", "arms", "before")
+    said = [misspelt({key: value for key, value in values.items() if key not in own})]
+    for place in ("arms", "before"):
+        runs = values.get(place)
+        for name, given in runs.items() if isinstance(runs, dict) else ():
+            if isinstance(given, dict):
+                lines = misspelt({key: value for key, value in given.items() if key != "architecture"})
+                said += [f"{place}.{name}: {line}" for line in lines.splitlines()]
+    if found := [line for line in said if line]:
+        raise ValueError("\n".join(found))
+
+
 def is_ablation(file: str) -> bool:
     """Tell whether a YAML file defines an ablation, which has arms. Raises ValueError as `load_config` does."""
     return "arms" in read_yaml(file)
 
 
 def read_yaml(file: str) -> dict[str, Any]:
-    path = Path(file)
+    """Return the plain values of a YAML file. Raises ValueError for a file that is not there, and for one that holds
+    anything but a mapping."""
+    path = Path(at_home(file))
     if not path.is_file():
-        near = sorted(str(other) for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = f"; there are {', '.join(near)}" if near else ""
-        raise ValueError(f"--config: no file {file!r}{hint}")
+        near = sorted(str(other) for other in path.parent.glob("*.yaml") if other.is_file())
+        hint = f"valid: {', '.join(near[:8]) or 'the path of a YAML file'}"
+        kind = "a folder" if path.is_dir() else "not a regular file" if path.exists() else ""
+        raise ValueError(f"--config: {f'{file!r} is {kind}' if kind else f'no file {file!r}'}; {hint}")
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ValueError(f"--config: {file} has {size:,} bytes; valid: a YAML file of at most {MOST_BYTES:,}")
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config: {file} is not valid YAML: {error}") from None
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config: {file} cannot be read ({error}); valid: a YAML file in UTF-8") from None
+    return yaml_values(text, f"--config: {file}")
+
+
+def yaml_values(text: str, where: str) -> dict[str, Any]:
+    """Return the plain values of a YAML text. Raises ValueError, with `where`, if it holds anything but a mapping."""
+    values = parse(text, where, kind_of)
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ValueError(f"--config: {file} holds a {type(values).__name__}; valid: a mapping such as `seed: 0`")
+        raise ValueError(f"{where} holds a {type(values).__name__}; valid: a mapping such as `seed: 0`")
     return values
 
 
-def _pairs(arguments: list[str]) -> Iterator[tuple[str, str]]:
+def pairs(arguments: list[str]) -> Iterator[tuple[str, str]]:
     """Yield (key, value) of every `--a.b VALUE` and `--a.b=VALUE`, in order."""
     rest = list(arguments)
     while rest:
@@ -101,11 +202,18 @@ def _pairs(arguments: list[str]) -> Iterator[tuple[str, str]]:
         yield key.replace("-", "_"), text
 
 
-def _value(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:  # `*.txt` is an alias to YAML and a glob to a user
-        return text
+def _flag_value(key: str, text: str) -> Any:
+    """Return the value of a flag: YAML for sections and lists in brackets, else one value of the key's own type."""
+    kind = kind_of(key)
+    in_brackets = kind not in (Kind.TEXT, Kind.TEXT_OR_NULL) and text.lstrip().startswith(("[", "{"))
+    if kind is Kind.SECTION or in_brackets:
+        try:
+            return parse(text, f"--{key}: {text!r}", kind_of, key)
+        except ValueError:
+            if kind in TEXTUAL:  # `[ab].txt`
+                return text
+            raise
+    return scalar(text, kind)
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
@@ -128,29 +236,44 @@ def _suggest(key: str) -> str:
     return f"did you mean {(same_leaf or near)[0]}?" if same_leaf or near else ""
 
 
-def _messages(error: ValidationError) -> Iterator[str]:
+def _messages(error: ValidationError, pairs_too: bool = True) -> Iterator[str]:
+    """Yield a line for every key that is wrong. `pairs_too`: also for values that others rule out."""
     known = [name for name, _ in keys()]
-    problems = error.errors()
-    for problem in problems:
-        if problem["type"] == "literal_error" and problem["ctx"]["expected"] in ("'auto'", "'not_worse'"):
-            continue  # the other half of `auto or a count` says what was wrong
+    wrong: dict[str, list[str]] = {}  # what would be valid, by each type that a key may have
+    values: dict[str, Any] = {}
+    for problem in error.errors():
         # the location also names the union's member (`Axis`, `constrained-int`); a user's keys are what is kept
         parts: list[str] = []
         for part in map(str, problem["loc"]):
             named = ".".join(name for name in [*parts, part] if not name.isdigit())
             if problem["type"] == "extra_forbidden" or part.isdigit() or named in known:
                 parts.append(part)
-        key = ".".join(parts)
+        key = ".".join(part if part.isprintable() else repr(part) for part in parts)
         if problem["type"] == "extra_forbidden":
             siblings = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
             hint = _suggest(key) or "valid: " + ", ".join(siblings)
-            yield f"{key}: unknown key (value {problem['input']!r}); {hint}"
+            yield f"{key}: unknown key (value {shown(problem['input'])}); {hint}"
         elif problem["type"] == "value_error":
             message = str(problem["ctx"]["error"])
-            yield (message if re.match(r"[a-z_]+\.[a-z_.]+: ", message) else f"{key}: {problem['input']!r}: {message}")
+            whole = re.match(r"[a-z_]+(\.[a-z_]+)*: ", message)
+            if pairs_too or not whole:
+                yield message if whole else f"{key}: {shown(problem['input'])}: {message}"
         else:
             message = problem["msg"].removeprefix("Input should be ").partition(", unable to parse")[0]
-            yield f"{key}: {problem['input']!r} is not valid; valid: {message}{_default_of(key)}"
+            wrong.setdefault(key, []).append(message)
+            values[key] = problem["input"]
+    for key, valid in wrong.items():
+        yield (f"{key}: {shown(values[key])} is not valid; valid: {' or '.join(dict.fromkeys(reversed(valid)))}"
+               f"{_default_of(key)}")  # fmt: skip
+
+
+def shown(value: Any) -> str:
+    """Return a value as a message shows it: in one line, and cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        text = f"a number of {value.bit_length()} bits"
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text):,} characters)"
 
 
 def _default_of(key: str) -> str:

@@ -26,16 +26,16 @@ from minitron_search.config.training import (
     RetrainingConfig,
     SearchConfig,
 )
-from minitron_search.config.types import CountOrZero, as_list
-from minitron_search.records.paths import SCHEMES
+from minitron_search.config.types import Seed, Text, as_list, in_one_line
+from minitron_search.records.paths import SCHEMES, located
 
 
 class Config(Section):
     """Every key of a run, resolved and checked."""
 
-    name: Annotated[str, Field(coerce_numbers_to_str=True, min_length=1)] = "smollm2-135m"
-    output: Annotated[str, Field(coerce_numbers_to_str=True)] = ""
-    seed: CountOrZero = 0
+    name: Annotated[Text, Field(coerce_numbers_to_str=True, max_length=200)] = "smollm2-135m"
+    output: Annotated[str, Field(coerce_numbers_to_str=True, max_length=4096)] = ""
+    seed: Seed = 0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     stages: Annotated[
         tuple[Literal["importance", "depth", "search", "retrain", "report"], ...],
@@ -58,7 +58,11 @@ class Config(Section):
     def _output_follows_name(self) -> "Config":
         if not self.output:
             object.__setattr__(self, "output", f"runs/{self.name}")
-        scheme = re.match(r"([a-z0-9]+)://", self.output)
+        try:
+            object.__setattr__(self, "output", located(in_one_line(self.output)))
+        except ValueError as error:
+            raise ValueError(f"output: {self.output!r}: {error}") from None
+        scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", self.output)
         if scheme and scheme[1] not in ("file", *SCHEMES):
             known = ", ".join(f"{name}://" for name in SCHEMES)
             raise ValueError(f"output: {self.output!r}: {scheme[1]} is not a file system that pyarrow knows; valid: a "
@@ -89,6 +93,27 @@ class Config(Section):
         if tokens != "auto" and tokens < least:
             raise ValueError(f"search.tokens: {tokens} for all trials, of which one alone takes {least}, in whole "
                              f"batches, to the last rung; valid: at least {least}, or auto")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> "Config":
+        """A warm-up that nobody set may be longer than a short training: it is a default."""
+        length, retraining, correction = self.corpus.sequence_length, self.retraining, self.teacher.correction
+        batch = math.ceil(self.distillation.batch_tokens / length) * length
+        asked: list[tuple[str, int | str, int | str]] = []
+        if (
+            "retrain" in self.stages
+            and retraining.warmup_steps != type(retraining).model_fields["warmup_steps"].default
+        ):
+            asked.append(("retraining", retraining.tokens, retraining.warmup_steps))
+        if correction.method != "none" and not correction.parallel:
+            corrected = retraining.tokens if correction.tokens == "auto" else correction.tokens
+            asked.append(("teacher.correction", corrected, correction.warmup_steps))
+        for section, tokens, warmup in asked:
+            steps = math.ceil(int(tokens) / batch)
+            if warmup != "auto" and int(warmup) > steps:
+                raise ValueError(f"{section}.warmup_steps: {warmup} of the {steps} steps that {section}.tokens "
+                                 f"{tokens} are in batches of {batch}; valid: at most {steps}")  # fmt: skip
         return self
 
     @model_validator(mode="after")

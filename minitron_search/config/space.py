@@ -6,21 +6,38 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from minitron_search.config.inputs import Section
-from minitron_search.config.types import Count, CountOrZero, Positive, Share, as_list, same_in_every_layer
+from minitron_search.config.types import (
+    MOST_WINDOW,
+    Layers,
+    Positive,
+    Share,
+    Size,
+    as_list,
+    as_number,
+    same_in_every_layer,
+)
+
+BatchSize = Annotated[int, BeforeValidator(as_number), Field(ge=1, le=2**16)]
+
+
+Context = Annotated[int, BeforeValidator(as_number), Field(ge=1, le=MOST_WINDOW)]
+
+
+MOST_VALUES = 2**16  # of an axis: all of them are enumerated
 
 
 class Target(Section):
     """A value to reach, and how far from it a candidate may be, as a share of it."""
 
-    target: Positive
+    target: Annotated[Positive, Field(le=1e18)]
     tolerance: Share = 0.05
 
 
 class MemoryTarget(Target):
     """Weights plus key-value cache, bytes, at two bytes an element."""
 
-    batch_size: Count = 1
-    context_length: Count = 2048
+    batch_size: BatchSize = 1
+    context_length: Context = 2048
 
 
 class SpeedTarget(Target):
@@ -29,8 +46,8 @@ class SpeedTarget(Target):
     It is measured where trials run, on one-layer models of every width.
     """
 
-    batch_size: Count = 1
-    context_length: Count = 2048
+    batch_size: BatchSize = 1
+    context_length: Context = 2048
 
 
 class Budget(Section):
@@ -60,12 +77,12 @@ class Axis(Section):
     to high).
     """
 
-    low: Count | None = None
-    high: Count | None = None
-    step: Count | None = None
-    divisor: Count | None = None
+    low: Size | None = None
+    high: Size | None = None
+    step: Size | None = None
+    divisor: Size | None = None
     choices: Annotated[
-        tuple[Count, ...], BeforeValidator(as_list), BeforeValidator(same_in_every_layer)
+        tuple[Size, ...], BeforeValidator(as_list), BeforeValidator(same_in_every_layer)
     ] | None = None  # fmt: skip
 
     @model_validator(mode="after")
@@ -79,6 +96,10 @@ class Axis(Section):
                              "{low: 384, high: 576, step: 64} or {low: 400, high: 576, divisor: 64}")  # fmt: skip
         elif self.low > self.high:
             raise ValueError(f"low {self.low} is above high {self.high}; valid: low at most {self.high}")
+        elif (self.high - self.low) // (self.step or self.divisor or 1) >= MOST_VALUES:
+            least = math.ceil((self.high - self.low + 1) / MOST_VALUES)
+            raise ValueError(f"low {self.low} to high {self.high} in steps of {self.step or self.divisor} are more "
+                             f"than {MOST_VALUES} values; valid: steps of at least {least}")  # fmt: skip
         elif self.divisor is not None and not self.values():
             raise ValueError(f"low {self.low} to high {self.high} holds no multiple of divisor {self.divisor}; "
                              f"valid: high at least {math.ceil(self.low / self.divisor) * self.divisor}")  # fmt: skip
@@ -104,7 +125,7 @@ class DropBlock(Section):
         arXiv:2403.03853). laco: all layers but those that LaCo merges the others into (`pruning/laco.py`).
     """
 
-    lengths: Annotated[tuple[CountOrZero, ...], BeforeValidator(as_list), Field(min_length=1)] = (0,)
+    lengths: Annotated[tuple[Layers, ...], BeforeValidator(as_list), Field(min_length=1)] = (0,)
     seeds: Literal["none", "sweep", "bi", "one_by_one", "laco"] = "none"
 
 
@@ -125,11 +146,11 @@ class Axes(Section):
 class Anchor(Section):
     """An architecture that the search always evaluates. What is left out keeps the teacher's value."""
 
-    hidden_size: Count | None = None
-    intermediate_size: Count | None = None
-    num_attention_heads: Count | None = None
-    num_key_value_heads: Count | None = None
-    drop_block: tuple[CountOrZero, CountOrZero] | None = None  # start, length
+    hidden_size: Size | None = None
+    intermediate_size: Size | None = None
+    num_attention_heads: Size | None = None
+    num_key_value_heads: Size | None = None
+    drop_block: tuple[Layers, Layers] | None = None  # start, length
 
 
 class SpaceConfig(Section):

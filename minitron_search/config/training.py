@@ -8,11 +8,21 @@ from pydantic import BeforeValidator, Field, model_validator
 from minitron_search.config.inputs import Section
 from minitron_search.config.types import (
     AutoCount,
-    Count,
-    CountOrZero,
+    AutoProcesses,
+    AutoTokens,
+    Few,
+    LearningRate,
     Loss,
+    Many,
+    Named,
+    Place,
     Positive,
+    Processes,
     Real,
+    Steps,
+    Text,
+    Tokens,
+    TokensOrZero,
     as_list,
     as_number,
     off_for_false,
@@ -37,17 +47,21 @@ class SearchConfig(Section):
     controls: whether the winner's shape is also pruned at random and started from random weights, up to the last rung.
     """
 
-    trials: Count = 12
-    sampler: str = "tpe"  # the checks of a run hold it to `search.samplers.SAMPLERS`
-    objective: Annotated[str | tuple[str, ...], BeforeValidator(one_or_several)] = "lm_loss"
-    rungs: Annotated[tuple[CountOrZero, ...], BeforeValidator(as_list), Field(min_length=1)] = (0, 4_000, 12_000)
-    reduction_factor: Annotated[int, BeforeValidator(as_number), Field(ge=2)] = 3
+    trials: Many = 12
+    sampler: Text = "tpe"  # the checks of a run hold it to `search.samplers.SAMPLERS`
+    objective: Annotated[Text | tuple[Text, ...], BeforeValidator(one_or_several)] = "lm_loss"
+    rungs: Annotated[tuple[TokensOrZero, ...], BeforeValidator(as_list), Field(min_length=1, max_length=100)] = (
+        0,
+        4_000,
+        12_000,
+    )
+    reduction_factor: Annotated[int, BeforeValidator(as_number), Field(ge=2, le=1_000)] = 3
     scheduler: Literal["halving", "asha", "hyperband"] = "halving"
-    tokens: AutoCount = "auto"
-    concurrency: AutoCount = "auto"
-    promote: Literal["not_worse"] | Count = 1
-    seeds: Count = 1
-    finalist_seeds: Count = 1
+    tokens: AutoTokens = "auto"
+    concurrency: AutoProcesses = "auto"
+    promote: Literal["not_worse"] | Many = 1
+    seeds: Few = 1
+    finalist_seeds: Few = 1
     controls: bool = True
 
     @property
@@ -101,17 +115,19 @@ class DistillationConfig(Section):
     """
 
     loss: Loss = "kld"
-    temperature: Positive = 1.0
-    intermediate: Literal["auto"] | Annotated[Real, Field(ge=0)] = 0.0  # alpha; 0: logits only (best practice 7)
+    temperature: Annotated[Positive, Field(ge=1e-3, le=1e3)] = 1.0
+    intermediate: Literal["auto"] | Annotated[Real, Field(ge=0, le=1e6)] = (
+        0.0  # alpha; 0: logits only (best practice 7)
+    )
     intermediate_loss: Literal["mse", "cosine"] = "mse"
-    intermediate_layers: Literal["all"] | Count = "all"
+    intermediate_layers: Literal["all"] | Annotated[int, BeforeValidator(as_number), Field(ge=1, le=10**4)] = "all"
     embedding: bool = False
-    learning_rate: Positive = 3e-4
-    batch_tokens: Count = 1_000
+    learning_rate: LearningRate = 3e-4
+    batch_tokens: Annotated[int, BeforeValidator(as_number), Field(ge=1, le=10**9)] = 1_000
     teacher_cache: Annotated[Literal["auto", "hidden", "topk", "off"], BeforeValidator(off_for_false)] = "auto"
     teacher_cache_bytes: AutoCount = "auto"
-    topk: Count = 64
-    teacher: str | None = None  # another model that teaches, as teacher.model names one; null for the pruned model
+    topk: Annotated[int, BeforeValidator(as_number), Field(ge=1, le=10**7)] = 64
+    teacher: Place | None = None  # another model that teaches, as teacher.model names one; null for the pruned model
     initialization: Literal["pruned", "random", "random_pruned", "merged"] = "pruned"
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -153,12 +169,20 @@ class RetrainingConfig(Section):
         that the teacher is stored in.
     """
 
-    tokens: Count = 32_000
-    learning_rate: Positive = 3e-4
-    min_learning_rate: Annotated[Real, Field(ge=0)] = 1e-5
-    warmup_steps: CountOrZero = 4
+    tokens: Tokens = 32_000
+    learning_rate: LearningRate = 3e-4
+    min_learning_rate: Annotated[Real, Field(ge=0, le=10)] = 1e-5
+    warmup_steps: Steps = 4
     schedule: Literal["cosine", "constant"] = "cosine"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @model_validator(mode="after")
+    def _rates_fall(self) -> "RetrainingConfig":
+        if self.schedule == "cosine" and self.min_learning_rate > self.learning_rate:
+            raise ValueError(f"retraining.min_learning_rate: {self.min_learning_rate:g} is above "
+                             f"retraining.learning_rate {self.learning_rate:g}, from which it falls; valid: at most "
+                             f"{self.learning_rate:g}")  # fmt: skip
+        return self
 
 
 class EvaluationConfig(Section):
@@ -168,9 +192,9 @@ class EvaluationConfig(Section):
     limit: of each task, only so many questions, the first; null for all.
     """
 
-    tasks: Annotated[tuple[str, ...], BeforeValidator(as_list)] = ()
-    references: Annotated[tuple[str, ...], BeforeValidator(as_list)] = ()
-    limit: Count | None = None
+    tasks: Annotated[tuple[Named, ...], BeforeValidator(as_list)] = ()
+    references: Annotated[tuple[Place, ...], BeforeValidator(as_list)] = ()
+    limit: Annotated[int, BeforeValidator(as_number), Field(ge=1, le=10**9)] | None = None
 
     @model_validator(mode="after")
     def _references_have_names_of_their_own(self) -> "EvaluationConfig":
@@ -199,14 +223,14 @@ class ResourcesConfig(Section):
     """
 
     launcher: Literal["train", "inline"] = "train"
-    workers_per_trial: Count = 1
-    cpus_per_worker: Count = 1
-    gpus_per_worker: Annotated[Real, Field(ge=0)] = 0.0
-    accelerator_type: str | None = None
+    workers_per_trial: Processes = 1
+    cpus_per_worker: Processes = 1
+    gpus_per_worker: Annotated[Real, Field(ge=0, le=1_000)] = 0.0
+    accelerator_type: Text | None = None
     strategy: Literal["ddp", "fsdp2"] = "ddp"
     mfu: Annotated[float, BeforeValidator(as_number), Field(gt=0, le=1)] | None = None
-    flops_per_second: Positive | None = None
-    price_per_hour: Annotated[Real, Field(ge=0)] | None = None
+    flops_per_second: Annotated[Positive, Field(ge=1, le=1e24)] | None = None
+    price_per_hour: Annotated[Real, Field(ge=0, le=1e12)] | None = None
 
     def of_worker(self) -> dict[str, float]:
         """Return what one worker asks of Ray, by Ray's names of resources."""
@@ -216,6 +240,14 @@ class ResourcesConfig(Section):
         if self.accelerator_type is not None:
             resources[f"accelerator_type:{self.accelerator_type}"] = 0.001  # each node that has the kind has 1 of it
         return resources
+
+    @model_validator(mode="after")
+    def _gpus_are_whole_or_a_share(self) -> "ResourcesConfig":
+        gpus = self.gpus_per_worker
+        if (gpus > 1 and gpus != int(gpus)) or 0 < gpus < 1e-4:  # as Ray counts them
+            raise ValueError(f"resources.gpus_per_worker: {gpus:g} is neither whole GPUs nor a share of one; valid: "
+                             f"{max(1, int(gpus))}, or a share from 0.0001 to 1")  # fmt: skip
+        return self
 
     @model_validator(mode="after")
     def _accelerators_are_gpus(self) -> "ResourcesConfig":

@@ -9,6 +9,7 @@ A source is one of
 
 import glob
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from minitron_search.data.docstrings import documents as docstring_documents
 from minitron_search.records.cache import content_id
 from minitron_search.teachers.sources import near_names
 
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # bytes of this machine
 HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
 
 
@@ -57,6 +59,11 @@ def _files(field: str, name: str) -> TextSource:
         if not paths:
             raise ValueError(f"{field}: {name!r} matches no file; valid: {_valid()}")
     for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{field}: {str(path)!r} is not a regular file; valid: {_valid()}")
+        if path.suffix == ".txt" and path.stat().st_size > MEMORY:
+            raise ValueError(f"{field}: {str(path)!r} is one document, larger than this machine's memory of {MEMORY:,} "
+                             "bytes; valid: a .jsonl with a document a line")  # fmt: skip
         if path.suffix not in READERS:
             raise ValueError(f"{field}: {str(path)!r} is none of {', '.join(READERS)}; valid: {_valid()}")
     return TextSource(

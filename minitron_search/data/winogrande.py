@@ -8,6 +8,7 @@ from pathlib import Path
 from minitron_search.data.text_sources import half_character
 
 EMBEDDED = Path(__file__).parent / "embedded" / "winogrande.jsonl"
+MOST_BYTES = 2**30  # of a file of questions: it is read at once
 HUB = "allenai/winogrande"
 FEWSHOT_SEED = 1234  # lm-eval's default `fewshot_random_seed`
 
@@ -60,10 +61,14 @@ def load_examples(source: str, limit: int | None = None) -> list[Example]:
 
 
 def _from_file(path: Path) -> list[Example]:
+    if path.exists() and not path.is_file():
+        raise ValueError(f"winogrande.source: {path} is not a regular file; valid: embedded, or a .jsonl file")
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.jsonl")], cutoff=0.4)
         hint = f"near it: {', '.join(near)}" if near else "valid: embedded, or a file that exists"
         raise ValueError(f"winogrande.source: no file {path}; {hint}")
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ValueError(f"winogrande.source: {path} has {size:,} bytes; valid: at most {MOST_BYTES:,}")
     examples = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if line.strip():

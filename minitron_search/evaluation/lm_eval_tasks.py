@@ -7,8 +7,10 @@ what lm-eval gives it.
 import difflib
 import glob
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,6 +69,10 @@ TABLES: dict[str, tuple[Task, ...]] = {
         Task("ifeval", 0, "ifeval/ifeval.yaml", IFEVAL, chat=True),
     ),
 }  # fmt: skip
+# the values of `task: a`, `tag: [a, b]` and `"group": "a"`, and the `- a` of a list
+NAMED = re.compile(
+    rb"(?m)^[ \t]*(?:-[ \t]*)?(?:[\"']?(?:task|group|tag)[\"']?[ \t]*:)?([ \t\[\"'\w.,()\-]+\]?)[ \t]*(?:#.*)?\r?$"
+)
 CANNOT = {
     "xlsum": "lm-eval has XL-Sum in other languages, not the English one of Table 1",
     "mt_bench": "MT-Bench needs a judge (GPT-4 Turbo in Table 2), and lm-eval has none",
@@ -210,8 +216,8 @@ def _title(config: Mapping[str, Any]) -> str:
 
 def _of_folder(path: Path) -> str:
     """Return a digest of a YAML file and of what it may include: the YAML and Python beside it."""
-    files = sorted(file for file in path.parent.iterdir() if file.suffix in (".yaml", ".yml", ".py") or
-                   file.name.endswith("_yaml"))  # fmt: skip
+    files = sorted(file for file in path.parent.iterdir() if file.is_file() and (
+        file.suffix in (".yaml", ".yml", ".py") or file.name.endswith("_yaml")))  # fmt: skip
     return content_id("".join(f"{file.name} {file_hash(file)}" for file in files).encode(), digits=64)
 
 
@@ -243,6 +249,9 @@ def _leaves(files: Any) -> Iterator[str]:
 def _indexed(request: str, name: str, shots: int | None) -> Iterator[Task]:
     """Yield the tasks of a name that only lm-eval's index knows: a task, a group with a metric of its own, or a tag's
     tasks."""
+    if name not in (written := _written_names()):  # lm-eval's own index takes twenty seconds to say so
+        near = ", ".join(difflib.get_close_matches(name, [*TABLES, *written])) or "winogrande, table_1"
+        raise ValueError(f"evaluation.tasks: lm-eval has no task {request!r}; valid: {near}")
     import lm_eval.tasks
 
     manager = _manager()
@@ -265,6 +274,17 @@ def _indexed(request: str, name: str, shots: int | None) -> Iterator[Task]:
     own = config.get("num_fewshot") or 0
     relative = entry.yaml_path.relative_to(Path(lm_eval.tasks.__file__).parent)
     yield Task(name, own if shots is None else shots, str(relative), unsafe=bool(config.get("unsafe_code")))
+
+
+@cache
+def _written_names() -> frozenset[str]:
+    """Return every word that lm-eval's YAML files may name a task, a group or a tag by; it takes a second."""
+    spec = find_spec("lm_eval")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError("evaluation.tasks: lm-eval is not installed; valid: none, or pip install lm-eval")
+    files = Path(spec.submodule_search_locations[0], "tasks").rglob("*y*ml*")
+    found = (match for file in files if file.is_file() for match in NAMED.findall(file.read_bytes()))
+    return frozenset(name.decode() for line in found for name in re.findall(rb"[\w.()\-]+", line))
 
 
 @cache

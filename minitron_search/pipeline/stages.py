@@ -53,7 +53,7 @@ def run_pipeline(prepared: Prepared, with_forecast: bool = True) -> None:
     began = time.monotonic()
     try:
         run_stages(prepared, with_forecast)
-    except (ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
+    except Exception as error:
         with suppress(OSError):  # of a disk that is full the message is what stopped the run
             if run_dir.config.exists():
                 run_dir.event("run_failed", message=session.message_of(error).strip().splitlines()[-1])

@@ -27,10 +27,8 @@ from minitron_search.trials.settings import correction_tokens
 
 # what a continued run may change
 PLACEMENT = (
-    "stages", "search.concurrency", "depth.workers", "depth.weights", "output", "resources.launcher",
-    "resources.workers_per_trial", "resources.strategy", "distillation.gradient_checkpointing", "distillation.compile",
-    "resources.mfu", "resources.flops_per_second", "resources.price_per_hour", "evaluation.tasks",
-    "evaluation.references", "evaluation.limit", "trackers",
+    "stages", "search.concurrency", "depth.workers", "depth.weights", "output", "resources",
+    "distillation.gradient_checkpointing", "distillation.compile", "evaluation", "trackers",
 )  # fmt: skip
 
 
@@ -40,6 +38,11 @@ ADDED = {"retraining.dtype": "float32"}
 
 # float32 master, two moments: what one checkpoint holds for every parameter
 CHECKPOINT_BYTES = 12
+
+
+def is_placement(key: str) -> bool:
+    """Return whether a continued run may change a key, or a section."""
+    return any(key == placed or key.startswith(f"{placed}.") for placed in PLACEMENT)
 
 
 def importance_seed(config: Config) -> int:
@@ -72,6 +75,10 @@ def check_output(run_dir: RunDirectory, config: Config, resume: bool) -> None:
             raise ValueError(f"output: {config.output} is not empty; valid: another address, or --resume to continue "
                              "the run that it holds")  # fmt: skip
     root = run_dir.root.absolute()
+    for parent in root.resolve().parents:
+        other = RunDirectory(parent)
+        if other.config.is_file() and other.events_log.is_file():
+            raise ValueError(f"output: {config.output} is inside the run in {parent}; valid: a folder outside it")
     existing = next(path for path in (root, *root.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"output: {existing} is not a folder that can be written to; valid: a new folder")
@@ -84,10 +91,10 @@ def check_output(run_dir: RunDirectory, config: Config, resume: bool) -> None:
         raise ValueError(f"output: {config.output} is not empty and holds no run; valid: a new folder")
     if not resume:
         raise ValueError(f"output: {config.output} holds a run; valid: another folder, or --resume to continue it")
-    continued = {f"{key}: None there, {value!r} asked now" for key, value in ADDED.items()}
+    begun_with = as_begun(run_dir, loading.parse_config(run_dir.read_config())).dump()  # what it lacks is as it was
     changed = [
-        line for line in loading.differences(run_dir.read_config(), as_begun(run_dir, config).dump())
-        if not line.startswith(tuple(f"{key}:" for key in PLACEMENT)) and line not in continued
+        line for line in loading.differences(begun_with, as_begun(run_dir, config).dump())
+        if not is_placement(line.partition(":")[0])
     ]  # fmt: skip
     if changed:
         raise ValueError(f"output: {config.output} holds a run of another configuration; " + "; ".join(changed)

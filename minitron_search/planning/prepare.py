@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,11 +41,15 @@ from minitron_search.planning.token_ids import check_special_tokens, check_windo
 from minitron_search.records.bucket import bucket_copy
 from minitron_search.records.console import say
 from minitron_search.records.directory import RunDirectory
+from minitron_search.records.failures import reading
 from minitron_search.search.samplers import check_sampler
 from minitron_search.search.space import SearchSpace
 from minitron_search.teachers.sources import checked_fingerprint, load_tokenizer, teacher_config, teacher_folder
 from minitron_search.tracking.trackers import check_installed, log_in
 from minitron_search.trials.settings import correction_tokens
+
+MODEL_ADVICE = "a folder whose files are as save_pretrained of transformers 5 writes them"
+TASK_ADVICE = "tasks of lm-eval, as winogrande:5, or YAML files like theirs (docs/evaluation.md)"
 
 
 @dataclass(frozen=True)
@@ -90,9 +95,18 @@ def check_names(config: Config) -> None:
 
     Raises ValueError for one that there is not, and for one that other values rule out.
     """
-    check_importance(config.importance)
-    check_sampler(config.search.sampler, config.search.objectives)
-    check_loss(config)
+    wrong = []
+    for one in (
+        partial(check_importance, config.importance),
+        partial(check_sampler, config.search.sampler, config.search.objectives),
+        partial(check_loss, config),
+    ):
+        try:
+            one()
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError("\n".join(wrong))
 
 
 def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace]:
@@ -102,10 +116,15 @@ def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace]:
     """
     check_names(config)
     run_dir = RunDirectory(config.output)
-    check_output(run_dir, config, resume)
-    check_stages(run_dir, config)
-    pruned = _pruned_config(config)
-    space = _space(config, pruned)
+    with reading(f"output: {config.output}", "a run directory whose files are whole, or another folder"):
+        check_output(run_dir, config, resume)
+        check_stages(run_dir, config)
+    with reading(f"teacher.model: {config.teacher.model!r}", MODEL_ADVICE):
+        pruned = _pruned_config(config)
+        whole(pruned)
+        parameter_count(weights(pruned), sizes(pruned))
+    with reading("space", "axes and a budget within the teacher's shape"):
+        space = _space(config, pruned)
     if "depth" in config.stages:
         in_layers(config.depth.lengths, pruned.num_hidden_layers)
     _check_teachers(config, pruned, _distillation_teacher_config(config, pruned))
@@ -128,12 +147,15 @@ def prepare(config: Config, resume: bool) -> Prepared:
         bucket.check_writable()
     log_in(config.trackers)
     check_disk(config, space)
-    folder = teacher_folder(config.teacher.model).absolute()
-    tokenizer = load_tokenizer(config.teacher.model)
-    origin = _origin(config, folder, tokenizer)
-    check_special_tokens(config, tokenizer, pruned.vocab_size)
-    packed = _packed_questions(config, pruned, tokenizer)
-    corpus = _corpus(config, tokenizer, pruned.vocab_size)
+    with reading(f"teacher.model: {config.teacher.model!r}", MODEL_ADVICE):
+        folder = teacher_folder(config.teacher.model).absolute()
+        tokenizer = load_tokenizer(config.teacher.model)
+        origin = _origin(config, folder, tokenizer)
+        check_special_tokens(config, tokenizer, pruned.vocab_size)
+    with reading(f"winogrande.source: {config.winogrande.source!r}", "embedded, or questions in Winogrande's format"):
+        packed = _packed_questions(config, pruned, tokenizer)
+    with reading(f"corpus: {config.corpus.train!r}, {config.corpus.validation!r}", "text that the tokenizer reads"):
+        corpus = _corpus(config, tokenizer, pruned.vocab_size)
     check_windows(config, corpus, tokenizer, pruned.vocab_size)
     check_teacher_cache(config, pruned, corpus)
     if "retrain" in config.stages:
@@ -172,7 +194,8 @@ def _check_teachers(config: Config, pruned: PretrainedConfig, distillation_teach
 
 
 def _check_evaluation(config: Config) -> None:
-    parse_tasks(config.evaluation.tasks)
+    with reading(f"evaluation.tasks: {', '.join(config.evaluation.tasks)}", TASK_ADVICE):
+        parse_tasks(config.evaluation.tasks)
     for reference in config.evaluation.references:
         with _blaming("evaluation.references"):
             teacher_config(reference)
@@ -284,7 +307,8 @@ def _distillation_teacher(config: Config, tokenizer: PreTrainedTokenizerBase, ro
 def _blaming(key: str) -> Iterator[None]:
     """While the block runs, let errors about a model name `key`, which holds it here, instead of teacher.model."""
     try:
-        yield
+        with reading(key, MODEL_ADVICE):
+            yield
     except ValueError as error:
         raise ValueError(str(error).replace("teacher.model", key)) from error
 

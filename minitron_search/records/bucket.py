@@ -31,6 +31,22 @@ def bucket_copy(output: str, run_dir: RunDirectory) -> "BucketCopy | None":
     return BucketCopy(output, run_dir) if is_uri(output) else None
 
 
+def stored_text(output: str, name: str) -> str | None:
+    """Return the text of a file of the run that is kept at the address `output`; None if it is not there.
+
+    Raises ValueError if `output` is no address, or storage does not answer.
+    """
+    copy = BucketCopy(output, RunDirectory(output))
+    try:
+        with copy.storage.open_input_stream(str(copy.base / name)) as stream:
+            return stream.readall().decode()
+    except FileNotFoundError:
+        return None
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"output: {output!r} could not be read: {_reason(error)}; valid: an address that these "
+                         "credentials may read") from None  # fmt: skip
+
+
 class BucketCopy:
     """The stored copy of one run. Raises ValueError if `uri` is no address, or storage refuses it."""
 

@@ -7,8 +7,21 @@ from rich.console import Console
 
 from minitron_search.records.escaping import visible
 
+
+class LogConsole(Console):
+    """A console whose lost reader is an error like others: Rich ends the process at once, without a word."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        raise BrokenPipeError("stdout")
+
+
+def _is_terminal() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
 # a job's log has no width of its own; the summary table needs 100 columns
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+console = LogConsole(highlight=False, soft_wrap=True, width=None if _is_terminal() else 120)
 
 
 def say(text: str) -> None:

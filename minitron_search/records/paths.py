@@ -1,6 +1,7 @@
 """Find where things are kept: the cache, and the folder that a run is worked on in."""
 
 import os
+import re
 from hashlib import sha256
 from pathlib import Path
 
@@ -10,6 +11,31 @@ SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")  # of pyarrow's file syst
 def cache_folder() -> Path:
     """Return the folder of the cache: `$MINITRON_SEARCH_CACHE`, else `~/.cache/minitron_search`."""
     return Path(os.environ.get("MINITRON_SEARCH_CACHE", "~/.cache/minitron_search")).expanduser().absolute()
+
+
+def at_home(place: str) -> str:
+    """Return a path with `~` for the home folder written out. Raises ValueError where there is no such user."""
+    if not place.startswith("~"):
+        return place
+    expanded = os.path.expanduser(place)
+    if expanded.startswith("~"):
+        raise ValueError(
+            f"names no user of this machine; valid: a folder that exists, or ./{place} for one of that name"
+        )
+    return expanded
+
+
+def located(place: str) -> str:
+    """Return a path, or an address in storage, as it is meant: `~` is the home folder, and `S3://` is `s3://`.
+
+    Raises ValueError for what is neither, such as `s3:/bucket`, which would be a folder called `s3:`.
+    """
+    scheme, colon, rest = place.partition(":")
+    if colon and scheme.lower() in ("file", *SCHEMES):
+        if not re.match("//.", rest):
+            raise ValueError(f"is no address; valid: {scheme.lower()}://{rest.strip('/') or 'bucket/run'}")
+        return f"{scheme.lower()}:{rest}"
+    return at_home(place)
 
 
 def is_uri(output: str) -> bool:

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from minitron_search.models.loading import weight_files
 from minitron_search.records import cache
 from minitron_search.records.cache import content_id, file_hash
+from minitron_search.records.failures import described
 from minitron_search.records.paths import is_uri
 from minitron_search.records.transfer import WHOLE
 from minitron_search.teachers import embedded
@@ -36,6 +37,11 @@ HUB_FILES = [
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES,
     "README.md", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*",  # for the card of its student
 ]  # fmt: skip
+MOST_CONFIG = 2**22  # bytes of config.json
+SIZES = {
+    "num_hidden_layers": 4_096, "hidden_size": 10**7, "intermediate_size": 10**8, "num_attention_heads": 10**5,
+    "num_key_value_heads": 10**5, "vocab_size": 10**9,
+}  # fmt: skip
 PUBLISHED = Path(__file__).parent / "published"  # configurations of the papers' teachers, as on the Hub
 
 
@@ -76,12 +82,15 @@ def teacher_config(model: str) -> PretrainedConfig:
     if _is_local(model):
         return _checked(model, _path(model))[1]
     try:
-        return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(model)
+    except Exception as error:  # of a configuration that is not one, transformers raises whatever comes
         published = PUBLISHED / f"{model.replace('/', '--')}.json"
         if published.is_file():  # the papers' teachers can be planned with where the Hub is not reached
             return AutoConfig.for_model(**json.loads(published.read_text()))
         raise _invalid(model, f"has no configuration that can be loaded ({_first_line(error)})") from error
+    if wrong := _impossible(config):
+        raise _invalid(model, f"has {wrong} in config.json")
+    return config
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -93,7 +102,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         source = _checked(model, _path(model))[0]
     try:
         return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as above, and the Rust of tokenizers has an error of its own
         raise _invalid(model, f"has no tokenizer that can be loaded ({_first_line(error)})") from error
 
 
@@ -142,6 +151,12 @@ def _checked(model: str, folder: Path) -> tuple[Path, PretrainedConfig]:
         raise _invalid(model, f"is not a folder{near_names(folder)}")
     if not os.path.lexists(folder / "config.json"):
         raise _invalid(model, "has no config.json")
+    for file in sorted(folder.iterdir()):
+        if file.exists() and not file.is_file() and not file.is_dir():  # a pipe: whoever opens it waits
+            raise _invalid(model, f"holds {file.name}, which is not a regular file")
+    file = folder / "config.json"
+    if file.is_file() and (size := file.stat().st_size) > MOST_CONFIG:
+        raise _invalid(model, f"has a config.json of {size:,} bytes")
     try:
         check_small_files(folder)
         config = _configuration(folder)
@@ -153,16 +168,31 @@ def _checked(model: str, folder: Path) -> tuple[Path, PretrainedConfig]:
 
 def _configuration(folder: Path) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and the classes of its configurations raise all types
         reason = " ".join(str(error).split()).rstrip(".")
         if "multiple of the number of attention heads" in reason:  # of a Llama, and of no other family that is pruned
             reason += "; model_type mistral is the same function and may have any head_dim"
         raise DamagedError(f"has a config.json that transformers refuses ({reason})") from error
+    if wrong := _impossible(config):
+        raise DamagedError(f"has a config.json with {wrong}")
+    return config
+
+
+def _impossible(config: PretrainedConfig) -> str:
+    """Return which size of a configuration no model has, '' if all are possible. Every layer is listed, many times."""
+    for name, most in SIZES.items():
+        size = getattr(config, name, None)
+        if isinstance(size, int) and not 1 <= size <= most:
+            return f"{name} {size:,} (possible: 1 to {most:,})"
+    heads, groups = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        return f"num_attention_heads {heads}, no multiple of its num_key_value_heads {groups},"
+    return ""
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return described(error)
 
 
 def _invalid(model: str, why: str) -> ValueError:

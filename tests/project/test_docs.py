@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tyro
 import yaml
 
 from minitron_search import cli
@@ -103,12 +102,7 @@ def shown_files() -> dict[str, str]:
 
 
 def validate(words: list[str]) -> None:
-    options, overrides = tyro.cli(
-        tyro.conf.configure(tyro.conf.FlagCreatePairsOff)(cli.Options), args=words, return_unknown_args=True
-    )
-    for name in ("stages", "output"):
-        if getattr(options, name) is not None:
-            overrides += [f"--{name}", getattr(options, name)]
+    options, overrides = cli.parse_flags(words)
     if options.config and loading.is_ablation(options.config):
         made = definition.load(options.config, overrides)
         for arm, changes in made.changes.items():
