@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from minitron_search.checkpoints.safe_reading import DamagedError
 from minitron_search.depth.layer_choice import merges_of
 from minitron_search.distillation import loop, parallel
 from minitron_search.distillation.batches import batch_plan
@@ -65,14 +66,22 @@ class _TrialRun:
     def __init__(self, inputs: TrialInputs, trial: Trial, decided: bool, processes: Processes) -> None:
         self.inputs, self.trial, self.decided, self.processes = inputs, trial, decided, processes
         self.run_dir = inputs.run_dir
-        self.checkpoints = CheckpointFolder(self.run_dir.checkpoint(trial.id), self.run_dir.transfer)
+        run_dir = self.run_dir
+        self.checkpoints = CheckpointFolder(run_dir.checkpoint(trial.id), run_dir.transfer, run_dir.files)
         self.logged = {row["rung"] for row in self.run_dir.metrics(trial.id) if row["kind"] == "rung"}
-        self.resume = self.checkpoints.latest()
         if processes.world_size > 1:
-            self.logged, self.resume = parallel.agreed((self.logged, self.resume))
-            if self.resume is not None and self.run_dir.transfer is not None:
-                self.run_dir.transfer.fetch(self.resume)
+            self.logged = parallel.agreed(self.logged)
+        self.resume = self._latest()
         self.began = time.monotonic()  # this rung's seconds
+
+    def _latest(self) -> Path | None:
+        """Return the newest checkpoint, the same in every process, and on this node."""
+        latest = self.checkpoints.latest()
+        if self.processes.world_size > 1:
+            latest = parallel.agreed(latest)
+            if latest is not None and self.run_dir.transfer is not None:
+                self.run_dir.transfer.fetch(latest)
+        return latest
 
     @property
     def begins_untrained(self) -> bool:
@@ -81,7 +90,29 @@ class _TrialRun:
         return self.trial.settings.milestones[0] == 0 and self.resume is None and not corrects
 
     def distil(self) -> PreTrainedModel:
-        """Train from the trim or the last checkpoint to the last rung, or to where the search stops the trial."""
+        """Train from the trim or the last checkpoint to the last rung, or to where the search stops the trial.
+
+        A checkpoint that is damaged is set aside for the one before, and if there is none for the trim: what is trained
+        again gives the same numbers, and a rung that was logged is not logged again.
+        """
+        while True:
+            try:
+                return self._train()
+            except DamagedError as error:
+                assert self.resume is not None
+                self._give_up(self.resume, error)
+
+    def _give_up(self, damaged: Path, error: DamagedError) -> None:
+        """Set a checkpoint aside, and say so in an event."""
+        self.checkpoints.set_aside(damaged, self.processes.rank)
+        if self.processes.world_size > 1:
+            parallel.agreed(None)  # no process looks for the one before until it is gone
+        self.resume = self._latest()
+        if self.processes.rank == 0:
+            goes_on = self.resume.name if self.resume is not None else "the trim"
+            self.run_dir.event("checkpoint_damaged", trial=self.trial.id, message=f"{error}; goes on from {goes_on}")
+
+    def _train(self) -> PreTrainedModel:
         inputs, trial = self.inputs, self.trial
         student = initial_student(inputs, trial)
         if not trial.settings.shards(self.processes.world_size):  # else its layers move one by one

@@ -10,12 +10,12 @@ from tests.runs import ROOT
 
 # Lowest first: a package imports from those before it and from itself.
 ORDER = (
-    "records", "config", "tracking", "models", "data", "losses", "evaluation", "pruning", "importance", "depth",
-    "distillation", "trials", "search", "export", "planning", "cluster", "pipeline", "ablation", "commands", "cli",
-    "run",
+    "records", "ownership", "config", "tracking", "models", "data", "losses", "evaluation", "pruning", "importance",
+    "depth", "checkpoints", "distillation", "trials", "search", "export", "planning", "cluster", "pipeline", "ablation",
+    "commands", "cli", "run",
 )  # fmt: skip
 PLACES_WORK = {"cluster", "pipeline", "commands"}  # the only ones that import Ray
-LIGHT = {"records", "config", "cli", "run"}  # imported before the command says its first word
+LIGHT = {"records", "ownership", "config", "cli", "run"}  # imported before the command says its first word
 LARGE = {"torch", "transformers", "ray"}
 MOST = 12  # modules in a folder
 PRIVATE_WORDS = {"workshop", "depot", "mirror", "ruling", "rounds", "walk", "feed", "materials", "pairing"}
