@@ -141,12 +141,15 @@ def held(output: str) -> Iterator[Hold]:
     root = working_folder(output)
     check_writable(root)
     made = [folder for folder in (root, *root.parents) if not folder.exists()]
-    root.mkdir(parents=True, exist_ok=True)
     lock = FileLock(root / LOCK, timeout=0.2, thread_local=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise _held(output, _owner_in(root), "") from None
+    while not lock.is_locked:
+        root.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise _held(output, _owner_in(root), "") from None
+        except FileNotFoundError:  # whoever held it has removed the folder, which it had made, in this very moment
+            continue
     try:
         hold = Hold(output, Owner.this_process(), stored_object(output, OWNER) if is_uri(output) else None)
         if hold.stored is not None:

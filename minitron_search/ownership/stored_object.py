@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from pyarrow.fs import FileSystem, FileType
 
+from minitron_search.records.cache import content_id
 from minitron_search.records.paths import inside
 
 SETTLE_S = 2.0
@@ -117,7 +118,7 @@ class PlainObject:
         except FileNotFoundError:
             return None
         age = (datetime.now(UTC) - info.mtime).total_seconds() if info.mtime else 0.0
-        return Kept(content, str(info.mtime_ns), age)
+        return Kept(content, f"{info.mtime_ns} {content_id(content)}", age)
 
     def write(self, content: bytes, tag: str | None) -> str | None:
         before = self.read()
