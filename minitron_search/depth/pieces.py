@@ -182,7 +182,7 @@ def _layerwise(folder: Path, precision: str, device: str, streamed: bool) -> Lay
 @lru_cache(maxsize=1)
 def _teacher(folder: Path, device: str) -> PreTrainedModel:
     """Return the whole model, float32, for a backward pass; kept between pieces too."""
-    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     return torch.nn.Module.to(teacher, device).eval()
 
 

@@ -25,7 +25,7 @@ LORA_RANK, LORA_ALPHA = 16, 32
 
 def float32_of(folder: Path) -> PreTrainedModel:
     """Load the model of a stock folder in float32, to be trained."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
 
 
 def trainable(model: PreTrainedModel, method: Method, seed: int) -> PreTrainedModel:

@@ -73,7 +73,7 @@ def rotated_config(config: PretrainedConfig) -> PretrainedConfig:
     exact."""
     family = family_of(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     fed = {f"{family.layers}.{n}.{norm}" for n in range(config.num_hidden_layers) for norm in family.norms}
     for weight in weights(config):
         if not _is_gain(model, weight):
@@ -122,7 +122,7 @@ def rotate_teacher(folder: Path, rotation: Tensor, into: Path) -> Path:
     """Write the rotated teacher, float32, a stock folder; it appears whole or not at all, and stays if it is there."""
 
     def write(partial: Path) -> None:
-        teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
         rotated(teacher, rotation).save_pretrained(partial)
 
     cache.make_once(into, write)

@@ -62,7 +62,7 @@ def finished_folder() -> Path:
 def config() -> PretrainedConfig:
     """Return the teacher's configuration, without downloading anything."""
     finished = finished_folder()
-    return AutoConfig.from_pretrained(finished if finished.is_dir() else PACKAGED_CONFIG)
+    return AutoConfig.from_pretrained(finished if finished.is_dir() else PACKAGED_CONFIG, trust_remote_code=False)
 
 
 def _make(into: Path) -> None:
@@ -112,8 +112,10 @@ def _convert(gguf: Path, into: Path) -> None:
     """Write a GGUF file as a float32 Hugging Face folder; the same bytes every time for one transformers version."""
     source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     with contextlib.redirect_stderr(io.StringIO()):  # two progress bars that no setting reaches
-        model: Any = dequantised(AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32))
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model: Any = dequantised(
+            AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, trust_remote_code=False)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
         del model.config._model_name_or_path
         for local in ("is_local", "local_files_only"):
             tokenizer.init_kwargs.pop(local, None)

@@ -60,7 +60,7 @@ def teacher_config(model: str) -> PretrainedConfig:
         return embedded.config()
     source: str | Path = _checked(model, _path(model)) if _is_local(model) else model
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         published = PUBLISHED / f"{model.replace('/', '--')}.json"
         if published.is_file():  # the papers' teachers can be planned with where the Hub is not reached
@@ -76,7 +76,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     elif _is_local(model):
         source = _checked(model, _path(model))
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _invalid(model, f"has no tokenizer that can be loaded ({_first_line(error)})") from error
 

@@ -88,9 +88,13 @@ def _importance(
     parts: list[np.ndarray], folder: Path, config: ImportanceConfig, precision: Precision
 ) -> list[ImportanceSums]:  # fmt: skip
     dtype = method_of(config.method).dtype
-    teacher = device.on_device(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)).eval()
+    teacher = device.on_device(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    ).eval()
     return [importance_sums(teacher, windows, config, precision) for windows in parts]
 
 
 def _combined(sums: list[ImportanceSums], config: ImportanceConfig, seed: int, folder: Path) -> Importance:
-    return combined(sums, config, seed, lambda: AutoModelForCausalLM.from_pretrained(folder, dtype="auto"))
+    return combined(
+        sums, config, seed, lambda: AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+    )

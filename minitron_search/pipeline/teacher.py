@@ -175,7 +175,7 @@ def _mode_and_budget(config: DistillationConfig, train: Request) -> tuple[str, i
 
 
 def _dtype(folder: Path) -> torch.dtype:
-    return AutoConfig.from_pretrained(folder).dtype
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype
 
 
 def _write_parts(parts: list[slice], into: Path, folder: Path, request: Request) -> list[Lost]:
@@ -209,7 +209,9 @@ def unpermuted_copy(run_dir: RunDirectory, model: Model, precision: Precision) -
 
 
 def _copy(model: Path, folder: Path, precision: Precision) -> Path:
-    return permute_teacher(model, Rankings.identity(AutoConfig.from_pretrained(model)), folder, precision)
+    return permute_teacher(
+        model, Rankings.identity(AutoConfig.from_pretrained(model, trust_remote_code=False)), folder, precision
+    )
 
 
 def importance_id(run_dir: RunDirectory) -> str:

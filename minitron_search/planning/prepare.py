@@ -154,7 +154,7 @@ def _check_teachers(config: Config, pruned: PretrainedConfig, distillation_teach
                              f"positions; valid: at most {limit}")  # fmt: skip
     if config.teacher.correction.method == "norms":
         with torch.device("meta"):
-            norm_weights(AutoModelForCausalLM.from_config(distillation_teacher or pruned))
+            norm_weights(AutoModelForCausalLM.from_config(distillation_teacher or pruned, trust_remote_code=False))
 
 
 def _check_evaluation(config: Config) -> None:
@@ -241,7 +241,7 @@ def _distillation_teacher(config: Config, tokenizer: PreTrainedTokenizerBase) ->
                          f"{config.teacher.model!r}: {token!r} is its token {own.get(token)} and the other's "
                          f"{ours.get(token)}; valid: a model with the same tokenizer, such as the one that "
                          "teacher.model was pruned from")  # fmt: skip
-    return Model(folder, AutoConfig.from_pretrained(folder), fingerprint(folder))
+    return Model(folder, AutoConfig.from_pretrained(folder, trust_remote_code=False), fingerprint(folder))
 
 
 @contextmanager

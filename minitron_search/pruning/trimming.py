@@ -33,7 +33,7 @@ def permute_teacher(teacher_folder: Path, rankings: Rankings, folder: Path, dtyp
     """
 
     def write(into: Path) -> None:
-        teacher = AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=dtype)
+        teacher = AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=dtype, trust_remote_code=False)
         state = dict(teacher.named_parameters())
         permuted = trimmed_weights(state.__getitem__, teacher.config, whole(teacher.config), rankings)
         with torch.no_grad():
@@ -51,7 +51,7 @@ def trim(teacher_folder: Path, architecture: Architecture, rankings: Rankings | 
     `rankings` None means that the folder holds the permuted teacher: leading slices, read from memory-mapped
     files, so that only what is kept is read.
     """
-    config = AutoConfig.from_pretrained(teacher_folder)
+    config = AutoConfig.from_pretrained(teacher_folder, trust_remote_code=False)
     rankings = rankings or Rankings.identity(config)
     kept = trimmed_weights(reader(teacher_folder), config, architecture, rankings)
     own = {name: tensor.to(torch.float32, copy=True).contiguous() for name, tensor in kept.items()}
@@ -117,6 +117,6 @@ def as_views(folder: Path, architecture: Architecture) -> PreTrainedModel:
 
     Matrix products read rows at any stride, no slower and to the same bits (MKL, but for single rows).
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     kept = trimmed_weights(reader(folder), config, architecture, Rankings.identity(config))
     return student_of(student_config(config, architecture), kept, config.dtype)

@@ -206,13 +206,18 @@ def initial_student(inputs: TrialInputs, trial: Trial, *, trains: bool = True) -
     if method := method_of(trial.initialization):
         return trainable(float32_of(folder), method, trial.seed)
     if trial.initialization == "random":
-        return random_student(AutoConfig.from_pretrained(folder), trial.architecture, trial.seed)
+        return random_student(
+            AutoConfig.from_pretrained(folder, trust_remote_code=False), trial.architecture, trial.seed
+        )
     if trial.initialization == "merged":
-        merged, config = merges_of(inputs.merges, trial.architecture.layers), AutoConfig.from_pretrained(folder)
+        merged, config = (
+            merges_of(inputs.merges, trial.architecture.layers),
+            AutoConfig.from_pretrained(folder, trust_remote_code=False),
+        )
         return merged_model(reader(folder), config, trial.architecture, merged)
     rankings = None
     if trial.initialization == "random_pruned":
-        rankings = Rankings.random(AutoConfig.from_pretrained(folder), trial.seed)
+        rankings = Rankings.random(AutoConfig.from_pretrained(folder, trust_remote_code=False), trial.seed)
     elif not trains and is_float32(folder):
         return as_views(folder, trial.architecture)
     return trim(folder, trial.architecture, rankings)
@@ -221,7 +226,7 @@ def initial_student(inputs: TrialInputs, trial: Trial, *, trains: bool = True) -
 def is_float32(folder: Path) -> bool:
     """Return whether a model is stored in the dtype of students, float32 whatever the dtype of the products: the norms
     and the residual stream of a bfloat16 model round where a student's do not."""
-    return AutoConfig.from_pretrained(folder).dtype == torch.float32
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype == torch.float32
 
 
 def teacher_of(inputs: TrialInputs, trial: Trial, world_size: int = 1) -> TeacherSource | None:
