@@ -6,7 +6,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ray.train import WorkerGroupError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from minitron_search.cluster.ray_internals import LOOPBACK_ONLY, draining_nodes, quiet_start
+from minitron_search.cluster.ray_internals import draining_nodes, loopback_only, quiet_start
 from minitron_search.config.training import ResourcesConfig
 from minitron_search.records.console import say
 from minitron_search.records.directory import RunDirectory
@@ -62,6 +62,16 @@ def joined() -> Iterator[None]:
     quiet_start()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    with nullcontext() if os.environ.get("RAY_ADDRESS") else loopback_only():
+        _start()
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _start() -> None:
+    """Join a cluster, or start Ray."""
     if os.environ.get("RAY_ADDRESS"):
         # caches are in the same place on every node, which is the driver's
         everywhere = {**ENVIRONMENT, "MINITRON_SEARCH_CACHE": str(cache_folder())}
@@ -72,12 +82,7 @@ def joined() -> Iterator[None]:
             include_dashboard=False,  # nothing here asks the state API: trials end themselves, none is killed
             logging_level=logging.WARNING,
             log_to_driver=False,
-            **LOOPBACK_ONLY,
         )
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 class UnfitError(ValueError):
