@@ -26,8 +26,8 @@ from analysis.page.tables import plain_table
 from analysis.report import written
 from analysis.run_cards import draw
 from analysis.run_data import RunData, candidates, load_run
+from minitron_search.messages.escaping import in_html, visible
 from minitron_search.records.directory import ABLATION_FILE, ABLATION_TABLE, RunDirectory, replace_text, stage_seconds
-from minitron_search.records.escaping import in_html, visible
 from minitron_search.records.metrics import METRICS, scored
 
 TESTS = ["arm", "metric", "tokens", "difference", "low", "high", "p_holm", "seeds_low", "seeds_high", "seeds_p_holm",

@@ -11,7 +11,7 @@ from analysis.page import formatting as f
 from analysis.page.card import Card
 from analysis.page.tables import plain_table
 from analysis.run_data import RunData
-from minitron_search.records.escaping import in_html
+from minitron_search.messages.escaping import in_html
 
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published_tables.json").read_text())
 TITLE = "Tables 1 and 2"

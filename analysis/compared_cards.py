@@ -16,8 +16,8 @@ from analysis.page.card import Card, Panel
 from analysis.page.tables import plain_table
 from analysis.run_cards import draw
 from analysis.run_data import RunData, best_candidate, candidates, of_arm
+from minitron_search.messages.escaping import in_html
 from minitron_search.records.directory import stage_seconds
-from minitron_search.records.escaping import in_html
 from minitron_search.records.metrics import METRICS
 
 Runs = Sequence[RunData]

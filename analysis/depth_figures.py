@@ -15,8 +15,8 @@ from analysis.cards.depth import depth_card
 from analysis.page.page import page
 from analysis.page.static_figures import write_figures as write_static
 from analysis.run_data import load_run
+from minitron_search.messages.escaping import visible
 from minitron_search.records.directory import RunDirectory
-from minitron_search.records.escaping import visible
 
 
 def write_figures(directory: RunDirectory) -> tuple[list[Path], str]:

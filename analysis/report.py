@@ -21,9 +21,9 @@ from analysis.page.page import page
 from analysis.page.static_figures import write_beside
 from analysis.run_cards import make_cards
 from analysis.run_data import RunData, load_run
+from minitron_search.messages.escaping import visible
 from minitron_search.records.bucket import BucketCopy, bucket_copy
 from minitron_search.records.directory import RunDirectory, replace_text
-from minitron_search.records.escaping import visible
 
 COMPARISON = "comparison.html"
 

@@ -9,6 +9,7 @@ import pandas as pd
 import pyarrow as pa
 from safetensors import safe_open
 
+from minitron_search.records.damage import damaged_lines, statuses_of
 from minitron_search.records.directory import ABLATION_FILE, DEPTH_SCHEMA, TRIALS_SCHEMA, RunDirectory
 
 # The arms that are not candidates; every other arm is the search's. A control of a promoted
@@ -91,8 +92,14 @@ def load_run(directory: RunDirectory) -> RunData:
 
     config = read("config.yaml", directory.read_config, {}) if directory.config.exists() else {}
     config = config if isinstance(config, dict) else {}
-    rows = read("trials.parquet", directory.read_trials, [])
+    events = read("events.jsonl", directory.events, [])
     rungs = read("trials/*/metrics.jsonl", directory.rungs, [])
+    rows = read("trials.parquet", directory.read_trials, None)
+    if rows is None:  # the logs hold all of it
+        statuses, messages = statuses_of(events, rungs)
+        rows = [{**row, "status": statuses.get(row["trial"], "complete"), "message": messages.get(row["trial"], "")}
+                for row in rungs]  # fmt: skip
+    problems += read("events.jsonl", lambda: list(damaged_lines(directory)), [])
     folders = sorted(path.name for path in (directory.root / "trials").glob("*") if path.is_dir())
     return RunData(
         name=str(config.get("name") or directory.root.resolve().name),
@@ -102,7 +109,7 @@ def load_run(directory: RunDirectory) -> RunData:
         steps=read("trials/*/metrics.jsonl", lambda: steps_frame(directory, folders), steps_of([])),
         scores=read("trials/*/metrics.jsonl", directory.scores, {}),
         made=read("trials/*/architecture.json", lambda: read_made(directory, folders), {}),
-        events=read("events.jsonl", directory.events, []),
+        events=events,
         importance=read("importance.safetensors", lambda: read_importance(directory), None),
         depth=pd.DataFrame(read("depth.parquet", directory.read_depth, []), columns=DEPTH_SCHEMA.names),
         recommendation=read("depth.json", directory.read_depth_recommendation, {}),

@@ -44,11 +44,11 @@ from minitron_search.cluster import session
 from minitron_search.cluster.placement import resolved_precision
 from minitron_search.config.schema import Config
 from minitron_search.evaluation.statistics import agreement, mean_and_error, paired
+from minitron_search.messages.console import say
 from minitron_search.models.architecture import Architecture
 from minitron_search.pipeline.importance import measure_importance
 from minitron_search.pipeline.teacher import make_trial_inputs
 from minitron_search.planning.prepare import Prepared, prepare
-from minitron_search.records.console import say
 from minitron_search.records.directory import RunDirectory, replace_text, write_table
 from minitron_search.search.space import SearchSpace
 from minitron_search.search.state import make_trial

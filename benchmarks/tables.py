@@ -21,8 +21,8 @@ from analysis.run_data import load_run
 from minitron_search.evaluation.benchmarks import evaluate_all, models_of
 from minitron_search.evaluation.lm_eval_run import evaluate
 from minitron_search.evaluation.lm_eval_tasks import check_data, parse_tasks
+from minitron_search.messages.console import console, say
 from minitron_search.models import device
-from minitron_search.records.console import console, say
 from minitron_search.records.directory import RunDirectory
 from minitron_search.teachers.sources import teacher_folder
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from minitron_search.config.loading import check_ablation_keys, configured, is_ablation, load_config, pairs, yaml_values
 from minitron_search.config.schema import Config
-from minitron_search.records.failures import reading, run_command
+from minitron_search.messages.failures import reading, run_command
 from minitron_search.records.paths import is_uri, located, working_folder
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from minitron_search.ablation.definition import begun_as, checked
+from minitron_search.ablation.definition import Ablation, begun_as, checked
 from minitron_search.ablation.definition import load as load_ablation
 from minitron_search.ablation.runner import dry_run as dry_run_ablation
 from minitron_search.ablation.runner import prepare_ablation, run_ablation
@@ -18,25 +18,36 @@ from minitron_search.ablation.storage import put as put_ablation
 from minitron_search.cluster import session
 from minitron_search.config.loading import changes, parse_config
 from minitron_search.config.schema import Config
+from minitron_search.messages.console import complain, console, say
+from minitron_search.messages.failures import BegunError
 from minitron_search.models.device import release_memory
+from minitron_search.ownership.owner import Hold, held
 from minitron_search.pipeline.latency import held_here
 from minitron_search.pipeline.stages import run_pipeline
 from minitron_search.planning.checks import is_placement
 from minitron_search.planning.forecast import dry_run
 from minitron_search.planning.prepare import check, prepare
 from minitron_search.records.bucket import bucket_copy
-from minitron_search.records.console import complain, console, say
+from minitron_search.records.damage import mend
 from minitron_search.records.directory import ABLATION_FILE, RunDirectory
-from minitron_search.records.failures import BegunError
+from minitron_search.records.logs import Files
 
 
 def search(config: Config, resume: bool) -> int:
     """Prepare a run, and run its stages to the end or to the first that fails."""
+    with held(config.output) as hold:
+        return _search(config, resume, hold)
+
+
+def _search(config: Config, resume: bool, hold: Hold) -> int:
     say("preparing: teacher, text, Winogrande")
+    if resume:
+        go_on(config.output, hold.files)
     prepared = prepare(config, resume)
     release_memory()
     run_dir = prepared.run_dir
-    bucket = bucket_copy(config.output, run_dir)
+    run_dir.files = hold.files
+    bucket = bucket_copy(config.output, run_dir, hold.check)
     failed_before = failed_evaluations(run_dir)
     with continued_by(lambda: command_for(config, run_dir), run_dir.events_log):
         with bucket.kept_up_to_date() if bucket else nullcontext():
@@ -45,6 +56,15 @@ def search(config: Config, resume: bool) -> int:
         return complain(f"{failed} of evaluation.tasks failed, the rest is done; tried again by: "
                         f"{command_for(config, run_dir)}", 1)  # fmt: skip
     return 0
+
+
+def go_on(output: str, files: Files) -> None:
+    """Fetch a run that goes on, if it is in storage, and mend what of it is damaged."""
+    run_dir = RunDirectory(output, files)
+    if bucket := bucket_copy(output, run_dir):
+        bucket.pull()
+    if run_dir.config.exists():
+        mend(run_dir)
 
 
 def forecast(config: Config, resume: bool) -> int:
@@ -65,6 +85,11 @@ def ablate(
     if dry_run:
         dry_run_ablation(ablation, checked(ablation, resume), console)
         return 0
+    with held(ablation.output):
+        return _ablate(ablation, resume)
+
+
+def _ablate(ablation: Ablation, resume: bool) -> int:
     prepared = prepare_ablation(ablation, resume)
     again = shlex.join(["python", "-m", "minitron_search.run", *in_output(ablation.output)])
     record = ablation.root / ABLATION_FILE

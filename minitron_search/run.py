@@ -6,5 +6,6 @@ import sys
 from minitron_search.cli import main
 
 if __name__ == "__main__":
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # no question is ever answered, by what this process starts either
+    # no library that asks something, such as whether to run a model's own Python, is given an answer
+    os.dup2(os.open(os.devnull, os.O_RDONLY), sys.__stdin__.fileno() if sys.__stdin__ else 0)
     sys.exit(main())

@@ -11,7 +11,7 @@ import yaml
 from analysis.page import formatting as f
 from analysis.page.card import Card
 from analysis.run_data import RunData
-from minitron_search.records.escaping import in_html
+from minitron_search.messages.escaping import in_html
 
 # What decides which validation windows are scored: LM losses of runs that agree in these may be paired.
 SAME_WINDOWS = ("teacher.model", "corpus.validation", "corpus.sequence_length", "corpus.validation_samples")

@@ -10,7 +10,7 @@ from analysis.page import formatting as f
 from analysis.page import palette
 from analysis.page.card import Card, Panel
 from analysis.run_data import RunData
-from minitron_search.records.escaping import in_html
+from minitron_search.messages.escaping import in_html
 from minitron_search.records.metrics import METRICS
 
 SENTENCES = 6  # more of them are folded away, above the figures

@@ -13,7 +13,7 @@ from analysis.page import palette
 from analysis.page.card import Card, Panel
 from analysis.page.tables import plain_table
 from analysis.run_data import RunData, candidates
-from minitron_search.records.escaping import in_html
+from minitron_search.messages.escaping import in_html
 from minitron_search.records.metrics import METRICS, scored
 
 ARMS = {

@@ -11,7 +11,7 @@ from analysis.cards.summary import at_chance
 from analysis.page import formatting as f
 from analysis.page.card import Card
 from analysis.run_data import CONTROLS, RunData, candidates, last_rungs
-from minitron_search.records.escaping import in_html
+from minitron_search.messages.escaping import in_html
 
 # Events that somebody should know of, each a line with its time; and which of them are no trouble.
 INCIDENTS = ("run_failed", "trial_failed", "trial_restarted", "node_leaving", "node_lost", "node_joined",

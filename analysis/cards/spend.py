@@ -9,8 +9,8 @@ from analysis.page import formatting as f
 from analysis.page import palette
 from analysis.page.card import Card, Panel
 from analysis.run_data import BESIDE, RunData
+from minitron_search.messages.escaping import in_html
 from minitron_search.records.directory import stage_seconds
-from minitron_search.records.escaping import in_html
 
 AFTER_SEARCH = ("untrained", "retrained")  # arms of stage `retrain`
 OF_NO_STAGE = ("teacher", *(f"{arm}_retrained" for arm in BESIDE))  # is not trained; is trained by a benchmark

@@ -9,7 +9,7 @@ from analysis.page import formatting as f
 from analysis.page import palette
 from analysis.page.card import Card
 from analysis.run_data import RunData, best_candidate, of_arm
-from minitron_search.records.escaping import in_html
+from minitron_search.messages.escaping import in_html
 from minitron_search.records.metrics import METRICS, scored
 
 ONE_SIDED_95 = 1.645  # standard errors of a coin, above one half, before an accuracy is called above chance

@@ -8,7 +8,7 @@ import pandas as pd
 from analysis.page import formatting as f
 from analysis.page.card import Card
 from analysis.run_data import RunData, last_rungs
-from minitron_search.records.escaping import in_html
+from minitron_search.messages.escaping import in_html
 from minitron_search.records.metrics import METRICS, scored
 
 NUMBER = ' class="number"'

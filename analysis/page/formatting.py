@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from minitron_search.messages.escaping import in_html
 from minitron_search.records.directory import AXES
-from minitron_search.records.escaping import in_html
 
 MISSING = "–"
 

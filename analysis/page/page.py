@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from analysis.page import palette
 from analysis.page.card import Card, Panel
-from minitron_search.records.escaping import in_html
+from minitron_search.messages.escaping import in_html
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 

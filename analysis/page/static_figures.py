@@ -23,7 +23,7 @@ from analysis.page import formatting as f
 from analysis.page import palette
 from analysis.page.card import Card, Panel
 from analysis.page.page import embedded
-from minitron_search.records.escaping import in_html
+from minitron_search.messages.escaping import in_html
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 WIDTH = 900  # pixels; of a PNG, twice as many

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from minitron_search.records.escaping import in_html
+from minitron_search.messages.escaping import in_html
 
 
 def plain_table(heads: Sequence[str], lines: Iterable[Sequence[str]], text: Sequence[int] = (0,)) -> str:

@@ -16,12 +16,14 @@ from minitron_search.ablation.differences import differences, read_arms, shown, 
 from minitron_search.cluster import session
 from minitron_search.config import loading
 from minitron_search.config.schema import Config
+from minitron_search.messages.console import console, say
 from minitron_search.models.device import release_memory, resolve
+from minitron_search.ownership.owner import held, holds_anything
 from minitron_search.planning.calibration import Speed, measure, stated
 from minitron_search.planning.forecast import Forecast, fitting, forecast, teaching_config, this_machine, total
 from minitron_search.planning.prepare import Prepared, prepare
 from minitron_search.planning.workload import Costs, option_tokens
-from minitron_search.records.console import console, say
+from minitron_search.records.damage import mend
 from minitron_search.records.directory import ABLATION_FILE, RunDirectory, replace_text
 from minitron_search.search.space import SearchSpace
 
@@ -101,9 +103,11 @@ def _run_arm(
 
 
 def _run_and_store(ablation: Ablation, place: str, prepared: Prepared, run_one: Callable[[Prepared], None]) -> None:
-    with storage.stored(prepared.run_dir, ablation.address(place)):
-        run_one(prepared)
-        _drop_checkpoints(prepared.run_dir)
+    with held(ablation.address(place)) as hold:
+        prepared.run_dir.files = hold.files
+        with storage.stored(prepared.run_dir, ablation.address(place), hold.check):
+            run_one(prepared)
+            _drop_checkpoints(prepared.run_dir)
 
 
 def _compare(ablation: Ablation) -> None:
@@ -150,7 +154,10 @@ def _cost(config: Config, space: SearchSpace, speed: Speed | None) -> tuple[Spee
 def _prepared(
     ablation: Ablation, place: str, config: Config, resume: bool, others: dict[str, Prepared]
 ) -> Prepared:  # fmt: skip
-    prepared = prepare(config, resume and begun(config.output))
+    goes_on = resume and begun(config.output)
+    if goes_on:
+        mend(RunDirectory(config.output))
+    prepared = prepare(config, goes_on)
     first = next((other for name, other in others.items() if name in ablation.changes), None)
     if first is not None and place in ablation.changes:
         check_text(place, ablation.changes[place], prepared, first)
@@ -159,7 +166,7 @@ def _prepared(
 
 def _check_output(ablation: Ablation, resume: bool) -> None:
     output, root, file = ablation.output, ablation.root, ablation.root / ABLATION_FILE
-    occupied = root.exists() and (not root.is_dir() or any(root.iterdir()))
+    occupied = root.exists() and (not root.is_dir() or holds_anything(root))
     if resume:
         storage.fetch(ablation)
     if resume and not file.exists():

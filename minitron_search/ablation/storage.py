@@ -4,6 +4,7 @@ The working copies of its runs are each in a place of its own in the cache. They
 folder, so that whoever reads an ablation (its evidence, its report) reads a folder of runs.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -53,7 +54,9 @@ def put(ablation: Ablation) -> None:
                 patiently(partial(copy_files, str(file), address, destination_filesystem=files))
 
 
-def stored(run_dir: RunDirectory, address: str) -> AbstractContextManager[None]:
-    """While the block runs, keep the run in storage if `address` is there."""
-    bucket = bucket_copy(address, run_dir)
+def stored(
+    run_dir: RunDirectory, address: str, check: Callable[[], None] = lambda: None
+) -> AbstractContextManager[None]:  # fmt: skip
+    """While the block runs, keep the run in storage if `address` is there. `check`: as in `BucketCopy`."""
+    bucket = bucket_copy(address, run_dir, check)
     return bucket.kept_up_to_date() if bucket else nullcontext()

@@ -9,6 +9,7 @@ from minitron_search.cluster.remote_logs import keep_files
 from minitron_search.cluster.session import UnfitError, blind_node
 from minitron_search.planning.prepare import Model, Prepared
 from minitron_search.records.directory import RunDirectory
+from minitron_search.records.logs import LocalFiles
 from minitron_search.records.paths import cache_folder, is_uri
 from minitron_search.records.transfer import CACHE, NodeTransfer
 
@@ -23,6 +24,8 @@ def connected(prepared: Prepared) -> Prepared:
     Raises UnfitError for a run directory that a node does not see.
     """
     output, run_dir = prepared.config.output, prepared.run_dir
+    assert isinstance(run_dir.files, LocalFiles)
+    token = run_dir.files.owner[1] if run_dir.files.owner else ""
     if not os.environ.get("RAY_ADDRESS"):
         return prepared
     blind = blind_node(run_dir.root)
@@ -34,10 +37,10 @@ def connected(prepared: Prepared) -> Prepared:
     if not alone and not blind and not blind_node(cache_folder()):
         return prepared
     if is_uri(output) and (alone or blind):
-        run_dir.transfer = NodeTransfer(output, run_dir.root, run_is_shared=False)
-        run_dir.files = keep_files()
+        run_dir.transfer = NodeTransfer(output, run_dir.root, run_is_shared=False, token=token)
+        run_dir.files = keep_files(run_dir.files)
     else:
-        run_dir.transfer = NodeTransfer(run_dir.root.as_uri(), run_dir.root, run_is_shared=True)
+        run_dir.transfer = NodeTransfer(run_dir.root.as_uri(), run_dir.root, run_is_shared=True, token=token)
     other = prepared.distillation_teacher
     return replace(prepared, pruned=_in_cache(prepared.pruned), distillation_teacher=other and _in_cache(other))
 

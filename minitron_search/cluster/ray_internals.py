@@ -4,6 +4,7 @@ All of them were checked with Ray 2.60.0. `tests/project/test_ray_internals.py` 
 """
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Generator, Iterator
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest.mock import patch
 
 import ray
-from ray._private import utils, worker
+from ray._private import ray_constants, utils, worker
 from ray._private.state import state
 from ray._raylet import PlacementGroupID
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]  # made by protobuf
@@ -21,12 +22,23 @@ from ray.util.placement_group import PlacementGroup
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
-# An argument of ray.init. Its public ones let an embedded Ray listen on every interface of the machine.
-LOOPBACK_ONLY: dict[str, Any] = {"_node_ip_address": "127.0.0.1"}
 # Callbacks of a trainer, each with a process of its own that no group here has a use for (4 s of its start, 0.2 GiB):
 # the manager of Ray Data's datasets, and a cleaner for groups whose controller died, which asks a dashboard that an
 # embedded Ray does not have. `worker_groups.free_groups` cleans instead.
 UNUSED_CALLBACKS = ("DatasetsCallback", "PlacementGroupCleanerCallback")
+
+
+@contextmanager
+def loopback_only() -> Iterator[None]:
+    """Let a Ray that is started in the block, and whatever it starts, listen on the loopback interface alone.
+
+    Ray does so where it takes a machine for one that is in no cluster, as macOS and Windows are: it has this constant,
+    and a variable for its processes. Elsewhere it listens on every address, whatever ray.init is told: it turns a
+    `_node_ip_address` of 127.0.0.1 into the address by which other machines reach this one.
+    """
+    with patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False):
+        with patch.dict(os.environ, {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}):
+            yield
 
 
 def in_worker() -> bool:

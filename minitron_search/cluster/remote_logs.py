@@ -10,27 +10,33 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from minitron_search.records.logs import LocalFiles
+from minitron_search.records.logs import LOCAL, LocalFiles
+
+Owner = tuple[Path, str] | None  # as `LocalFiles` has it
 
 
 class KeptFiles(LocalFiles):
     """The files of this node. Sent to another node they arrive as `FarFiles`."""
 
-    def __init__(self, actor: Any, node: str):
+    def __init__(self, actor: Any, node: str, owner: Owner = None):
+        super().__init__(owner)
         self.actor, self.node = actor, node
 
     def __reduce__(self) -> tuple:
-        return _files_on_this_node, (self.actor, self.node)
+        return _files_on_this_node, (self.actor, self.node, self.owner)
 
 
 class FarFiles:
     """The files of another node. A process that holds them ends with the actor, which ends with the driver."""
 
-    def __init__(self, actor: Any, node: str):
-        self.actor, self.node = actor, node
+    def __init__(self, actor: Any, node: str, owner: Owner = None):
+        self.actor, self.node, self.owner = actor, node, owner
 
     def __reduce__(self) -> tuple:
-        return _files_on_this_node, (self.actor, self.node)
+        return _files_on_this_node, (self.actor, self.node, self.owner)
+
+    def check(self) -> None:
+        ray.get(self.actor.check.remote())
 
     def poll_s(self, waited: float) -> float:
         """Return a tenth of the wait, in seconds: one actor, half a millisecond an answer, serves a cluster."""
@@ -51,12 +57,13 @@ class FarFiles:
         return ray.get(self.actor.names.remote(folder))
 
 
-def keep_files() -> KeptFiles:
-    """Return the files of the driver, which calls this, with the actor that serves them; it ends with the driver."""
+def keep_files(files: LocalFiles = LOCAL) -> KeptFiles:
+    """Return `files` of the driver, which calls this, with the actor that serves them; it ends with the driver."""
     node = ray.get_runtime_context().get_node_id()
     place = NodeAffinitySchedulingStrategy(node, soft=False)
-    return KeptFiles(ray.remote(num_cpus=0)(LocalFiles).options(scheduling_strategy=place).remote(), node)
+    actor = ray.remote(num_cpus=0)(LocalFiles).options(scheduling_strategy=place).remote(files.owner)
+    return KeptFiles(actor, node, files.owner)
 
 
-def _files_on_this_node(actor: Any, node: str) -> KeptFiles | FarFiles:
-    return (KeptFiles if ray.get_runtime_context().get_node_id() == node else FarFiles)(actor, node)
+def _files_on_this_node(actor: Any, node: str, owner: Owner) -> KeptFiles | FarFiles:
+    return (KeptFiles if ray.get_runtime_context().get_node_id() == node else FarFiles)(actor, node, owner)

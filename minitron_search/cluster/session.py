@@ -6,7 +6,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from ray.train import WorkerGroupError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from minitron_search.cluster.ray_internals import LOOPBACK_ONLY, draining_nodes, quiet_start, sigterm_left_alone
+from minitron_search.cluster.ray_internals import draining_nodes, loopback_only, quiet_start, sigterm_left_alone
 from minitron_search.config.training import ResourcesConfig
-from minitron_search.records import failures
-from minitron_search.records.console import say
+from minitron_search.messages import failures
+from minitron_search.messages.console import say
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.paths import cache_folder
 
@@ -65,17 +65,19 @@ def joined() -> Iterator[None]:
         yield
         return
     quiet_start()
-    with sigterm_left_alone(), failures.reading("Ray did not start", START_ADVICE):
-        _start()
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with nullcontext() if os.environ.get("RAY_ADDRESS") else loopback_only():
+        with sigterm_left_alone(), failures.reading("Ray did not start", START_ADVICE):
+            _start()
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _start() -> None:
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    """Join a cluster, or start Ray."""
     if os.environ.get("RAY_ADDRESS"):
         # caches are in the same place on every node, which is the driver's
         everywhere = {**ENVIRONMENT, "MINITRON_SEARCH_CACHE": str(cache_folder())}
@@ -86,7 +88,6 @@ def _start() -> None:
             include_dashboard=False,  # nothing here asks the state API: trials end themselves, none is killed
             logging_level=logging.WARNING,
             log_to_driver=False,
-            **LOOPBACK_ONLY,
         )
 
 

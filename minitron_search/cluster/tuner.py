@@ -17,8 +17,9 @@ from minitron_search.cluster.ray_internals import kept_actors, quiet_tune
 from minitron_search.cluster.schedulers import rung_scheduler
 from minitron_search.cluster.worker_groups import close_groups, free_groups, make_room
 from minitron_search.evaluation.evidence import evidence
+from minitron_search.messages.console import say
 from minitron_search.models.architecture import Architecture
-from minitron_search.records.console import say
+from minitron_search.records.damage import CheckpointDamage
 from minitron_search.records.directory import FINISHED
 from minitron_search.search.schedule import search_phases
 from minitron_search.search.state import SearchState
@@ -129,6 +130,7 @@ class Bookkeeping(tune.Callback):
 
     def __init__(self, search: SearchState, study: LiveStudy):
         self.search, self.study = search, study
+        self._damage = CheckpointDamage(search.run)
         self.began = 0.0  # when the first training began: rungs at 0 tokens come before
         self.tokens = 0  # trained on since then, by all trials together
 
@@ -141,6 +143,7 @@ class Bookkeeping(tune.Callback):
         if "trial" not in result:
             return
         ours: Trial = trial.config["trial"]
+        self._damage.say_new()
         row = self.search.record(result)
         self.search.write_tables()
         self.study.refresh(self.search.observed())

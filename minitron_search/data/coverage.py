@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from minitron_search.records.console import say
+from minitron_search.messages.console import say
 
 SAMPLE = 20_000  # characters of a source that are looked at, when it is tokenised
 MATTERS, ALL = 0.01, 0.99  # the shares from which on it is said, and refused

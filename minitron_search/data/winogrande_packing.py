@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from minitron_search.data.winogrande import FEWSHOT_SEED, Example
-from minitron_search.records.console import say
+from minitron_search.messages.console import say
 
 
 def shot_texts(examples: Sequence[Example], shots: int) -> list[str]:

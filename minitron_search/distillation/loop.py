@@ -82,9 +82,10 @@ def train(
     rank 0. Under `ddp` rank 0's weights are everyone's; under `fsdp2` all have to bring the same, and `student`
     is left sharded, on the device of the run.
 
-    Raises ValueError where the settings do not fit the windows, the number of processes or the checkpoint,
-    and DivergedError when a loss is not finite, or, after the warm-up and 10 steps, is above 3 times the mean
-    of the first 10 steps (taken as at least 1 nat).
+    Raises ValueError where the settings do not fit the windows, the number of processes or the checkpoint;
+    DamagedError, before a step is taken, where the checkpoint cannot be read; and DivergedError when a loss is not
+    finite, or, after the warm-up and 10 steps, is above 3 times the mean of the first 10 steps (taken as at least 1
+    nat).
     """
     plan = batch_plan(settings, windows.shape[1], processes.world_size)
     assert teacher is not None or not settings.asks_teacher
@@ -194,7 +195,8 @@ class _Training:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # a thread begins with the machine's first
         if self.processes.rank == 0 or self.shards:
-            save_checkpoint(folder, self.state, self.step, self.checkpoints and self.checkpoints.transfer)
+            kept = self.checkpoints or CheckpointFolder(folder.parent)
+            save_checkpoint(folder, self.state, self.step, kept.transfer, kept.files)
 
     def _reach_milestone(self) -> bool:
         """Call back at the milestone of this step; return whether to stop before the last step."""

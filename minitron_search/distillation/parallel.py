@@ -107,6 +107,13 @@ def agreed(answer: Answer) -> Answer:
     return answers[0]
 
 
+def first_error(message: str | None) -> str | None:
+    """Return in every process the first message that any of them has; None if none has one."""
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    return next((each for each in messages if each is not None), None)
+
+
 def leads_node() -> bool:
     """Return whether this process is the first of its node, as it is where there is no other."""
     return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -13,10 +13,10 @@ from minitron_search.config.types import Precision
 from minitron_search.data.tokenizer_files import tokenizer_files
 from minitron_search.evaluation.lm_eval_tasks import Task, reason
 from minitron_search.evaluation.statistics import clustered, compared, mcnemar
+from minitron_search.messages.console import say
 from minitron_search.models.loading import weight_files
 from minitron_search.records import cache
 from minitron_search.records.cache import content_id, file_hash
-from minitron_search.records.console import say
 from minitron_search.records.directory import RunDirectory
 from minitron_search.teachers.sources import fingerprint, teacher_folder
 

@@ -43,6 +43,7 @@ def evaluate(folder: Path, task: Task, precision: Precision, limit: int | None =
         dtype="float32" if precision == "float32" else "auto",
         mixed_precision_dtype="bfloat16" if precision == "bfloat16" else None,
         softmax_dtype="float32",
+        trust_remote_code=False,
     )
     chat = task.chat and getattr(model.tokenizer, "chat_template", None) is not None
     start = time.monotonic()

@@ -16,7 +16,7 @@ from minitron_search.config.schema import Config
 from minitron_search.data.text_sources import HUB_NAME, READERS
 from minitron_search.data.tokenizer_files import is_own
 from minitron_search.export.teacher_files import TeacherFiles, teacher_files
-from minitron_search.records.escaping import as_code, in_markdown, one_line
+from minitron_search.messages.escaping import as_code, in_markdown, one_line
 from minitron_search.records.metrics import score_columns
 from minitron_search.teachers import embedded
 from minitron_search.teachers.sources import hub_name, teacher_folder

@@ -23,7 +23,7 @@ def export(inputs: TrialInputs, trial: Trial, origin: Origin, folder: Path) -> N
     student = trained_student(inputs, trial).to(getattr(torch, trial.stored))
     row = next(row for row in inputs.run_dir.metrics(trial.id) if row["kind"] == "rung")
     complete(student.config)
-    teacher = AutoConfig.from_pretrained(inputs.teacher_folder)
+    teacher = AutoConfig.from_pretrained(inputs.teacher_folder, trust_remote_code=False)
     card = model_card(origin, trial, row, refusals(student.config), renamed(teacher, student.config))
     write_folder(student, {**origin.files.contents, "README.md": card.encode()}, folder)
 

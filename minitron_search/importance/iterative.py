@@ -34,7 +34,7 @@ def iterative_importance(
     `measure` is given the folder of a model: the teacher's, then those of its trims, in `scratch`, which is removed. No
     two of them have the same name: another node may have kept one.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     first = measure(folder)
     key_value_heads = whole(config).num_key_value_heads
     order = first.rankings(key_value_heads)

@@ -73,7 +73,7 @@ def rotated_config(config: PretrainedConfig) -> PretrainedConfig:
     exact."""
     family = family_of(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     fed = {f"{family.layers}.{n}.{norm}" for n in range(config.num_hidden_layers) for norm in family.norms}
     for weight in weights(config):
         if not _is_gain(model, weight):

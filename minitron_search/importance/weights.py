@@ -116,7 +116,7 @@ def of_elements(config: PretrainedConfig, sums: SliceSums) -> Scores:
 def input_axes(config: PretrainedConfig) -> dict[str, int]:
     """Return which axis of every matrix product's weight is its input: 1 of a Linear, 0 of GPT-2's Conv1D."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return {
         weight.name: 0 if isinstance(model.get_submodule(weight.name.rpartition(".")[0]), Conv1D) else 1
         for weight in weights(config)

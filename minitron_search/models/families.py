@@ -153,7 +153,7 @@ def weights(config: PretrainedConfig) -> list[Weight]:
     """
     family, dims = family_of(config), sizes(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     listed = []
     for name, parameter in model.named_parameters():

@@ -36,6 +36,7 @@ def load_model(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedMod
         dtype=dtype,
         use_safetensors=True,
         local_files_only=True,
+        trust_remote_code=False,
         ignore_mismatched_sizes=True,  # they are told of below
         output_loading_info=True,
     )
@@ -46,7 +47,7 @@ def load_model(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedMod
 def load_teacher(folder: Path) -> PreTrainedModel:
     """Return the model of a folder that `permute_teacher` wrote, on memory-mapped weights, which processes of one node
     share. They are not to be written to."""
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     read = reader(folder)
     return student_of(config, {weight.name: read(weight.name) for weight in weights(config)}, config.dtype)
 
@@ -67,7 +68,8 @@ def random_student(config: PretrainedConfig, architecture: Architecture, seed: i
     """Return the control of Figure 6 (a): the same shape from random initialisation, as the family initialises."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(student_config(config, architecture), dtype=torch.float32).eval()
+        student = student_config(config, architecture)
+        return AutoModelForCausalLM.from_config(student, dtype=torch.float32, trust_remote_code=False).eval()
 
 
 def reader(folder: Path) -> Reader:

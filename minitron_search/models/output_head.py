@@ -37,7 +37,7 @@ class OutputHead(NamedTuple):
 def output_head(model: PreTrainedModel | Path) -> OutputHead:
     """Build the head of a model, on its own weights, or of the model in a folder, memory-mapped."""
     if isinstance(model, Path):
-        config, read = AutoConfig.from_pretrained(model), reader(model)
+        config, read = AutoConfig.from_pretrained(model, trust_remote_code=False), reader(model)
         listed = weights(config)
         biases = [read(weight.name) for weight in listed if weight.dims == ("vocab",)]
         weight, bias = read(vocabulary_tables(listed)[-1]), biases[0] if biases else None

@@ -23,13 +23,13 @@ from minitron_search.distillation.correction import LORA_ALPHA, LORA_RANK, merge
 from minitron_search.distillation.settings import CorrectionSettings, LoopSettings
 from minitron_search.distillation.teacher_cache import Request
 from minitron_search.export import student_folder
+from minitron_search.messages.console import say
 from minitron_search.models.families import sizes, whole
 from minitron_search.pipeline import retraining
 from minitron_search.pipeline.teacher import cache_outputs, unpermuted_copy
 from minitron_search.planning.prepare import Prepared
 from minitron_search.records import cache
 from minitron_search.records.cache import content_id
-from minitron_search.records.console import say
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.metrics import score_columns
 from minitron_search.search.state import make_trial

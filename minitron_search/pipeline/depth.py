@@ -29,10 +29,10 @@ from minitron_search.depth.pieces import (
 )
 from minitron_search.depth.recommendation import recommendation
 from minitron_search.depth.sweep import TEACHER, Cut, Values
+from minitron_search.messages.console import say
 from minitron_search.models.architecture import parameter_count
 from minitron_search.models.families import sizes, weights
 from minitron_search.planning.prepare import Prepared
-from minitron_search.records.console import say
 from minitron_search.records.directory import RunDirectory
 
 RESTARTS = 3  # of a piece whose process died

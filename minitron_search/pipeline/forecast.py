@@ -3,11 +3,11 @@
 import ray
 
 from minitron_search.cluster.placement import on_all_cpus
+from minitron_search.messages.console import say
 from minitron_search.planning.calibration import Speed, measure, stated
 from minitron_search.planning.forecast import Machine, fitting, forecast
 from minitron_search.planning.prepare import Prepared
 from minitron_search.planning.workload import Costs, workload
-from minitron_search.records.console import say
 
 
 def costs_of(prepared: Prepared) -> Costs:

@@ -14,13 +14,13 @@ from minitron_search.config.types import Precision
 from minitron_search.importance.importance import Importance, ImportanceSums, combined, importance_sums
 from minitron_search.importance.iterative import iterative_importance, smallest_widths
 from minitron_search.importance.methods import method_of
+from minitron_search.messages.console import say
 from minitron_search.models import device
 from minitron_search.models.architecture import Architecture
 from minitron_search.models.loading import load_model
 from minitron_search.planning.checks import importance_seed
 from minitron_search.planning.prepare import Prepared
 from minitron_search.records import cache
-from minitron_search.records.console import say
 
 PART = 8  # calibration windows a part: fixed, so that the sums do not depend on the number of tasks
 

@@ -16,10 +16,10 @@ from minitron_search.cluster.session import UnfitError
 from minitron_search.config.schema import Config
 from minitron_search.config.training import ResourcesConfig
 from minitron_search.config.types import Precision
+from minitron_search.messages.console import say
 from minitron_search.models.architecture import Architecture
 from minitron_search.models.device import resolve
 from minitron_search.planning.prepare import Prepared
-from minitron_search.records.console import say
 from minitron_search.records.directory import RunDirectory
 from minitron_search.search.latency import LatencyTable, Pass, measure
 from minitron_search.search.space import SearchSpace

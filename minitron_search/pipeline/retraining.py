@@ -8,7 +8,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from minitron_search.cluster.worker_groups import WorkerGroup
 from minitron_search.config.schema import Config
 from minitron_search.config.training import ResourcesConfig
-from minitron_search.records.console import say
+from minitron_search.messages.console import say
+from minitron_search.records.damage import CheckpointDamage
 from minitron_search.records.directory import RunDirectory
 from minitron_search.search.schedule import gang_workers
 from minitron_search.trials.runner import run_to_end
@@ -35,7 +36,9 @@ def train_on_cluster(
     """
     seen = len(run_dir.events())
     training = _start(config, trial, inputs, slots, run_dir)
+    damage = CheckpointDamage(run_dir)
     _follow(training, trial, run_dir, what)
+    damage.say_new()
     ray.get(training)
     failed = [event for event in run_dir.events()[seen:] if event["event"] == "trial_failed"]
     if failed:

@@ -20,6 +20,7 @@ from minitron_search.evaluation.evidence import evidence
 from minitron_search.evaluation.lm_eval_run import evaluate
 from minitron_search.evaluation.lm_eval_tasks import parse_tasks
 from minitron_search.export import student_folder
+from minitron_search.messages.console import console, say
 from minitron_search.models.architecture import Architecture
 from minitron_search.pipeline import retraining
 from minitron_search.pipeline.correction import correct_teacher
@@ -34,7 +35,6 @@ from minitron_search.planning.environment import environment
 from minitron_search.planning.forecast import comparison, intermediate_advice
 from minitron_search.planning.prepare import Prepared
 from minitron_search.planning.workload import spent
-from minitron_search.records.console import console, say
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.summary import summary_table
 from minitron_search.search.state import SearchState, make_trial

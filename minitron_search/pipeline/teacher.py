@@ -18,6 +18,7 @@ from minitron_search.evaluation.statistics import standard_error
 from minitron_search.importance.importance import Importance
 from minitron_search.importance.pca import rotate_teacher
 from minitron_search.losses.output_loss import next_tokens, token_losses
+from minitron_search.messages.console import say
 from minitron_search.models import device
 from minitron_search.models.loading import load_teacher
 from minitron_search.models.output_head import output_head
@@ -27,7 +28,6 @@ from minitron_search.pruning.rankings import Rankings
 from minitron_search.pruning.trimming import permute_teacher
 from minitron_search.records import cache
 from minitron_search.records.cache import content_id
-from minitron_search.records.console import say
 from minitron_search.records.directory import RunDirectory
 from minitron_search.trials.inputs import TrialInputs
 from minitron_search.trials.settings import correction
@@ -185,7 +185,7 @@ def _mode_and_budget(config: DistillationConfig, train: Request) -> tuple[str, i
 
 
 def _dtype(folder: Path) -> torch.dtype:
-    return AutoConfig.from_pretrained(folder).dtype
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype
 
 
 def _write_parts(parts: list[slice], into: Path, folder: Path, request: Request) -> list[Lost]:
@@ -219,7 +219,9 @@ def unpermuted_copy(run_dir: RunDirectory, model: Model, precision: Precision) -
 
 
 def _copy(model: Path, folder: Path, precision: Precision) -> Path:
-    return permute_teacher(model, Rankings.identity(AutoConfig.from_pretrained(model)), folder, precision)
+    return permute_teacher(
+        model, Rankings.identity(AutoConfig.from_pretrained(model, trust_remote_code=False)), folder, precision
+    )
 
 
 def _order_id(run_dir: RunDirectory, pruned: Model) -> str:

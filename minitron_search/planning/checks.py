@@ -18,6 +18,7 @@ from minitron_search.importance.methods import method_of
 from minitron_search.losses.divergences import DIVERGENCES, divergence_of, loss_names
 from minitron_search.models import device
 from minitron_search.models.families import sizes
+from minitron_search.ownership.owner import check_writable, holds_anything
 from minitron_search.records.bucket import bucket_copy
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.paths import cache_folder, working_folder
@@ -79,10 +80,8 @@ def check_output(run_dir: RunDirectory, config: Config, resume: bool) -> None:
         other = RunDirectory(parent)
         if other.config.is_file() and other.events_log.is_file():
             raise ValueError(f"output: {config.output} is inside the run in {parent}; valid: a folder outside it")
-    existing = next(path for path in (root, *root.parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"output: {existing} is not a folder that can be written to; valid: a new folder")
-    if not run_dir.root.exists() or not any(run_dir.root.iterdir()):
+    check_writable(run_dir.root)
+    if not holds_anything(run_dir.root):
         if resume:
             raise ValueError(f"output: {config.output} holds no run to continue; "
                              "valid: the same command without --resume")  # fmt: skip

@@ -22,6 +22,8 @@ from minitron_search.evaluation.winogrande import check_window
 from minitron_search.export.model_card import Origin, check_card, origin_of, taught_by
 from minitron_search.export.teacher_files import check_tokenizer, stored_dtype
 from minitron_search.importance.methods import trimmed_config
+from minitron_search.messages.console import say
+from minitron_search.messages.failures import reading
 from minitron_search.models.architecture import parameter_count
 from minitron_search.models.device import resolve
 from minitron_search.models.families import family_of, sizes, weights, whole
@@ -39,9 +41,7 @@ from minitron_search.planning.checks import (
 )
 from minitron_search.planning.token_ids import check_special_tokens, check_windows
 from minitron_search.records.bucket import bucket_copy
-from minitron_search.records.console import say
 from minitron_search.records.directory import RunDirectory
-from minitron_search.records.failures import reading
 from minitron_search.search.samplers import check_sampler
 from minitron_search.search.space import SearchSpace
 from minitron_search.teachers.sources import checked_fingerprint, load_tokenizer, teacher_config, teacher_folder
@@ -190,7 +190,7 @@ def _check_teachers(config: Config, pruned: PretrainedConfig, distillation_teach
                              f"positions; valid: at most {limit}")  # fmt: skip
     if config.teacher.correction.method == "norms":
         with torch.device("meta"):
-            norm_weights(AutoModelForCausalLM.from_config(distillation_teacher or pruned))
+            norm_weights(AutoModelForCausalLM.from_config(distillation_teacher or pruned, trust_remote_code=False))
 
 
 def _check_evaluation(config: Config) -> None:
@@ -295,7 +295,7 @@ def _distillation_teacher(config: Config, tokenizer: PreTrainedTokenizerBase, ro
                          f"{ours.get(token)}; valid: a model with the same tokenizer, such as the one that "
                          "teacher.model was pruned from")  # fmt: skip
     beyond = [token for token, number in ours.items() if number >= rows]
-    teacher = AutoConfig.from_pretrained(folder)
+    teacher = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if beyond and teacher.vocab_size > rows:
         raise ValueError(f"distillation.teacher: {name!r} has {teacher.vocab_size:,} rows and teacher.model "
                          f"{config.teacher.model!r} {rows:,}, and {min(beyond)!r} is a token of the rows between; "

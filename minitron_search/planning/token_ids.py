@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minitron_search.config.schema import Config
 from minitron_search.data.corpus import Corpus
-from minitron_search.records.console import say
+from minitron_search.messages.console import say
 
 READ = (
     "bos_token",

@@ -44,7 +44,7 @@ def collapsed(folder: Path, windows: np.ndarray, lengths: Iterable[int]) -> list
     positions as one vector, averaged over the first `TOKENS` tokens of the first `WINDOWS` of `windows` (samples,
     length).
     """
-    config, read = AutoConfig.from_pretrained(folder), reader(folder)
+    config, read = AutoConfig.from_pretrained(folder, trust_remote_code=False), reader(folder)
     rows = torch.from_numpy(windows[:WINDOWS, :TOKENS].astype(np.int64)).to(device.device())
     expected = _states(merged_model(read, config, whole(config), {}), rows)
     known: dict[tuple, float] = {}

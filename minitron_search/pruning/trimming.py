@@ -56,7 +56,7 @@ def trim(teacher_folder: Path, architecture: Architecture, rankings: Rankings | 
     `rankings` None means that the folder holds the permuted teacher: leading slices, read from memory-mapped
     files, so that only what is kept is read.
     """
-    config = AutoConfig.from_pretrained(teacher_folder)
+    config = AutoConfig.from_pretrained(teacher_folder, trust_remote_code=False)
     rankings = rankings or Rankings.identity(config)
     kept = trimmed_weights(reader(teacher_folder), config, architecture, rankings)
     own = {name: tensor.to(torch.float32, copy=True).contiguous() for name, tensor in kept.items()}
@@ -122,6 +122,6 @@ def as_views(folder: Path, architecture: Architecture) -> PreTrainedModel:
 
     Matrix products read rows at any stride, no slower and to the same bits (MKL, but for single rows).
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     kept = trimmed_weights(reader(folder), config, architecture, Rankings.identity(config))
     return student_of(student_config(config, architecture), kept, config.dtype)

@@ -9,16 +9,17 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, FileType, copy_files
 
-from minitron_search.records.console import say
+from minitron_search.messages.console import say
 from minitron_search.records.directory import RunDirectory
-from minitron_search.records.paths import is_uri
+from minitron_search.records.logs import LostError
+from minitron_search.records.paths import LOCK, OWNER, is_uri
 from minitron_search.records.transfer import BACK_OFF_S, PATIENCE_S, WHOLE
 
 LOOK_S = 2.0  # between two looks for changes
@@ -26,9 +27,11 @@ LOOK_S = 2.0  # between two looks for changes
 FileStates = dict[PurePosixPath, tuple[int, int]]  # (time of change in ns, bytes), by name in the run
 
 
-def bucket_copy(output: str, run_dir: RunDirectory) -> "BucketCopy | None":
+def bucket_copy(
+    output: str, run_dir: RunDirectory, check: Callable[[], None] = lambda: None
+) -> "BucketCopy | None":  # fmt: skip
     """Return the copy in storage of a run whose `output` is an address; None if it is a folder."""
-    return BucketCopy(output, run_dir) if is_uri(output) else None
+    return BucketCopy(output, run_dir, check) if is_uri(output) else None
 
 
 def stored_text(output: str, name: str) -> str | None:
@@ -48,10 +51,13 @@ def stored_text(output: str, name: str) -> str | None:
 
 
 class BucketCopy:
-    """The stored copy of one run. Raises ValueError if `uri` is no address, or storage refuses it."""
+    """The stored copy of one run. Raises ValueError if `uri` is no address, or storage refuses it.
 
-    def __init__(self, uri: str, run_dir: RunDirectory):
-        self.uri, self.run_dir = uri, run_dir
+    `check`: raises LostError if the process that writes there has lost the output to another one.
+    """
+
+    def __init__(self, uri: str, run_dir: RunDirectory, check: Callable[[], None] = lambda: None):
+        self.uri, self.run_dir, self.check = uri, run_dir, check
         try:
             self.storage, base = FileSystem.from_uri(uri)
         except (ArrowException, ValueError, OSError) as error:
@@ -83,7 +89,7 @@ class BucketCopy:
         names = self._names()
         if not names or self._is_ahead(names):
             return
-        shutil.rmtree(self.run_dir.root, ignore_errors=True)
+        self._empty()
         for name in names:
             folder = _whole_folder(name)
             if name.suffix == WHOLE or (folder is not None and self._marked(folder) not in names):
@@ -91,6 +97,12 @@ class BucketCopy:
             local = self.run_dir.root / name
             local.parent.mkdir(parents=True, exist_ok=True)
             copy_files(self._at(name), str(local), source_filesystem=self.storage)
+
+    def _empty(self) -> None:
+        """Remove the working copy, but for what says that this process holds it."""
+        for path in self.run_dir.root.glob("*"):
+            if path.name not in (LOCK, OWNER):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _is_ahead(self, names: set[PurePosixPath]) -> bool:
         """Return whether the working copy's log of events begins with the stored one."""
@@ -108,7 +120,11 @@ class BucketCopy:
     # To storage
 
     def push(self) -> None:
-        """Put what has changed since the last call. Whole folders first: a checkpoint is there before its row."""
+        """Put what has changed since the last call. Whole folders first: a checkpoint is there before its row.
+
+        Raises LostError if another process holds the output by now.
+        """
+        self.check()
         # folders that a NodeTransfer carries are put, and removed, by the node that makes them
         folders = self._whole_folders() if self.run_dir.transfer is None else self._whole
         self._push_folders(folders)
@@ -206,6 +222,8 @@ class BucketCopy:
         while not over.wait(wait):
             try:
                 self.push()
+            except LostError:
+                return  # the run's next line, and the end of the block, say so
             except (ArrowException, OSError) as error:
                 if not failed:
                     failed, wait = time.monotonic(), BACK_OFF_S[0] / 2

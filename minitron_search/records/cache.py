@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 from filelock import FileLock
 
-from minitron_search.records.console import say
+from minitron_search.messages.console import say
 from minitron_search.records.paths import cache_folder
 from minitron_search.records.whole import why_torn
 

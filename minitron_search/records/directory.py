@@ -15,7 +15,7 @@ never sees half of one.
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from minitron_search.records.lines import COUNTS
 from minitron_search.records.logs import LOCAL, Files, Log, append_line, read_lines, replace_text
-from minitron_search.records.metrics import METRICS, score_columns
+from minitron_search.records.metrics import score_columns
 from minitron_search.records.paths import working_folder
 from minitron_search.records.transfer import NodeTransfer
 
@@ -39,7 +40,6 @@ AXES = (
     "drop_block_length",
 )
 
-COUNTS = {metric.n for metric in METRICS.values()}
 # One row per trial and rung. Losses in nats per token, margins in nats per example, seconds of wall time.
 # `status` is the trial's, repeated on each of its rows: a stopped trial is never mistaken for a complete one.
 TRIALS_SCHEMA = pa.schema(
@@ -138,13 +138,13 @@ class RunDirectory:
         replace_text(self.config, yaml.safe_dump(dict(config), sort_keys=False))
 
     def read_config(self) -> dict[str, Any]:
-        return yaml.safe_load(self.config.read_text())
+        return _read(self.config, lambda path: _object(yaml.safe_load(path.read_text())))
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         replace_text(self.environment, json.dumps(environment, indent=1))
 
     def read_environment(self) -> dict[str, Any]:
-        return json.loads(self.environment.read_text()) if self.environment.exists() else {}
+        return _read_json(self.environment)
 
     def write_evaluation(self, scores: Mapping[str, Any]) -> None:
         """Write evaluation.json: models by name in the run; results, failures and differences, an entry a line."""
@@ -156,7 +156,7 @@ class RunDirectory:
         replace_text(self.evaluation, f"{{\n{lines}\n}}\n")
 
     def read_evaluation(self) -> dict[str, Any]:
-        return json.loads(self.evaluation.read_text()) if self.evaluation.exists() else {}
+        return _read_json(self.evaluation)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one event with its Unix time in seconds, durable when this returns."""
@@ -196,21 +196,21 @@ class RunDirectory:
         replace_text(self.evidence, json.dumps(evidence, indent=1))
 
     def read_evidence(self) -> dict[str, Any]:
-        return json.loads(self.evidence.read_text()) if self.evidence.exists() else {}
+        return _read_json(self.evidence)
 
     def write_latency(self, measured: Mapping[str, Any]) -> None:
         """Write what `pipeline.latency.measure_tables` measured: a run's space is what these tables leave of it."""
         replace_text(self.latency, json.dumps(measured, indent=1))
 
     def read_latency(self) -> dict[str, Any]:
-        return json.loads(self.latency.read_text()) if self.latency.exists() else {}
+        return _read_json(self.latency)
 
     def write_forecast(self, stages: Mapping[str, Mapping[str, Any]]) -> None:
         """Write what each stage will cost: tokens, flops, seconds, gpus, gpu_seconds, price_per_hour, cost, basis."""
         replace_text(self.forecast, json.dumps(stages, indent=1))
 
     def read_forecast(self) -> dict[str, dict[str, Any]]:
-        return json.loads(self.forecast.read_text()) if self.forecast.exists() else {}
+        return _read_json(self.forecast)
 
     def decide(self, trial: str, rung: int, decision: str) -> None:
         """Record whether a trial may train past a rung: `continue` or `stop`."""
@@ -263,16 +263,16 @@ class RunDirectory:
         write_table(self.depth, pa.Table.from_pylist(rows, schema=DEPTH_SCHEMA))
 
     def read_depth(self) -> list[dict[str, Any]]:
-        return pq.read_table(self.depth).to_pylist() if self.depth.exists() else []
+        return _read_rows(self.depth)
 
     def write_depth_recommendation(self, advice: Mapping[str, Any]) -> None:
         replace_text(self.depth_recommendation, json.dumps(advice, indent=1))
 
     def read_depth_recommendation(self) -> dict[str, Any]:
-        return json.loads(self.depth_recommendation.read_text()) if self.depth_recommendation.exists() else {}
+        return _read_json(self.depth_recommendation)
 
     def read_trials(self) -> list[dict[str, Any]]:
-        return pq.read_table(self.trials_table).to_pylist() if self.trials_table.exists() else []
+        return _read_rows(self.trials_table)
 
 
 def stage_seconds(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
@@ -295,6 +295,30 @@ def stage_seconds(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
             seconds[stage] = seconds.get(stage, 0.0) + event["time"] - begun.pop(stage)
         last = event["time"] or last
     return seconds
+
+
+def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
+    """Return what `reader` makes of a file. Raises ValueError, which names the file, where it cannot."""
+    try:
+        return reader(path)
+    except (OSError, ValueError, pa.ArrowException, yaml.YAMLError, RecursionError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is damaged ({reason}); valid: the file as it was written; --resume mends what the "
+                         "rest of the run holds") from error  # fmt: skip
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return _read(path, lambda path: _object(json.loads(path.read_text()))) if path.exists() else {}
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    return _read(path, lambda path: pq.ParquetFile(path).read().to_pylist()) if path.exists() else []
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds {type(value).__name__}, not keys and values")
+    return value
 
 
 def _lines(values: Iterable[Any]) -> Iterable[str]:

@@ -5,6 +5,7 @@ import re
 from hashlib import sha256
 from pathlib import Path
 
+LOCK, OWNER = ".lock", ".owner"  # in an output: what its writer locks, and who that is (`ownership.owner`)
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")  # of pyarrow's file systems
 
 

@@ -22,7 +22,8 @@ from filelock import FileLock
 from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, FileType, copy_files
 
-from minitron_search.records.paths import inside
+from minitron_search.records.logs import LostError
+from minitron_search.records.paths import OWNER, inside
 
 WHOLE = ".whole"
 CACHE = ".cache"
@@ -37,12 +38,14 @@ class NodeTransfer:
     """The way of one run's folders between nodes.
 
     `uri`: where the run is stored. `root`: the folder that it is worked on in. `run_is_shared`: all nodes see that
-    folder, so nothing inside it has to travel.
+    folder, so nothing inside it has to travel. `token`: its owner's (`ownership.owner`), "" if nobody holds it; once
+    the run has another owner nothing more is put there.
     """
 
     uri: str
     root: Path
     run_is_shared: bool
+    token: str = ""
 
     @cached_property
     def _opened(self) -> tuple[FileSystem, PurePosixPath]:
@@ -65,6 +68,7 @@ class NodeTransfer:
         Several nodes may make one folder together; it is complete when one of them calls `mark`.
         """
         storage, _ = self._opened
+        self._check()
         local = part or folder
         for file in sorted(file for file in local.rglob("*") if file.is_file()):
             name = self._at(folder) / file.relative_to(local)
@@ -78,6 +82,7 @@ class NodeTransfer:
     def mark(self, folder: Path) -> None:
         """Declare that storage holds all of `folder`."""
         storage, _ = self._opened
+        self._check()
 
         def write_mark() -> None:
             with storage.open_output_stream(str(_mark(self._at(folder)))) as stream:
@@ -123,6 +128,7 @@ class NodeTransfer:
         """Remove `folder` from storage, its mark first."""
         storage, _ = self._opened
         if self.travels(folder):
+            self._check()
             for remove in (
                 lambda: storage.delete_file(str(_mark(self._at(folder)))),
                 lambda: storage.delete_dir(str(self._at(folder))),
@@ -139,6 +145,20 @@ class NodeTransfer:
         storage, base = self._opened
         with suppress(FileNotFoundError):
             storage.delete_dir(str(base / name))
+
+    def _check(self) -> None:
+        """Raise LostError if another process has taken the run over."""
+        if self.token:
+            storage, base = self._opened
+
+            def read() -> bytes:
+                with storage.open_input_stream(str(base / OWNER)) as stream:
+                    return stream.readall()
+
+            with suppress(FileNotFoundError):
+                if self.token.encode() in patiently(read):
+                    return
+            raise LostError(f"{self.uri} was taken over by another process, or removed: nothing more is written")
 
     def _at(self, folder: Path) -> PurePosixPath:
         _, base = self._opened

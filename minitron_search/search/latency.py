@@ -186,7 +186,9 @@ def build(
     if vocab is not None:
         student.vocab_size, student.pad_token_id = vocab, None
     with torch.random.fork_rng(), torch.device(device):
-        return AutoModelForCausalLM.from_config(student, dtype=getattr(torch, precision)).eval()
+        return AutoModelForCausalLM.from_config(
+            student, dtype=getattr(torch, precision), trust_remote_code=False
+        ).eval()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ trials that are continued while there are tokens left; more seeds of the finalis
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,12 @@ from minitron_search.search.schedule import halving, search_tokens, whole_batche
 from minitron_search.search.space import SearchSpace, counts
 from minitron_search.trials.settings import CONTROLS
 from minitron_search.trials.trial import Trial
+
+# What a trial that met a damaged file failed with, in the words of whatever read it: such a trial is tried again.
+DAMAGE = re.compile(
+    r"is damaged|EOFError|UnpicklingError|CheckpointException|PytorchStreamReader|central directory|SafetensorError|"
+    r"JSONDecodeError|BadZipFile|ArrowInvalid"
+)
 
 
 class SearchState:
@@ -53,6 +60,8 @@ class SearchState:
             decided = self.run.decisions(trial_id)
             self.decisions[trial_id] = {rung: line["decision"] for rung, line in decided.items()}
         self.read_failures()
+        # a file that was damaged then is mended, or made again, by now
+        self.failures = {trial: text for trial, text in self.failures.items() if not DAMAGE.search(text)}
 
     def read_failures(self) -> None:
         """Read from the events which trials have failed. One that diverges has said so itself, and so has a retraining,

@@ -64,7 +64,7 @@ def config() -> PretrainedConfig:
     """Return the teacher's configuration, without downloading anything."""
     finished = finished_folder()
     there = finished.is_dir() and cache.why_not_whole(finished) is None
-    return AutoConfig.from_pretrained(finished if there else PACKAGED_CONFIG)
+    return AutoConfig.from_pretrained(finished if there else PACKAGED_CONFIG, trust_remote_code=False)
 
 
 def _make(into: Path) -> None:
@@ -115,10 +115,12 @@ def _convert(gguf: Path, into: Path) -> None:
     source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     with contextlib.redirect_stderr(io.StringIO()):  # two progress bars that no setting reaches
         family: Any = AutoModelForCausalLM
-        loaded, info = family.from_pretrained(**source, dtype=torch.float32, output_loading_info=True)
+        loaded, info = family.from_pretrained(
+            **source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
         check_loaded(HUB_NAME, info)
         model: Any = dequantised(loaded)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
         del model.config._model_name_or_path
         for local in ("is_local", "local_files_only"):
             tokenizer.init_kwargs.pop(local, None)

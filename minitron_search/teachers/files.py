@@ -14,13 +14,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from minitron_search.messages.console import say
 from minitron_search.models.architecture import dimension
 from minitron_search.models.families import family_of, in_model, is_extra, sizes, split_name, weights
 from minitron_search.models.family_tables import Family
 from minitron_search.models.loading import reader, weight_files, weight_index
 from minitron_search.records import cache
 from minitron_search.records.cache import file_hash
-from minitron_search.records.console import say
 from minitron_search.records.whole import safetensors_header
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}

@@ -18,10 +18,10 @@ from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, FileType, copy_files
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from minitron_search.messages.failures import described
 from minitron_search.models.loading import weight_files
 from minitron_search.records import cache
 from minitron_search.records.cache import content_id, file_hash
-from minitron_search.records.failures import described
 from minitron_search.records.paths import is_uri
 from minitron_search.records.transfer import WHOLE
 from minitron_search.teachers import embedded
@@ -82,7 +82,7 @@ def teacher_config(model: str) -> PretrainedConfig:
     if _is_local(model):
         return _checked(model, _path(model))[1]
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # of a configuration that is not one, transformers raises whatever comes
         published = PUBLISHED / f"{model.replace('/', '--')}.json"
         if published.is_file():  # the papers' teachers can be planned with where the Hub is not reached
@@ -101,7 +101,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     elif _is_local(model):
         source = _checked(model, _path(model))[0]
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # as above, and the Rust of tokenizers has an error of its own
         raise _invalid(model, f"has no tokenizer that can be loaded ({_first_line(error)})") from error
 
@@ -168,7 +168,7 @@ def _checked(model: str, folder: Path) -> tuple[Path, PretrainedConfig]:
 
 def _configuration(folder: Path) -> PretrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and the classes of its configurations raise all types
         reason = " ".join(str(error).split()).rstrip(".")
         if "multiple of the number of attention heads" in reason:  # of a Llama, and of no other family that is pruned

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from minitron_search.records.console import say
+from minitron_search.messages.console import say
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.logs import Log
 from minitron_search.records.metrics import METRICS, scored

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from minitron_search.checkpoints.safe_reading import DamagedError
 from minitron_search.depth.layer_choice import merges_of
 from minitron_search.distillation import loop, parallel
 from minitron_search.distillation.batches import batch_plan
@@ -65,14 +66,22 @@ class _TrialRun:
     def __init__(self, inputs: TrialInputs, trial: Trial, decided: bool, processes: Processes) -> None:
         self.inputs, self.trial, self.decided, self.processes = inputs, trial, decided, processes
         self.run_dir = inputs.run_dir
-        self.checkpoints = CheckpointFolder(self.run_dir.checkpoint(trial.id), self.run_dir.transfer)
+        run_dir = self.run_dir
+        self.checkpoints = CheckpointFolder(run_dir.checkpoint(trial.id), run_dir.transfer, run_dir.files)
         self.logged = {row["rung"] for row in self.run_dir.metrics(trial.id) if row["kind"] == "rung"}
-        self.resume = self.checkpoints.latest()
         if processes.world_size > 1:
-            self.logged, self.resume = parallel.agreed((self.logged, self.resume))
-            if self.resume is not None and self.run_dir.transfer is not None:
-                self.run_dir.transfer.fetch(self.resume)
+            self.logged = parallel.agreed(self.logged)
+        self.resume = self._latest()
         self.began = time.monotonic()  # this rung's seconds
+
+    def _latest(self) -> Path | None:
+        """Return the newest checkpoint, the same in every process, and on this node."""
+        latest = self.checkpoints.latest()
+        if self.processes.world_size > 1:
+            latest = parallel.agreed(latest)
+            if latest is not None and self.run_dir.transfer is not None:
+                self.run_dir.transfer.fetch(latest)
+        return latest
 
     @property
     def begins_untrained(self) -> bool:
@@ -81,7 +90,29 @@ class _TrialRun:
         return self.trial.settings.milestones[0] == 0 and self.resume is None and not corrects
 
     def distil(self) -> PreTrainedModel:
-        """Train from the trim or the last checkpoint to the last rung, or to where the search stops the trial."""
+        """Train from the trim or the last checkpoint to the last rung, or to where the search stops the trial.
+
+        A checkpoint that is damaged is set aside for the one before, and if there is none for the trim: what is trained
+        again gives the same numbers, and a rung that was logged is not logged again.
+        """
+        while True:
+            try:
+                return self._train()
+            except DamagedError as error:
+                assert self.resume is not None
+                self._give_up(self.resume, error)
+
+    def _give_up(self, damaged: Path, error: DamagedError) -> None:
+        """Set a checkpoint aside, and say so in an event."""
+        self.checkpoints.set_aside(damaged, self.processes.rank)
+        if self.processes.world_size > 1:
+            parallel.agreed(None)  # no process looks for the one before until it is gone
+        self.resume = self._latest()
+        if self.processes.rank == 0:
+            goes_on = self.resume.name if self.resume is not None else "the trim"
+            self.run_dir.event("checkpoint_damaged", trial=self.trial.id, message=f"{error}; goes on from {goes_on}")
+
+    def _train(self) -> PreTrainedModel:
         inputs, trial = self.inputs, self.trial
         student = initial_student(inputs, trial)
         if not trial.settings.shards(self.processes.world_size):  # else its layers move one by one
@@ -186,13 +217,18 @@ def initial_student(inputs: TrialInputs, trial: Trial, *, trains: bool = True) -
     if method := method_of(trial.initialization):
         return trainable(float32_of(folder), method, trial.seed)
     if trial.initialization == "random":
-        return random_student(AutoConfig.from_pretrained(folder), trial.architecture, trial.seed)
+        return random_student(
+            AutoConfig.from_pretrained(folder, trust_remote_code=False), trial.architecture, trial.seed
+        )
     if trial.initialization == "merged":
-        merged, config = merges_of(inputs.merges, trial.architecture.layers), AutoConfig.from_pretrained(folder)
+        merged, config = (
+            merges_of(inputs.merges, trial.architecture.layers),
+            AutoConfig.from_pretrained(folder, trust_remote_code=False),
+        )
         return merged_model(reader(folder), config, trial.architecture, merged)
     rankings = None
     if trial.initialization == "random_pruned":
-        rankings = Rankings.random(AutoConfig.from_pretrained(folder), trial.seed)
+        rankings = Rankings.random(AutoConfig.from_pretrained(folder, trust_remote_code=False), trial.seed)
     elif not trains and is_float32(folder):
         return as_views(folder, trial.architecture)
     return trim(folder, trial.architecture, rankings)
@@ -201,7 +237,7 @@ def initial_student(inputs: TrialInputs, trial: Trial, *, trains: bool = True) -
 def is_float32(folder: Path) -> bool:
     """Return whether a model is stored in the dtype of students, float32 whatever the dtype of the products: the norms
     and the residual stream of a bfloat16 model round where a student's do not."""
-    return AutoConfig.from_pretrained(folder).dtype == torch.float32
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype == torch.float32
 
 
 def teacher_of(inputs: TrialInputs, trial: Trial, world_size: int = 1) -> TeacherSource | None:

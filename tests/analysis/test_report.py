@@ -18,9 +18,9 @@ from analysis import report, run_cards
 from analysis.cards.pareto import AXES
 from analysis.page.page import csv_link, embedded, fill, no_formula
 from analysis.report import main, write_report
+from minitron_search.messages.escaping import UNSEEN
 from minitron_search.records.bucket import BucketCopy
 from minitron_search.records.directory import RunDirectory
-from minitron_search.records.escaping import UNSEEN
 from tests.analysis.conftest import METRICS
 
 TITLES = ["Summary", "Pareto fronts", "Convergence", "Depth", "Importance", "Axes of the search",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from minitron_search.checkpoints.safe_reading import DamagedError
 from minitron_search.config.loading import parse_config
 from minitron_search.distillation.batches import stream
 from minitron_search.distillation.correction import correcting_teacher, float32_of, merged, norm_weights, trainable
@@ -324,6 +326,20 @@ def test_in_parallel_a_continued_training_is_the_unbroken_one(method: Any, preci
     states = [made.correction.state_dict() for made in (taught, resumed) if made.correction]
     assert states[0]["step"] == states[1]["step"] == 6
     assert states[0]["weights"] and equal(states[0]["weights"], states[1]["weights"])
+
+
+def test_in_parallel_a_pickle_in_the_place_of_the_teacher_does_not_run(tmp_path: Path) -> None:
+    class Touch:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    settings = dataclasses.replace(DISTIL, milestones=(3 * BATCH * LENGTH,))
+    stopped = {"on_milestone": lambda milestone: bool(milestone.save(tmp_path / "at-3"))}
+    run(settings, in_parallel(settings, "norms"), **stopped)
+    torch.save({"step": Touch()}, tmp_path / "at-3" / "teacher.pt")
+    with pytest.raises(DamagedError, match="is damaged: teacher.pt cannot be read"):
+        run(settings, in_parallel(settings, "norms"), resume=tmp_path / "at-3")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_in_parallel_how_a_batch_is_split_changes_nothing_but_rounding() -> None:

@@ -1,5 +1,6 @@
 """A run directory that an earlier version wrote is read, reported and continued (fixtures/README.md)."""
 
+import pickle
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 from analysis.report import write_report
 from minitron_search.cli import main
 from minitron_search.records.directory import RunDirectory
-from tests.runs import rows
+from tests.checkpoints.test_safe_reading import Touch
+from tests.runs import events, rows
 
 OLD = Path(__file__).parents[1] / "fixtures" / "old_run"
 
@@ -28,10 +30,23 @@ def test_a_finished_old_run_is_read_and_reported(old: Path) -> None:
     assert "could not be made" not in page and "search-57ef2e6cf4" in page
 
 
-def test_an_interrupted_old_run_continues_to_the_finished_table(old: Path, shared_ray: Path) -> None:
-    """From a checkpoint in mid-search. Other processors round otherwise: numbers agree to 1e-4."""
+@pytest.mark.parametrize("hostile", [False, True])
+def test_an_interrupted_old_run_continues_to_the_finished_table(
+    old: Path, shared_ray: Path, hostile: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a checkpoint in mid-search; from the trim, where that checkpoint would run code of somebody else's.
+
+    Other processors round otherwise: numbers agree to 1e-4.
+    """
     begun = rows(old / "interrupted")
+    if hostile:
+        (checkpoint,) = (old / "interrupted").glob("trials/*/checkpoint/step-*")
+        (checkpoint / ".metadata").write_bytes(pickle.dumps(Touch(old / "ran")))
     assert main(["--config", "old.yaml", "--output", "interrupted", "--resume"]) == 0
+    assert not (old / "ran").exists()
+    damaged = events(old / "interrupted", "checkpoint_damaged")
+    assert len(damaged) == hostile and all("names posix.mkdir" in event["message"] for event in damaged)
+    assert ("goes on from the trim" in capsys.readouterr().out) == hostile
     ours, theirs = rows(old / "interrupted"), rows(old / "finished")
     assert len(begun) < len(ours)
     for mine, other in zip(ours, theirs, strict=True):

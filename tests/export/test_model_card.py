@@ -15,8 +15,8 @@ from minitron_search.export import model_card as module
 from minitron_search.export.compatibility import renamed
 from minitron_search.export.model_card import check_card, model_card, origin_of
 from minitron_search.export.student_folder import write_folder
+from minitron_search.messages.escaping import UNSEEN, in_markdown
 from minitron_search.models.families import student_config, whole
-from minitron_search.records.escaping import UNSEEN, in_markdown
 from minitron_search.teachers import embedded
 from minitron_search.teachers.sources import HUB_FILES, hub_name
 from minitron_search.trials.settings import LoopSettings

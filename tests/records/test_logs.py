@@ -24,7 +24,7 @@ def files(request: pytest.FixtureRequest) -> Files:
 
 
 def test_a_log_is_read_once_as_it_grows(tmp_path: Path, files: Files) -> None:
-    path = tmp_path / "trials" / "a" / "metrics.jsonl"
+    path = tmp_path / "trials" / "a" / "notes.jsonl"
     log = Log(path, files)
     assert log.new() == [] and read_lines(path, files) == []
     for number in range(3):

@@ -178,7 +178,7 @@ def test_a_trial_ends_as_its_event_says_after_its_last_point(run: RunDirectory) 
         steps(run, trial, 1)
         curves.look()
         steps(run, trial, 2)
-        run.event(kind, trial=trial, status="complete")
+        run.event(kind, trial=trial, status="complete", message="diverged")
         curves.look()
         assert told.points[-1][1].tokens == 128
     assert told.ends == [("a", "FINISHED"), ("b", "FAILED")]

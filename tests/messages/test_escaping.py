@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 import pytest
 from markdown_it import MarkdownIt
 
-from minitron_search.records.console import complain, say
-from minitron_search.records.escaping import UNSEEN, in_html, in_markdown, one_line, visible
+from minitron_search.messages.console import complain, say
+from minitron_search.messages.escaping import UNSEEN, in_html, in_markdown, one_line, visible
 
 ATTACKS = [
     "<script>alert(1)</script>",

@@ -5,7 +5,7 @@ import time
 
 from rich.console import Console
 
-from minitron_search.records.escaping import visible
+from minitron_search.messages.escaping import visible
 
 
 class LogConsole(Console):

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from minitron_search.records.console import complain
+from minitron_search.messages.console import complain
 
 DEBUG = "MINITRON_SEARCH_DEBUG"
 OURS = ("minitron_search", "analysis")

@@ -1,0 +1,1 @@
+"""Read the checkpoints of a training, and run nothing that is in them."""

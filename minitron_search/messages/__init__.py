@@ -1,0 +1,1 @@
+"""Say things to people: lines of a run, what went wrong, and text of others made harmless."""
