@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from minitron_search.models.sources import load_tokenizer, teacher_config
+from minitron_search.teachers.sources import load_tokenizer, teacher_config
 
 from minitron_search.distillation.correction import float32_of
 from tests.project.test_layering import ANALYSIS, PACKAGE
