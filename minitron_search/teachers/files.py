@@ -58,7 +58,7 @@ def check_small_files(folder: Path) -> None:
             try:
                 content = json.loads(path.read_bytes())
             except (ValueError, RecursionError) as error:
-                raise DamagedError(f"holds a {name} that is no JSON ({_line(error)})") from error
+                raise DamagedError(f"holds a {name} that is no JSON ({in_a_line(error)})") from error
             if not isinstance(content, dict):
                 raise DamagedError(f"holds a {name} that is no JSON object")
     if os.path.lexists(folder / "adapter_config.json"):
@@ -121,7 +121,8 @@ def check_files(folder: Path, config: PretrainedConfig) -> None:
             raise DamagedError(f"has {stored.name} stored as {stored.dtype} ({stored.file}), which is not pruned; "
                                f"weights are {', '.join(DTYPES)}")  # fmt: skip
     if config.dtype not in (None, *DTYPES.values()):
-        raise DamagedError(f"has dtype {config.dtype} in config.json; it is one of {', '.join(DTYPES)}")
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
+        raise DamagedError(f"has dtype {config.dtype} in config.json; it is one of {names}")
     _check_layers(family, config, found)
     expected = _described(config)
     # tied, and stored all the same: transformers ties the two if they are equal
@@ -172,7 +173,7 @@ def _header(path: Path) -> dict[str, Any]:
         header = safetensors_header(path)
         safe_open(path, framework="pt")  # places that overlap, sizes that are not those of the shapes
     except (ValueError, OSError, SafetensorError) as error:
-        raise DamagedError(f"is not whole: {path.name} {_line(error)}") from error
+        raise DamagedError(f"is not whole: {path.name} {in_a_line(error)}") from error
     return header
 
 
@@ -181,7 +182,7 @@ def _described(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     try:
         dims, listed = sizes(config), weights(config)
     except Exception as error:  # of a class that is given impossible sizes: any
-        raise DamagedError(f"has a config.json of which no model can be made ({_line(error)})") from error
+        raise DamagedError(f"has a config.json of which no model can be made ({in_a_line(error)})") from error
     return {weight.name: tuple(dimension(dims, dim) for dim in weight.dims) for weight in listed}
 
 
@@ -237,5 +238,7 @@ def _check_tied(folder: Path, head: str, embedding: str) -> None:
                            "(tie_word_embeddings true); it is false, or the file has no such head")  # fmt: skip
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def in_a_line(error: Exception) -> str:
+    """Return what an error says, on one line, with its type where that says more than a name or nothing."""
+    said = " ".join(str(error).split()).rstrip(".")
+    return f"{type(error).__name__} {said}".strip() if isinstance(error, KeyError) or not said else said

@@ -24,7 +24,7 @@ from minitron_search.records.cache import content_id, file_hash
 from minitron_search.records.paths import is_uri
 from minitron_search.records.transfer import WHOLE
 from minitron_search.teachers import embedded
-from minitron_search.teachers.files import DamagedError, check_files, check_small_files, check_values
+from minitron_search.teachers.files import DamagedError, check_files, check_small_files, check_values, in_a_line
 
 # What from_pretrained reads, without the copies in other formats that many repositories hold beside it.
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja")
@@ -54,7 +54,7 @@ def _snapshot(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=HUB_FILES))
     except (OSError, HFValidationError, HfHubHTTPError) as error:
-        raise _invalid(model, f"is not a folder here, and the Hub did not return it ({_first_line(error)})") from error
+        raise _invalid(model, f"is not a folder here, and the Hub did not return it ({in_a_line(error)})") from error
 
 
 def hub_name(model: str) -> str | None:
@@ -73,11 +73,11 @@ def teacher_config(model: str) -> PretrainedConfig:
         return _checked(model, _path(model))[1]
     try:
         return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers and the classes of its configurations raise all types
         published = PUBLISHED / f"{model.replace('/', '--')}.json"
         if published.is_file():  # the papers' teachers can be planned with where the Hub is not reached
             return AutoConfig.for_model(**json.loads(published.read_text()))
-        raise _invalid(model, f"has no configuration that can be loaded ({_first_line(error)})") from error
+        raise _invalid(model, f"has no configuration that can be loaded ({in_a_line(error)})") from error
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -89,8 +89,8 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         source = _checked(model, _path(model))[0]
     try:
         return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise _invalid(model, f"has no tokenizer that can be loaded ({_first_line(error)})") from error
+    except Exception as error:  # of a damaged file, tokenizers and transformers raise all types
+        raise _invalid(model, f"has no tokenizer that can be loaded ({in_a_line(error)})") from error
 
 
 def fingerprint(folder: Path) -> str:
@@ -151,14 +151,10 @@ def _configuration(folder: Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and the classes of its configurations raise all types
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = in_a_line(error)
         if "multiple of the number of attention heads" in reason:  # of a Llama, and of no other family that is pruned
             reason += "; model_type mistral is the same function and may have any head_dim"
         raise DamagedError(f"has a config.json that transformers refuses ({reason})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _invalid(model: str, why: str) -> ValueError:
