@@ -79,7 +79,7 @@ def read_tensors(folder: Path, described: Metadata, tensors: dict[str, Tensor], 
         cause = next(iter(error.failures.values()))[0]
         if isinstance(cause, PermissionError | torch.OutOfMemoryError):
             raise cause from None
-        raise DamagedError(f"its tensors cannot be read ({type(cause).__name__}: {_first_line(cause)})") from error
+        raise DamagedError(f"its tensors cannot be read ({type(cause).__name__}: {described(cause)})") from error
 
 
 class _Reader(FileSystemReader):
@@ -127,7 +127,3 @@ def _check_checksums(folder: Path, described: Metadata) -> None:
             with ZipFile(BytesIO(file.read(place.length))) as stored:
                 if (entry := stored.testzip()) is not None:
                     raise DamagedError(f"{index.fqn} is not as it was written ({entry})")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]

@@ -15,6 +15,7 @@ from minitron_search.evaluation.lm_eval_tasks import Task
 from minitron_search.evaluation.statistics import chance_bar, standard_error
 from minitron_search.models import patches  # noqa: F401  (no generation default keeps a model from its questions)
 from minitron_search.models.device import device
+from minitron_search.models.loading import check_loaded
 from minitron_search.records.cache import content_id
 
 VERSIONS = ("lm_eval", "transformers", "torch", "datasets")
@@ -34,9 +35,17 @@ def evaluate(folder: Path, task: Task, precision: Precision, limit: int | None =
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    class WholeModel(HFLM):
+        """A model of lm-eval of which no weight is left to chance either."""
+
+        def _create_model(self, *arguments: Any, **options: Any) -> None:
+            super()._create_model(*arguments, use_safetensors=True, output_loading_info=True, **options)
+            self._model, info = self._model  # type: ignore[has-type]
+            check_loaded(str(folder), info)
+
     loaded = lm_eval_tasks.load(task)
     on = device()
-    model = HFLM(
+    model = WholeModel(
         pretrained=str(folder),
         device=str(on),
         batch_size="auto" if on.type == "cuda" else BATCH_SIZE,

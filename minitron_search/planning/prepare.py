@@ -160,7 +160,7 @@ def prepare(config: Config, resume: bool) -> Prepared:
     check_teacher_cache(config, pruned, corpus)
     if "retrain" in config.stages:
         _fetch_evaluation(config)
-    return Prepared(
+    prepared = Prepared(
         config=config,
         run_dir=run_dir,
         precision=resolve(config.precision),
@@ -173,6 +173,23 @@ def prepare(config: Config, resume: bool) -> Prepared:
         stored=stored_dtype(folder, pruned) if config.retraining.dtype == "auto" else config.retraining.dtype,
         distillation_teacher=_distillation_teacher(config, tokenizer, pruned.vocab_size),
     )
+    _check_same_models(prepared)
+    return prepared
+
+
+def _check_same_models(prepared: Prepared) -> None:
+    """Raise ValueError where a run would go on with another model than it began with, under the same name."""
+    began = prepared.run_dir.read_environment()
+    if began.get("corrected_teacher"):  # the models of a corrected run are others than the named ones
+        return
+    for field, was, model in (
+        ("teacher.model", began.get("teacher"), prepared.pruned),
+        ("distillation.teacher", began.get("distillation_teacher"), prepared.teacher),
+    ):
+        if was and was["fingerprint"] != model.fingerprint:
+            raise ValueError(f"{field}: {model.folder} is not the model that {prepared.config.output} began with: its "
+                             f"fingerprint is {model.fingerprint} and was {was['fingerprint']}; valid: that model, or "
+                             "another output")  # fmt: skip
 
 
 def _pruned_config(config: Config) -> PretrainedConfig:
@@ -203,10 +220,10 @@ def _check_evaluation(config: Config) -> None:
 
 def _fetch_evaluation(config: Config) -> None:
     """Load the evaluation's data and reference models now: what is missing is found before the run begins."""
-    check_data(parse_tasks(config.evaluation.tasks))
     for reference in config.evaluation.references:
         with _blaming("evaluation.references"):
             checked_fingerprint(reference, teacher_folder(reference))
+    check_data(parse_tasks(config.evaluation.tasks))
 
 
 def _origin(config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Origin:

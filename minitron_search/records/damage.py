@@ -18,6 +18,7 @@ import yaml
 from safetensors import safe_open
 
 from minitron_search.messages.console import say
+from minitron_search.messages.failures import described
 from minitron_search.records.directory import AXES, DEPTH_SCHEMA, TRIALS_SCHEMA, RunDirectory
 from minitron_search.records.lines import is_complete, is_row
 from minitron_search.records.logs import Log, parsed, replace_text
@@ -33,7 +34,7 @@ def check_config(run_dir: RunDirectory) -> None:
             return
         reason = "it holds no keys"
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        reason = _first_line(error)
+        reason = described(error)
     raise ValueError(f"output: {run_dir.config} is damaged ({reason}); valid: the file as it was, from a copy or "
                      "written anew with the values that the run began with; or another output")  # fmt: skip
 
@@ -295,7 +296,3 @@ def _set_aside(run_dir: RunDirectory, path: Path) -> None:
 
 def _name(run_dir: RunDirectory, path: Path) -> str:
     return str(path.relative_to(run_dir.root))
-
-
-def _first_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from minitron_search.messages.console import say
+from minitron_search.messages.failures import described
 from minitron_search.models.architecture import dimension
 from minitron_search.models.families import family_of, in_model, is_extra, sizes, split_name, weights
 from minitron_search.models.family_tables import Family
@@ -58,7 +59,7 @@ def check_small_files(folder: Path) -> None:
             try:
                 content = json.loads(path.read_bytes())
             except (ValueError, RecursionError) as error:
-                raise DamagedError(f"holds a {name} that is no JSON ({_line(error)})") from error
+                raise DamagedError(f"holds a {name} that is no JSON ({described(error)})") from error
             if not isinstance(content, dict):
                 raise DamagedError(f"holds a {name} that is no JSON object")
     if os.path.lexists(folder / "adapter_config.json"):
@@ -121,7 +122,8 @@ def check_files(folder: Path, config: PretrainedConfig) -> None:
             raise DamagedError(f"has {stored.name} stored as {stored.dtype} ({stored.file}), which is not pruned; "
                                f"weights are {', '.join(DTYPES)}")  # fmt: skip
     if config.dtype not in (None, *DTYPES.values()):
-        raise DamagedError(f"has dtype {config.dtype} in config.json; it is one of {', '.join(DTYPES)}")
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
+        raise DamagedError(f"has dtype {config.dtype} in config.json; it is one of {names}")
     _check_layers(family, config, found)
     expected = _described(config)
     # tied, and stored all the same: transformers ties the two if they are equal
@@ -172,7 +174,7 @@ def _header(path: Path) -> dict[str, Any]:
         header = safetensors_header(path)
         safe_open(path, framework="pt")  # places that overlap, sizes that are not those of the shapes
     except (ValueError, OSError, SafetensorError) as error:
-        raise DamagedError(f"is not whole: {path.name} {_line(error)}") from error
+        raise DamagedError(f"is not whole: {path.name} {described(error)}") from error
     return header
 
 
@@ -181,7 +183,7 @@ def _described(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     try:
         dims, listed = sizes(config), weights(config)
     except Exception as error:  # of a class that is given impossible sizes: any
-        raise DamagedError(f"has a config.json of which no model can be made ({_line(error)})") from error
+        raise DamagedError(f"has a config.json of which no model can be made ({described(error)})") from error
     return {weight.name: tuple(dimension(dims, dim) for dim in weight.dims) for weight in listed}
 
 
@@ -235,7 +237,3 @@ def _check_tied(folder: Path, head: str, embedding: str) -> None:
     if not torch.equal(read(head), read(embedding)):
         raise DamagedError(f"has a {head} of its own, other than {embedding}, and config.json says that they are one "
                            "(tie_word_embeddings true); it is false, or the file has no such head")  # fmt: skip
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

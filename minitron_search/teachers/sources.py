@@ -64,7 +64,7 @@ def _snapshot(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=HUB_FILES))
     except (OSError, HFValidationError, HfHubHTTPError) as error:
-        raise _invalid(model, f"is not a folder here, and the Hub did not return it ({_first_line(error)})") from error
+        raise _invalid(model, f"is not a folder here, and the Hub did not return it ({described(error)})") from error
 
 
 def hub_name(model: str) -> str | None:
@@ -87,7 +87,7 @@ def teacher_config(model: str) -> PretrainedConfig:
         published = PUBLISHED / f"{model.replace('/', '--')}.json"
         if published.is_file():  # the papers' teachers can be planned with where the Hub is not reached
             return AutoConfig.for_model(**json.loads(published.read_text()))
-        raise _invalid(model, f"has no configuration that can be loaded ({_first_line(error)})") from error
+        raise _invalid(model, f"has no configuration that can be loaded ({described(error)})") from error
     if wrong := _impossible(config):
         raise _invalid(model, f"has {wrong} in config.json")
     return config
@@ -103,7 +103,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # as above, and the Rust of tokenizers has an error of its own
-        raise _invalid(model, f"has no tokenizer that can be loaded ({_first_line(error)})") from error
+        raise _invalid(model, f"has no tokenizer that can be loaded ({described(error)})") from error
 
 
 def fingerprint(folder: Path) -> str:
@@ -170,7 +170,7 @@ def _configuration(folder: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and the classes of its configurations raise all types
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = described(error)
         if "multiple of the number of attention heads" in reason:  # of a Llama, and of no other family that is pruned
             reason += "; model_type mistral is the same function and may have any head_dim"
         raise DamagedError(f"has a config.json that transformers refuses ({reason})") from error
@@ -189,10 +189,6 @@ def _impossible(config: PretrainedConfig) -> str:
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
         return f"num_attention_heads {heads}, no multiple of its num_key_value_heads {groups},"
     return ""
-
-
-def _first_line(error: Exception) -> str:
-    return described(error)
 
 
 def _invalid(model: str, why: str) -> ValueError:

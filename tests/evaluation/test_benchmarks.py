@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import tables
@@ -93,6 +94,15 @@ def test_shots_asked_for_are_given_where_a_task_fixes_none(models: dict[str, Pat
     task.set_fewshot_seed(1234)
     task.build_all_requests(limit=1)
     assert task.instances[0].args[0].count("\n\n") == 2
+
+
+def test_no_weight_of_a_model_is_left_to_chance(models: dict[str, Path], questions: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(models["student"], tmp_path / "student"))
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="student lacks model.norm.weight"):
+        lm_eval_run.evaluate(folder, parse_tasks([f"{questions}:0"])[0], "float32", limit=2)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="Winogrande itself is not beside the project")

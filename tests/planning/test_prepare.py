@@ -1,12 +1,14 @@
 """What is wrong is found before anything is spent: status 2, one message, nothing written, Ray not started."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM
 
 from minitron_search.cli import main
@@ -304,6 +306,33 @@ def test_where_a_run_is_placed_may_change_on_resume_and_what_it_computes_may_not
     said = refused(*flags)
     assert "distillation.temperature: 1.0 there, 2.0 asked now" in said
     assert "resources" not in said and "gradient_checkpointing" not in said
+
+
+def test_continuing_with_another_model_of_the_same_name(refused: Refused, good: list[str], here: Path) -> None:
+    existing_run(good)
+    run = RunDirectory("run")
+    other = {"folder": "teacher", "fingerprint": "0123456789abcdef"}
+    run.write_environment({"teacher": other, "distillation_teacher": other, "corrected_teacher": None})
+    said = refused("--resume")
+    assert "teacher.model: " in said and "is not the model that run began with: its fingerprint is " in said
+    assert "was 0123456789abcdef; valid: that model, or another output" in said
+
+
+def test_every_model_that_is_named_has_to_be_whole(refused: Refused, inputs: Path, here: Path) -> None:
+    """With the key that names it; also in a dry run, which reads no values."""
+    for name, change in (("cut", lambda tensor: tensor[:-1].clone()), ("nan", lambda tensor: tensor * float("nan"))):
+        folder = Path(shutil.copytree(inputs / "teacher", here / "cache" / name))
+        weights = load_file(folder / "model.safetensors")
+        weights["model.norm.weight"] = change(weights["model.norm.weight"])
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        for flags in (
+            ["--teacher.model", str(folder)],
+            ["--distillation.teacher", str(folder)],
+            ["--evaluation.tasks", "winogrande", "--evaluation.references", str(folder)],
+        ):
+            said = refused(*flags, *(["--dry-run"] if name == "cut" else []))
+            assert f"{flags[-2].removeprefix('--')}: '{folder}' has " in said and "model.norm.weight" in said
+            assert said.count("\n") == 1
 
 
 # What is to be evaluated

@@ -10,9 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from minitron_search.teachers.sources import load_tokenizer, teacher_config
 
 from minitron_search.distillation.correction import float32_of
+from minitron_search.teachers.sources import load_tokenizer, teacher_config
 from tests.project.test_layering import ANALYSIS, PACKAGE
 from tests.runs import ROOT
 from tests.tiny import teacher_folder
