@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from minitron_search.evaluation.paired_scores import Row, Scores, against
 from minitron_search.evaluation.statistics import LEVEL, holm, mean_and_error
 from minitron_search.records.directory import ABLATION_TABLE, RunDirectory, write_table
+from minitron_search.records.escaping import visible
 from minitron_search.records.metrics import compared_metrics
 from minitron_search.records.summary import with_error
 
@@ -78,8 +80,9 @@ def shown(
 ) -> Table:  # fmt: skip
     """Return a table: every arm's LM loss as it begins and ends, and its difference from the baseline at the end."""
     table = Table(
-        title=f"{about['question']}\nLM loss, nats per token, {len(about['seeds'])} seeds; (standard error over them) "
-        f"in the last digits\n95% intervals of arm - {about['baseline']}; p after Holm's correction for the arms",
+        title=f"{escape(visible(about['question']))}\nLM loss, nats per token, {len(about['seeds'])} seeds; (standard "
+        f"error over them) in the last digits\n95% intervals of arm - {about['baseline']}; p after Holm's correction "
+        "for the arms",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),  # eight columns in the 120 of a job's log
     )

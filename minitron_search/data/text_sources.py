@@ -177,9 +177,13 @@ def _hub(field: str, name: str, path: str, config: str | None, split: str) -> Te
         try:
             # Streaming reads the Hub: without it, what is in the datasets cache has to do.
             stream = datasets.load_dataset(path, config, split=split, streaming=not is_offline_mode())
-            for row in stream:
-                yield _text(row)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            for number, row in enumerate(stream, start=1):
+                try:
+                    text = _text(row)
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(f"row {number}: {_why(error)}") from error
+                yield text
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"{field}: {name!r} has no split {split!r} with strings in a column `text` ({error})"
             ) from error
