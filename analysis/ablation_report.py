@@ -27,6 +27,7 @@ from analysis.report import written
 from analysis.run_cards import draw
 from analysis.run_data import RunData, candidates, load_run
 from minitron_search.messages.escaping import in_html, visible
+from minitron_search.messages.failures import reading, run_command
 from minitron_search.records.directory import ABLATION_FILE, ABLATION_TABLE, RunDirectory, replace_text, stage_seconds
 from minitron_search.records.metrics import METRICS, scored
 
@@ -421,15 +422,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--figures", action="store_true", help="also every figure as SVG and PNG, in FOLDER/report_figures"
     )
-    chosen = parser.parse_args(arguments)
-    try:
-        path = write_ablation_report(chosen.folder)
-    except ValueError as error:
-        print(visible(error), file=sys.stderr)
-        return 2
+    return run_command(lambda: report(parser.parse_args(arguments)))
+
+
+def report(chosen: argparse.Namespace) -> int:
+    """Write the page that the arguments ask for; return the exit status."""
+    folder = chosen.folder.expanduser()
+    with reading(str(folder), "the folder of an ablation as `python -m minitron_search.run` writes it"):
+        path = write_ablation_report(folder)
     print(visible(path))
     if chosen.figures:
-        write_beside(path, draw(CARDS, load_ablation(chosen.folder)))
+        write_beside(path, draw(CARDS, load_ablation(folder)))
     return 0
 
 

@@ -16,7 +16,9 @@ from analysis.page.page import page
 from analysis.page.static_figures import write_figures as write_static
 from analysis.run_data import load_run
 from minitron_search.messages.escaping import visible
+from minitron_search.messages.failures import reading, run_command
 from minitron_search.records.directory import RunDirectory
+from minitron_search.records.paths import located
 
 
 def write_figures(directory: RunDirectory) -> tuple[list[Path], str]:
@@ -38,12 +40,13 @@ def write_figures(directory: RunDirectory) -> tuple[list[Path], str]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m analysis.depth_figures", description="The depth sweep's figures.")
     parser.add_argument("run_directory", help="the folder of a run whose depth stage has finished")
-    chosen = parser.parse_args(arguments)
-    try:
-        written, reason = write_figures(RunDirectory(chosen.run_directory))
-    except ValueError as error:
-        print(visible(error), file=sys.stderr)
-        return 2
+    return run_command(lambda: figures(parser.parse_args(arguments).run_directory))
+
+
+def figures(run_directory: str) -> int:
+    """Write the figures of a run; return the exit status."""
+    with reading(run_directory, "the folder of a run whose depth stage has finished"):
+        written, reason = write_figures(RunDirectory(located(run_directory)))
     for path in written:
         print(visible(path))
     if reason:

@@ -22,8 +22,10 @@ from analysis.page.static_figures import write_beside
 from analysis.run_cards import make_cards
 from analysis.run_data import RunData, load_run
 from minitron_search.messages.escaping import visible
+from minitron_search.messages.failures import reading, run_command
 from minitron_search.records.bucket import BucketCopy, bucket_copy
 from minitron_search.records.directory import RunDirectory, replace_text
+from minitron_search.records.paths import located
 
 COMPARISON = "comparison.html"
 
@@ -82,22 +84,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--figures", action="store_true", help="also every figure as SVG and PNG, in a folder beside it"
     )
-    chosen = parser.parse_args(arguments)
+    return run_command(lambda: report(parser.parse_args(arguments)))
+
+
+def report(chosen: argparse.Namespace) -> int:
+    """Write the page that the arguments ask for; return the exit status."""
     buckets: list[BucketCopy] = []
-    try:
-        directories = [RunDirectory(address) for address in chosen.run_directories]
-        for address, directory in zip(chosen.run_directories, directories, strict=True):
-            if bucket := bucket_copy(address, directory):
-                bucket.pull()
-                buckets.append(bucket)
-        alone = directories[0].report if len(directories) == 1 else Path(COMPARISON)
-        path = chosen.output or alone
+    addresses = [located(address) for address in chosen.run_directories]
+    directories = [RunDirectory(address) for address in addresses]
+    for address, directory in zip(addresses, directories, strict=True):
+        if bucket := bucket_copy(address, directory):
+            bucket.pull()
+            buckets.append(bucket)
+    alone = directories[0].report if len(directories) == 1 else Path(COMPARISON)
+    path = chosen.output.expanduser() if chosen.output else alone
+    with reading(", ".join(addresses), "run directories as `python -m minitron_search.run` writes them"):
         cards = write_page(path, directories)
-        if buckets and path == directories[0].report:
-            buckets[0].put(path, PurePosixPath(path.name))  # nothing else has changed
-    except ValueError as error:
-        print(visible(error), file=sys.stderr)
-        return 2
+    if buckets and path == directories[0].report:
+        buckets[0].put(path, PurePosixPath(path.name))  # nothing else has changed
     print(visible(path))
     if chosen.figures:
         write_beside(path, cards)

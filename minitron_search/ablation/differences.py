@@ -12,8 +12,8 @@ from rich.table import Table
 
 from minitron_search.evaluation.paired_scores import Row, Scores, against
 from minitron_search.evaluation.statistics import LEVEL, holm, mean_and_error
+from minitron_search.messages.escaping import visible
 from minitron_search.records.directory import ABLATION_TABLE, RunDirectory, write_table
-from minitron_search.records.escaping import visible
 from minitron_search.records.metrics import compared_metrics
 from minitron_search.records.summary import with_error
 

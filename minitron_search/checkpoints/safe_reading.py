@@ -79,7 +79,9 @@ def read_tensors(folder: Path, described: Metadata, tensors: dict[str, Tensor], 
         cause = next(iter(error.failures.values()))[0]
         if isinstance(cause, PermissionError | torch.OutOfMemoryError):
             raise cause from None
-        raise DamagedError(f"its tensors cannot be read ({type(cause).__name__}: {described(cause)})") from error
+        raise DamagedError(
+            f"its tensors cannot be read ({type(cause).__name__}: {failures.described(cause)})"
+        ) from error
 
 
 class _Reader(FileSystemReader):

@@ -282,8 +282,9 @@ def _written_names() -> frozenset[str]:
     spec = find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
         raise ValueError("evaluation.tasks: lm-eval is not installed; valid: none, or pip install lm-eval")
-    files = Path(spec.submodule_search_locations[0], "tasks").rglob("*y*ml*")
-    found = (match for file in files if file.is_file() for match in NAMED.findall(file.read_bytes()))
+    places = Path(spec.submodule_search_locations[0], "tasks").rglob("*")
+    files = (path for path in places if path.suffix in ("", ".yaml", ".yml") and path.is_file())
+    found = (match for file in files for match in NAMED.findall(file.read_bytes()))
     return frozenset(name.decode() for line in found for name in re.findall(rb"[\w.()\-]+", line))
 
 

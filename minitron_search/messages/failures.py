@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -21,10 +21,6 @@ from minitron_search.messages.console import complain
 DEBUG = "MINITRON_SEARCH_DEBUG"
 OURS = ("minitron_search", "analysis")
 LONGEST = 600  # characters that are told of a message which is not ours
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does."""
 
 
 class BegunError(Exception):
@@ -93,46 +89,50 @@ def run_command(work: Callable[[], int]) -> int:
 
     Status 2: nothing was written. 1: something was. 130: Ctrl-C. 143: SIGTERM.
     """
-    with terminable(), no_input():
+    with terminable() as signals, no_input():
         try:
             return work()
-        except Exception as error:
-            return told(error)
-        except KeyboardInterrupt as error:
-            return told(error)
+        except (Exception, KeyboardInterrupt) as error:
+            return told(error, bool(signals))
 
 
-def told(error: BaseException) -> int:
-    """Print one message about what stopped a command; return the exit status."""
+def told(error: BaseException, terminated: bool = False) -> int:
+    """Print one message about what stopped a command, SIGTERM or something else; return the exit status."""
     begun = error if isinstance(error, BegunError) else None
     cause = error.__cause__ if begun and error.__cause__ else error
     if os.environ.get(DEBUG, "0") not in ("", "0"):
         traceback.print_exception(cause)
-    if isinstance(cause, BrokenPipeError) and sys.stdout is not None:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python flushes it when it exits
+    if isinstance(cause, BrokenPipeError):
+        with suppress(AttributeError, OSError):  # Python flushes stdout when it exits
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     again = f"; continue with: {begun.again}" if begun and begun.again else ""
     if isinstance(cause, KeyboardInterrupt):
-        how = "terminated" if isinstance(cause, Terminated) else "interrupted"
+        how = "terminated" if terminated else "interrupted"
         kept = "; every finished row is kept" if again else " before anything was written"
-        return complain(f"{how}{kept}{again}", 143 if how == "terminated" else 130)
+        return complain(f"{how}{kept}{again}", 143 if terminated else 130)
     message = (begun and begun.message) or message_of(cause)
     return complain(message + again, 1 if begun and begun.wrote else 2)
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
-    """While the block runs, raise `Terminated` in the main thread at SIGTERM; at a second one nothing."""
+def terminable() -> Iterator[list[int]]:
+    """While the block runs, raise KeyboardInterrupt at the first SIGTERM, as Ctrl-C does; yield the signals so far.
+
+    Who catches it on its way may raise a KeyboardInterrupt of its own: that list says what it was.
+    """
+    signals: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield signals
         return
 
     def end(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, lambda number, frame: None)
-        raise Terminated
+        signals.append(number)
+        if len(signals) == 1:  # a second one must not cut short what the first began to put in order
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, end)
     try:
-        yield
+        yield signals
     finally:
         signal.signal(signal.SIGTERM, before)
 
