@@ -9,6 +9,7 @@ interrupted (`--resume` continues the run).
 
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -44,10 +45,13 @@ def main(arguments: list[str] | None = None) -> int:
 
             return ablate(options.config, overrides, resume=options.resume, dry_run=options.dry_run)
         config = load_config(options.config, overrides)
-        # only now: torch, transformers and Ray take seconds to import, and a misspelt key is told without them
-        from minitron_search.commands import forecast, search
+        from minitron_search.ownership.owner import held
 
-        return forecast(config, options.resume) if options.dry_run else search(config, options.resume)
+        with nullcontext() if options.dry_run else held(config.output) as hold:
+            # only now: torch, transformers and Ray take seconds to import, and a misspelt key is told without them
+            from minitron_search.commands import forecast, search
+
+            return search(config, options.resume, hold) if hold else forecast(config, options.resume)
     except (ValueError, RuntimeError, OSError) as error:
         return complain(error, 2)
     except KeyboardInterrupt:
