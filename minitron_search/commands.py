@@ -28,7 +28,7 @@ from minitron_search.records.directory import RunDirectory
 
 
 def search(config: Config, resume: bool, hold: Hold) -> int:
-    """Prepare a run, and run its stages to the end or to the first that fails. `hold`: this process's, of the output."""
+    """Prepare a run, and run its stages to the end or to the first that fails. `hold`: of its output."""
     say("preparing: teacher, text, Winogrande")
     prepared = prepare(config, resume)
     release_memory()
