@@ -10,6 +10,7 @@ interrupted and 143 terminated (`--resume` continues the run). Whatever fails is
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NoReturn
 
@@ -71,10 +72,13 @@ def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def run(config: Config, resumed: bool, dry_run: bool) -> int:
     """Run, or forecast, what is configured."""
-    # only now: torch, transformers and Ray take seconds to import, and a misspelt key is told without them
-    from minitron_search.commands import forecast, search
+    from minitron_search.ownership.owner import held
 
-    return forecast(config, resumed) if dry_run else search(config, resumed)
+    with nullcontext() if dry_run else held(config.output) as hold:
+        # only now: torch, transformers and Ray take seconds to import, and a misspelt key is told without them
+        from minitron_search.commands import forecast, search
+
+        return search(config, resumed, hold) if hold else forecast(config, resumed)
 
 
 def resume(overrides: list[str], dry_run: bool) -> int:

@@ -24,29 +24,24 @@ from minitron_search.models.device import release_memory
 from minitron_search.ownership.owner import Hold, held
 from minitron_search.pipeline.latency import held_here
 from minitron_search.pipeline.stages import run_pipeline
-from minitron_search.planning.checks import is_placement
+from minitron_search.planning.checks import check_stages, is_placement
 from minitron_search.planning.forecast import dry_run
 from minitron_search.planning.prepare import check, prepare
 from minitron_search.records.bucket import bucket_copy
 from minitron_search.records.damage import mend
 from minitron_search.records.directory import ABLATION_FILE, RunDirectory
-from minitron_search.records.logs import Files
 
 
-def search(config: Config, resume: bool) -> int:
-    """Prepare a run, and run its stages to the end or to the first that fails."""
-    with held(config.output) as hold:
-        return _search(config, resume, hold)
-
-
-def _search(config: Config, resume: bool, hold: Hold) -> int:
+def search(config: Config, resume: bool, hold: Hold) -> int:
+    """Prepare a run, and run its stages to the end or to the first that fails. `hold`: of its output."""
     say("preparing: teacher, text, Winogrande")
-    if resume:
-        go_on(config.output, hold.files)
     prepared = prepare(config, resume)
     release_memory()
     run_dir = prepared.run_dir
     run_dir.files = hold.files
+    if resume:
+        mend(run_dir)
+        check_stages(run_dir, config)  # what was damaged is not there any more
     bucket = bucket_copy(config.output, run_dir, hold.check)
     failed_before = failed_evaluations(run_dir)
     with continued_by(lambda: command_for(config, run_dir), run_dir.events_log):
@@ -56,15 +51,6 @@ def _search(config: Config, resume: bool, hold: Hold) -> int:
         return complain(f"{failed} of evaluation.tasks failed, the rest is done; tried again by: "
                         f"{command_for(config, run_dir)}", 1)  # fmt: skip
     return 0
-
-
-def go_on(output: str, files: Files) -> None:
-    """Fetch a run that goes on, if it is in storage, and mend what of it is damaged."""
-    run_dir = RunDirectory(output, files)
-    if bucket := bucket_copy(output, run_dir):
-        bucket.pull()
-    if run_dir.config.exists():
-        mend(run_dir)
 
 
 def forecast(config: Config, resume: bool) -> int:

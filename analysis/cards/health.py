@@ -15,7 +15,8 @@ from minitron_search.messages.escaping import in_html
 
 # Events that somebody should know of, each a line with its time; and which of them are no trouble.
 INCIDENTS = ("run_failed", "trial_failed", "trial_restarted", "node_leaving", "node_lost", "node_joined",
-             "storage_failed", "storage_back", "advice", "evaluation_failed", "tracker_failed")  # fmt: skip
+             "storage_failed", "storage_back", "advice", "evaluation_failed", "tracker_failed",
+             "checkpoint_damaged", "damage_mended")  # fmt: skip
 CALM = ("node_joined", "storage_back", "advice")
 LINES = 200  # of incidents; what is beyond is counted, and in the CSV
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -155,9 +156,9 @@ def _prepared(
     ablation: Ablation, place: str, config: Config, resume: bool, others: dict[str, Prepared]
 ) -> Prepared:  # fmt: skip
     goes_on = resume and begun(config.output)
-    if goes_on:
-        mend(RunDirectory(config.output))
     prepared = prepare(config, goes_on)
+    if goes_on:
+        mend(prepared.run_dir)
     first = next((other for name, other in others.items() if name in ablation.changes), None)
     if first is not None and place in ablation.changes:
         check_text(place, ablation.changes[place], prepared, first)
@@ -175,11 +176,20 @@ def _check_output(ablation: Ablation, resume: bool) -> None:
         raise ValueError(f"output: {output} is not empty; valid: another folder, or --resume to continue the ablation "
                          "that it holds")  # fmt: skip
     if resume:
-        begun_with, wanted = json.loads(file.read_text()), json.loads(json.dumps(ablation.about()))
+        begun_with, wanted = _begun_with(file), json.loads(json.dumps(ablation.about()))
         changed = [key for key in wanted if wanted[key] != begun_with.get(key)]
         if changed:
             raise ValueError(f"output: {output} holds an ablation of another {', '.join(changed)}; valid: the same "
                              "values, or another folder")  # fmt: skip
+
+
+def _begun_with(file: Path) -> dict[str, Any]:
+    """Return what an ablation was begun as."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"output: {file} is damaged ({error}); valid: the file from a copy, or delete it and give the "
+                         "arms to a new output") from None  # fmt: skip
 
 
 def _ended(run_dir: RunDirectory) -> bool:

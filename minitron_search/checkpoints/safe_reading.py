@@ -19,6 +19,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
+from minitron_search.messages import failures
+
 METADATA = ".metadata"
 ALLOWED: dict[tuple[str, str], Any] = {
     **{

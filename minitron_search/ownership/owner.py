@@ -151,9 +151,9 @@ def held(output: str) -> Iterator[Hold]:
         except FileNotFoundError:  # whoever held it has removed the folder, which it had made, in this very moment
             continue
     try:
-        hold = Hold(output, Owner.this_process(), stored_object(output, OWNER) if is_uri(output) else None)
+        hold = Hold(output, Owner.this_process(), _stored(output) if is_uri(output) else None)
         if hold.stored is not None:
-            hold.take_stored()
+            _take(hold)
             threading.Thread(target=hold.keep_stored, daemon=True).start()
         LOCAL.replace(hold.record, hold.owner.text().encode())
         try:
@@ -184,6 +184,25 @@ def _held(output: str, owner: Owner | None, heard: str) -> HeldError:
     silent = f" or been silent for {EXPIRY_S:.0f} s" if is_uri(output) else ""
     return HeldError(f"output: {output} is being written by {owner or 'another process'}{heard}; valid: another "
                      f"output, or this one once that process has ended{silent}")  # fmt: skip
+
+
+def _stored(output: str) -> StoredObject:
+    try:
+        return stored_object(output, OWNER)
+    except (ArrowException, ValueError, OSError) as error:
+        raise ValueError(f"output: {output!r}: {_reason(error)}; valid: s3://bucket/run or runs/name") from None
+
+
+def _take(hold: Hold) -> None:
+    try:
+        hold.take_stored()
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"output: {hold.output} cannot be written to: {_reason(error)}; valid: a bucket that these "
+                         "credentials may write to") from None  # fmt: skip
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _owner_in(root: Path) -> Owner | None:

@@ -18,6 +18,8 @@ from minitron_search.records.cache import content_id
 from minitron_search.records.paths import inside
 
 SETTLE_S = 2.0
+# How S3 says that an object is gone, is being written by another, or was written by another.
+TAKEN = ("NoSuchKey", "ConditionalRequestConflict", "PreconditionFailed")
 
 
 class Kept(NamedTuple):
@@ -76,7 +78,7 @@ class S3Object:
             answer = self.client.get_object(**self.place)
             content = answer["Body"].read()
         except self.errors as error:
-            if _status(error) == 404:
+            if _code(error) == "NoSuchKey":
                 return None
             raise OSError(f"{self._address}: {error}") from error
         now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])  # by the clock of storage
@@ -87,7 +89,7 @@ class S3Object:
         try:
             return self.client.put_object(**self.place, Body=content, **condition)["ETag"]
         except self.errors as error:
-            if _status(error) in (404, 409, 412):  # gone, being written by another, written by another
+            if _code(error) in TAKEN:
                 return None
             raise OSError(f"{self._address}: {error}") from error
 
@@ -137,5 +139,5 @@ class PlainObject:
         self.storage.delete_file(self.path)
 
 
-def _status(error: Any) -> int | None:
-    return getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode")
+def _code(error: Any) -> str | None:
+    return getattr(error, "response", {}).get("Error", {}).get("Code")

@@ -93,6 +93,8 @@ def begin_run(prepared: Prepared) -> None:
     if not run_dir.config.exists():
         run_dir.write_config(config.dump())
     run_dir.event("run_started", stages=list(config.stages))
+    if run_dir.scratch.is_symlink() or run_dir.scratch.is_file():  # which rmtree would leave
+        run_dir.scratch.unlink()
     shutil.rmtree(run_dir.scratch, ignore_errors=True)  # of a session that was killed
 
 

@@ -81,6 +81,9 @@ def check_output(run_dir: RunDirectory, config: Config, resume: bool) -> None:
         if other.config.is_file() and other.events_log.is_file():
             raise ValueError(f"output: {config.output} is inside the run in {parent}; valid: a folder outside it")
     check_writable(run_dir.root)
+    for parent in run_dir.root.parents:
+        if (parent / run_dir.config.name).is_file() and (parent / run_dir.events_log.name).is_file():
+            raise ValueError(f"output: {config.output} is inside the run {parent}; valid: a folder outside it")
     if not holds_anything(run_dir.root):
         if resume:
             raise ValueError(f"output: {config.output} holds no run to continue; "
@@ -126,7 +129,8 @@ def check_stages(run_dir: RunDirectory, config: Config) -> None:
         raise ValueError(f"space.axes.drop_block.seeds: sweep needs the depth stage, which {config.output} "
                          "does not hold; valid: stages importance,depth,search, or seeds none")  # fmt: skip
     if "retrain" in stages and "search" not in stages:
-        promoted = any(row["status"] == "promoted" for row in run_dir.read_trials())
+        promoted = any(event["event"] == "promoted" for event in run_dir.events())  # the table may be damaged
+        promoted = promoted or any(row["status"] == "promoted" for row in run_dir.read_trials())
         if not promoted:
             raise ValueError(f"stages: {', '.join(stages)}: retrain needs a search, which {config.output} does not "
                              "hold; valid: importance,search,retrain")  # fmt: skip

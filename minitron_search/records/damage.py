@@ -87,7 +87,7 @@ def statuses_of(events: list[dict[str, Any]], rungs: list[dict[str, Any]]) -> tu
 
 
 class CheckpointDamage:
-    """Says which checkpoints were damaged, from now on, as trials write it into the events."""
+    """Say which checkpoints were damaged, from now on, as trials write it into the events."""
 
     def __init__(self, run_dir: RunDirectory):
         self._events = Log(run_dir.events_log, run_dir.files)

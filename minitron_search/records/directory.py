@@ -5,6 +5,7 @@
     evaluation.json
     trials/<id>/ architecture.json, metrics.jsonl, decisions.jsonl, checkpoint/, events.out.tfevents
     best/     report.html
+    .lock     .owner     who writes it (ownership.owner)     .damaged/    what was set aside (records.damage)
 
 What is true is in `trials/<id>/metrics.jsonl`: a line per logged step and a line per finished rung, written
 by the trial itself when the rung ends, so a driver that is killed loses no finished row. `trials.parquet` is

@@ -27,7 +27,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
 def is_event(line: Mapping[str, Any]) -> bool:
     """Return whether a line of events.jsonl is one."""
     kind = line.get("event")
-    return isinstance(kind, str) and _is_number(line.get("time")) and _are_words(line, EVENTS.get(kind, ()))
+    return isinstance(kind, str) and _is_time(line.get("time")) and _are_words(line, EVENTS.get(kind, ()))
 
 
 def is_metric(line: Mapping[str, Any]) -> bool:
@@ -69,6 +69,10 @@ SOUND: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "metrics.jsonl": is_metric,
     "decisions.jsonl": is_decision,
 }
+
+
+def _is_time(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < 1e11  # in seconds; beyond, a date has no year
 
 
 def _are_words(line: Mapping[str, Any], names: tuple[str, ...]) -> bool:

@@ -254,6 +254,16 @@ def test_of_two_that_write_at_once_one_is_told_that_it_has_not(address: str) -> 
     assert objects[1].read() is None
 
 
+def test_a_bucket_that_is_not_there_is_refused(address: str) -> None:
+    wrong = address.replace("//runs/", "//no-such-bucket/")
+    with pytest.raises(
+        ValueError, match="output: s3://no-such-bucket/.* cannot be written to: .*; valid: a bucket"
+    ) as raised:
+        with held(wrong):
+            raise AssertionError
+    assert not isinstance(raised.value, HeldError) and "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"token": 1}', "\x00", json.dumps({"pid": "x"})])
 def test_an_owner_that_cannot_be_read_is_nobody(text: str) -> None:
     assert Owner.parse(text) is None

@@ -256,6 +256,20 @@ def test_a_folder_that_holds_something_else(refused: Refused, here: Path) -> Non
         assert "output: run is not empty and holds no run; valid: a new folder" in refused(*flags)
 
 
+def test_a_folder_inside_another_run(refused: Refused, good: list[str], here: Path) -> None:
+    existing_run(good)
+    RunDirectory(here / "run").event("run_started")
+    said = refused("--output", "run/best/mine")
+    assert f"output: run/best/mine is inside the run {here / 'run'}; valid: a folder outside it" in said
+
+
+def test_continuing_a_run_whose_configuration_is_no_more(refused: Refused, good: list[str], here: Path) -> None:
+    existing_run(good)
+    (here / "run" / "config.yaml").write_text("a: [1")
+    said = refused("--resume")
+    assert "run/config.yaml is damaged" in said and "valid: the file as it was" in said and said.count("\n") == 1
+
+
 def test_continuing_with_another_configuration_says_what_differs(refused: Refused, good: list[str]) -> None:
     existing_run(good)
     said = refused("--resume", "--search.trials", "99", "--distillation.temperature", "2")

@@ -195,6 +195,27 @@ def test_the_place_of_one_that_failed_is_the_next_ones(tmp_path: Path) -> None:
     assert {trial for trial, rows in search.rows.items() if 1 in rows} == set(order[:4])
 
 
+@pytest.mark.parametrize("message", [
+    "EOFError: Ran out of input", "_pickle.UnpicklingError: invalid load key, '#'.",
+    "torch.distributed.checkpoint.api.CheckpointException: CheckpointException ranks:dict_keys([0])",
+    "RuntimeError: PytorchStreamReader failed reading zip archive: failed finding central directory",
+])  # fmt: skip
+def test_a_trial_that_failed_by_damage_is_tried_again_and_one_that_diverged_is_not(
+    tmp_path: Path, message: str
+) -> None:  # fmt: skip
+    config = asked(trials=6, rungs=[0, 128, 512], controls=False)
+    search = search_in(tmp_path, config)
+    damaged, diverged = search.next_trial(), search.next_trial()
+    assert damaged is not None and diverged is not None
+    search.run.event("trial_failed", trial=damaged.id, message=message)
+    search.run.event("trial_failed", trial=diverged.id, message="diverged at step 3: loss nan, limit 3")
+    search.read_failures()
+    assert {search.status(damaged.id), search.status(diverged.id)} == {"failed"}
+    again = search_in(tmp_path, config)
+    assert (again.status(damaged.id), again.status(diverged.id)) == ("running", "failed")
+    assert [trial.id for trial in again.waiting] == [damaged.id]
+
+
 def test_finalists_run_with_more_seeds_and_the_best_is_of_their_mean(tmp_path: Path) -> None:
     search = search_in(tmp_path, asked(trials=8, finalist_seeds=3, controls=False))
     Driver(search, slots=2).to_the_end()
