@@ -106,12 +106,17 @@ class Command:
         """Run until a printed line holds `at`, then send `how`; the exit status."""
         process = self.start(output, *arguments)
         assert process.stdout is not None
+        printed: list[str] = []
+        late = threading.Timer(300, process.kill)  # a run that stands still is a failure, not the end of all tests
+        late.start()
         for line in process.stdout:
+            printed.append(line)
             if at in line:
                 process.send_signal(how)
                 break
         else:
-            raise AssertionError(f"the run ended before it printed {at!r}")
+            raise AssertionError(f"the run ended before it printed {at!r}:\n{''.join(printed)}")
+        late.cancel()
         threading.Thread(target=process.stdout.read, daemon=True).start()  # a full pipe would hold it up
         return process.wait(timeout=120)
 
