@@ -4,7 +4,7 @@
                                   [--KEY.SUBKEY VALUE ...]
 
 Exit status: 0 done, 1 a stage failed, 2 the configuration or an input is wrong (nothing was written), 130
-interrupted and 143 terminated (`--resume` continues the run). Whatever fails is one message (`records.failures`).
+interrupted and 143 terminated (`--resume` continues the run). Whatever fails is one message (`messages.failures`).
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """What the command does once its configuration is read: search, forecast or ablate. Each returns an exit status.
 
-Each raises what is wrong, and `BegunError` of it once a run has begun: `records.failures` makes the message of it.
+Each raises what is wrong, and `BegunError` of it once a run has begun: `messages.failures` makes the message of it.
 """
 
 import json
