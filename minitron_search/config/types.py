@@ -131,8 +131,9 @@ Real = Annotated[float, BeforeValidator(as_number), Field(allow_inf_nan=False)]
 Positive = Annotated[float, BeforeValidator(as_number), Field(gt=0, allow_inf_nan=False)]
 
 
-# Adam moves every weight by about the learning rate at each step
-LearningRate = Annotated[float, BeforeValidator(as_number), Field(gt=0, le=10, allow_inf_nan=False)]
+# Adam moves every weight by about the learning rate at each step: beyond this it leaves float32, which no check of
+# divergence could tell from damage
+LearningRate = Annotated[float, BeforeValidator(as_number), Field(gt=0, le=1e30, allow_inf_nan=False)]
 
 
 Share = Annotated[float, BeforeValidator(as_number), Field(ge=0, lt=1, allow_inf_nan=False)]

@@ -58,7 +58,7 @@ def test_other_keys_are_read_by_their_own_type(key: str, typed: str, expected: A
         ("distillation.temperature", "1e300"), ("distillation.temperature", ".nan"), ("importance.rounds", "1e12"),
         ("search.trials", "1e12"), ("search.tokens", "1e300"), ("distillation.batch_tokens", "1e300"),
         ("space.budget", "{memory_bytes: {target: 1B, batch_size: 1e300}}"), ("resources.gpus_per_worker", "1.5"),
-        ("space.axes.hidden_size", "{low: 1, high: 4B, step: 1}"), ("retraining.learning_rate", "1e30"),
+        ("space.axes.hidden_size", "{low: 1, high: 4B, step: 1}"), ("retraining.learning_rate", "1e31"),
         ("space.axes.hidden_size", "{low: 1, high: 9M, step: 1}"), ("space.budget.params.target", "1e300"),
         ("space.axes.hidden_size", "{low: 1, low: 2, high: 3, step: 1}"), ("resources.price_per_hour", ".inf"),
         ("teacher.correction", "{method: full, tokens: 1K, warmup_steps: 100}"),

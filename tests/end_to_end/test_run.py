@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from minitron_search.cli import main
 from minitron_search.records.directory import RunDirectory
 from tests.runs import Command, events, in_background, kill_child, rows
 from tests.tracking.test_tracking import shown
@@ -94,20 +95,24 @@ def test_the_teacher_is_asked_once_for_all_trials(command: Command, unbroken: Pa
     assert all(a == pytest.approx(b, rel=1e-2) for a, b in ours) and any(a != b for a, b in ours)
 
 
-def test_a_run_killed_at_every_stage_and_interrupted_gives_the_unbroken_table(command: Command, unbroken: Path) -> None:
-    """SIGKILL of the driver, also when TPE proposes: what it proposes on resuming is in the table. Ctrl-C stops cleanly
-    and keeps finished rows."""
+def test_a_run_killed_at_every_stage_and_interrupted_gives_the_unbroken_table(
+    command: Command, unbroken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL of the driver, also when TPE proposes: what it proposes on resuming is in the table. Ctrl-C and SIGTERM
+    stop cleanly and keep finished rows. In the end the directory is all that continuing takes."""
     output, finished = command.folder / "killed", set[str]()
-    moments = [("importance:", signal.SIGKILL), ("rung 0", signal.SIGINT), ("[4/5", signal.SIGKILL),
+    moments = [("importance:", signal.SIGKILL), ("rung 0", signal.SIGINT), ("[4/5", signal.SIGTERM),
                ("retrain:", signal.SIGKILL)]  # fmt: skip
     for at, how in moments:
         resume = ["--resume"] if output.exists() else []
         status = command.interrupt(output, at, how, *ONE, *INLINE, *resume)
-        assert status == (130 if how == signal.SIGINT else -signal.SIGKILL), at
+        expected = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
+        assert status == expected[how], at
         before = rows(output) if (output / "trials.parquet").exists() else []
         assert before or at == "importance:", at
         finished |= {row["trial"] for row in before if row["arm"] == "search" and row["status"] != "running"}
-    command.main(output, *ONE, *INLINE, "--resume")
+    monkeypatch.chdir(command.folder)
+    assert main(["--output", "killed", "--resume"]) == 0
     assert rows(output) == rows(unbroken)
     assert told(output) == told(unbroken)
     started = [event["trial"] for event in events(output, "trial_started")]
