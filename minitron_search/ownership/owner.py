@@ -114,11 +114,13 @@ class Hold:
         assert self.stored is not None
         while not self._over.wait(HEARTBEAT_S):
             with suppress(ArrowException, OSError, LostError):  # storage may fail for a while; `check` tells the run
-                tag = self.stored.write(self.owner.text().encode(), self._tag)
+                content = self.owner.text().encode()
+                tag = self.stored.write(content, self._tag)
                 if tag is None:
                     self.check()  # an answer that was lost leaves our own token under another tag
-                    tag = kept.tag if (kept := self.stored.read()) is not None else self._tag
-                self._tag = tag
+                    kept = self.stored.read()
+                    tag = kept.tag if kept is not None else self.stored.write(content, None)
+                self._tag = tag or self._tag
 
     def release(self) -> None:
         self._over.set()
