@@ -163,20 +163,19 @@ def _checked(model: str, folder: Path) -> tuple[Path, PretrainedConfig]:
         check_files(folder, config)
     except DamagedError as error:
         raise _invalid(model, str(error)) from error
+    if wrong := _impossible(config):
+        raise _invalid(model, f"has {wrong} in config.json")
     return folder.resolve(), config
 
 
 def _configuration(folder: Path) -> PretrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and the classes of its configurations raise all types
         reason = described(error)
         if "multiple of the number of attention heads" in reason:  # of a Llama, and of no other family that is pruned
             reason += "; model_type mistral is the same function and may have any head_dim"
         raise DamagedError(f"has a config.json that transformers refuses ({reason})") from error
-    if wrong := _impossible(config):
-        raise DamagedError(f"has a config.json with {wrong}")
-    return config
 
 
 def _impossible(config: PretrainedConfig) -> str:
