@@ -12,6 +12,7 @@ import os
 import sys
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 from minitron_search.config.loading import check_ablation_keys, configured, is_ablation, load_config, pairs, yaml_values
@@ -91,7 +92,12 @@ def resume(overrides: list[str], dry_run: bool) -> int:
         return ablate(None, overrides, resume=True, dry_run=dry_run, kept=ablation)
     values: dict[str, Any] = {}
     if text := kept(output, "config.yaml"):
-        values = {**yaml_values(text, f"output: {output}/config.yaml"), "output": output}
+        try:
+            values = {**yaml_values(text, "it"), "output": output}
+        except ValueError as error:
+            from minitron_search.records.damage import config_damage  # pyarrow, as above
+
+            raise config_damage(Path(output, "config.yaml"), str(error).partition("; valid")[0]) from None
     with reading(f"output: {output}/config.yaml", "the same command with --config"):
         config = configured(values, overrides)
     return run(config, True, dry_run)

@@ -263,3 +263,17 @@ def winogrande_file(path: Path, examples: int = 4) -> Path:
 def prose(words: int, seed: int = 0) -> str:
     """Text of `words` words, the same every time."""
     return " ".join(np.random.default_rng(seed).choice(WORDS, words).tolist())
+
+
+def sparse_weights(file: Path, config: PretrainedConfig) -> None:
+    """Write a safetensors file of `config`'s weights, all zeros, which takes no room on the disk."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    header, end = {}, 0
+    for name, parameter in model.named_parameters():
+        begin, end = end, end + 4 * parameter.numel()
+        header[name] = {"dtype": "F32", "shape": list(parameter.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with open(file, "wb") as written:
+        written.write(len(text).to_bytes(8, "little") + text)
+        written.truncate(8 + len(text) + end)

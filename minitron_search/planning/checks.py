@@ -79,7 +79,7 @@ def check_output(run_dir: RunDirectory, config: Config, resume: bool) -> None:
     for parent in root.resolve().parents:
         other = RunDirectory(parent)
         if other.config.is_file() and other.events_log.is_file():
-            raise ValueError(f"output: {config.output} is inside the run in {parent}; valid: a folder outside it")
+            raise ValueError(f"output: {config.output} is inside the run {parent}; valid: a folder outside it")
     check_writable(run_dir.root)
     for parent in run_dir.root.parents:
         if (parent / run_dir.config.name).is_file() and (parent / run_dir.events_log.name).is_file():

@@ -35,8 +35,13 @@ def check_config(run_dir: RunDirectory) -> None:
         reason = "it holds no keys"
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         reason = described(error)
-    raise ValueError(f"output: {run_dir.config} is damaged ({reason}); valid: the file as it was, from a copy or "
-                     "written anew with the values that the run began with; or another output")  # fmt: skip
+    raise config_damage(run_dir.config, reason)
+
+
+def config_damage(config: Path, reason: str) -> ValueError:
+    """Return the error for a configuration of a run that cannot be read."""
+    return ValueError(f"output: {config} is damaged ({reason}); valid: the file as it was, from a copy or written anew "
+                      "with the values that the run began with; or another output")  # fmt: skip
 
 
 def mend(run_dir: RunDirectory) -> list[str]:

@@ -16,7 +16,7 @@ from minitron_search.ablation.definition import Ablation, checked, load
 from minitron_search.ablation.runner import prepare_ablation, run_ablation
 from minitron_search.cli import main
 from minitron_search.planning.prepare import Prepared
-from minitron_search.records.directory import RunDirectory
+from minitron_search.records.directory import AXES, RunDirectory
 from minitron_search.records.paths import SCHEMES, inside
 from minitron_search.teachers.sources import is_stored, stored_model, teacher_config, teacher_folder
 from tests import tiny
@@ -83,6 +83,8 @@ class Runs:
         if name == self.fail:
             raise ValueError("it diverged")
         log(run, "search", "x", [np.arange(WINDOWS) / 10 + len(name)], params=1)
+        shape = {name: 1 for name in AXES[:4]}
+        run.start_trial("search-x-0", {"arm": "search", "seed": 0, "proposal": 0, "layers": [0], **shape})
         run.write_trials({})
         (run.trial("search-x-0") / "checkpoint" / "step-00000008").mkdir(parents=True)
         if name == "middle":
@@ -154,7 +156,7 @@ def test_storage_that_was_gone_when_an_arm_ended_has_it_after_a_resume(
 ) -> None:
     machine("one")
     with monkeypatch.context() as gone:
-        gone.setattr(ablation_storage, "stored", lambda run, address: nullcontext())
+        gone.setattr(ablation_storage, "stored", lambda *run: nullcontext())
         gone.setattr(ablation_storage, "put", lambda ablation: None)
         arms = {name: changes for name, changes in ARMS.items() if name != "again"}
         values = yaml.safe_load(Path("a.yaml").read_text()) | {"arms": arms, "before": {}}

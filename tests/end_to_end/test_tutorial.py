@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from rich.console import Console
+from transformers import AutoConfig
 
 from analysis import report
 from minitron_search.cli import main
@@ -47,7 +48,7 @@ def test_what_the_dry_run_is_said_to_print_is_what_it_prints(tmp_path: Path, mon
     folder = tmp_path / HUB_MODEL
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(PUBLISHED))
-    (folder / "model.safetensors").touch()
+    tiny.sparse_weights(folder / "model.safetensors", AutoConfig.for_model(**PUBLISHED))
     (tmp_path / FILE).write_text(yaml.safe_dump(ASKED))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(forecast, "this_machine", lambda: forecast.Machine(8, 1))

@@ -17,7 +17,7 @@ from tests.runs import Command, events, rows, tiny_configuration
 
 INLINE = ("--search.concurrency", "1", "--resources.launcher", "inline", "--search.trials", "1",
           "--search.rungs", "128", "--retraining.tokens", "256", "--search.controls", "false")  # fmt: skip
-NAME = "<script>alert(1)</script> [x](https://evil.example) | \x1b[31m\u202egpj"
+NAME = "<script>alert(1)</script> [x](https://evil.example) | \u202egpj"
 TEMPLATES = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
 
 

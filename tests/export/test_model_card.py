@@ -22,7 +22,7 @@ from minitron_search.teachers.sources import HUB_FILES, hub_name
 from minitron_search.trials.settings import LoopSettings
 from minitron_search.trials.trial import Trial
 from tests import tiny
-from tests.records.test_escaping import Tags
+from tests.messages.test_escaping import Tags
 
 TEXTS = ("it", "docstrings", "docstrings", "embedded")
 ROW = {
