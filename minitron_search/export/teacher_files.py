@@ -13,6 +13,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from minitron_search.data.tokenizer_files import is_own, tokenizer_files
+from minitron_search.messages.failures import first_line
 from minitron_search.models.loading import weight_files
 
 LICENCE_FILES = ("license", "licence", "notice", "copying", "use_policy")  # how their names begin, in any case
@@ -56,7 +57,7 @@ def check_tokenizer(model: str, folder: Path, files: TeacherFiles, tokenizer: Pr
         try:
             alone = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         except Exception as error:  # of a dozen types, by what is missing
-            alone, reason = None, str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            alone, reason = None, first_line(error)
     if alone is None or _identity(alone) != _identity(tokenizer):
         why = reason if alone is None else "they make another one"
         beside = "".join(f"; {sentence}" for sentence in files.left)
@@ -89,7 +90,7 @@ def generation_problem(folder: Path) -> str | None:
     try:
         GenerationConfig.from_pretrained(folder)
     except Exception as error:  # OSError, or what its checks of a value raise
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     return None
 
 

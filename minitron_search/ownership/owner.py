@@ -25,6 +25,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pyarrow import ArrowException
 
+from minitron_search.messages.failures import first_line
 from minitron_search.ownership.stored_object import StoredObject, stored_object
 from minitron_search.records.logs import LOCAL, LocalFiles, LostError
 from minitron_search.records.paths import LOCK, OWNER, is_uri, working_folder
@@ -192,19 +193,15 @@ def _stored(output: str) -> StoredObject:
     try:
         return stored_object(output, OWNER)
     except (ArrowException, ValueError, OSError) as error:
-        raise ValueError(f"output: {output!r}: {_reason(error)}; valid: s3://bucket/run or runs/name") from None
+        raise ValueError(f"output: {output!r}: {first_line(error)}; valid: s3://bucket/run or runs/name") from None
 
 
 def _take(hold: Hold) -> None:
     try:
         hold.take_stored()
     except (ArrowException, OSError) as error:
-        raise ValueError(f"output: {hold.output} cannot be written to: {_reason(error)}; valid: a bucket that these "
+        raise ValueError(f"output: {hold.output} cannot be written to: {first_line(error)}; valid: a bucket that these "
                          "credentials may write to") from None  # fmt: skip
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _owner_in(root: Path) -> Owner | None:

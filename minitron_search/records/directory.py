@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from minitron_search.messages.failures import first_line
 from minitron_search.records.lines import COUNTS
 from minitron_search.records.logs import LOCAL, Files, Log, append_line, read_lines, replace_text
 from minitron_search.records.metrics import score_columns
@@ -303,9 +304,8 @@ def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
     try:
         return reader(path)
     except (OSError, ValueError, pa.ArrowException, yaml.YAMLError, RecursionError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is damaged ({reason}); valid: the file as it was written; --resume mends what the "
-                         "rest of the run holds") from error  # fmt: skip
+        raise ValueError(f"{path} is damaged ({first_line(error)}); valid: the file as it was written; --resume "
+                         "mends what the rest of the run holds") from error  # fmt: skip
 
 
 def _read_json(path: Path) -> dict[str, Any]:
