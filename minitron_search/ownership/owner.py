@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from pyarrow import ArrowException
@@ -88,8 +87,8 @@ class Hold:
     def check(self) -> None:
         """Raise LostError if another process holds the output by now, asking storage if it is there."""
         self.files.check()
-        if self.stored is not None and (kept := self.stored.read()) is not None:
-            other = Owner.parse(kept.content)
+        if self.stored is not None and (kept := self.stored.read()) is not None and kept.content:
+            other = Owner.parse(kept.content)  # it is empty for a moment where storage has no whole objects (HDFS)
             if other is None or other.token != self.owner.token:
                 self._lose(other)
 
@@ -214,10 +213,11 @@ def _owner_in(root: Path) -> Owner | None:
 
 def _machine() -> str:
     """Return what tells this machine, since it was started, from others: within it a process id names one process."""
-    parts: list[Any] = [socket.gethostname(), uuid.getnode()]
-    with suppress(OSError):  # Linux only
-        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
-    return " ".join(map(str, parts))
+    try:
+        parts = [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    except OSError:  # no Linux
+        parts = [str(uuid.getnode())]  # which a container without a network card draws anew in every process
+    return " ".join([socket.gethostname(), *parts])
 
 
 def _started(pid: int) -> str | None:

@@ -31,7 +31,7 @@ READ = (
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "model.safetensors",
     "model.safetensors.index.json",
 )  # fmt: skip
-LONG_PASS_BYTES = 2e10  # of weights, above which a line says that their values are read
+LONG_PASS_BYTES = 2e9  # of a file, a shard of a large model too, from which on a line says that its values are read
 
 
 class ModelError(ValueError):
@@ -92,7 +92,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         return tensors
     for name in (*index, *tensors):
         found, listed = tensors.get(name), index.get(name)
-        if (found and found.file) != listed and not (listed is None and is_extra(in_model(name))):
+        if (found and found.file) != listed and not is_extra(in_model(name)):
             raise ModelError(f"has an index that says {name} is in {listed or 'no file'}, and it is in "
                              f"{found.file if found else 'no file'}")  # fmt: skip
     return tensors
