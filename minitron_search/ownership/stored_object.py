@@ -1,4 +1,4 @@
-"""One object in storage that is written only if it is as the writer knows it.
+"""Write one object in storage, only if it is as the writer knows it.
 
 On S3, and whatever speaks its protocol, storage itself decides (If-None-Match, If-Match), by boto3 where that is
 installed: pyarrow has no conditions. Elsewhere, and where storage refuses them, a writer reads back what it wrote,
