@@ -216,7 +216,8 @@ class RunDirectory:
 
     def decide(self, trial: str, rung: int, decision: str) -> None:
         """Record whether a trial may train past a rung: `continue` or `stop`."""
-        append_line(self.trial(trial) / "decisions.jsonl", {"rung": rung, "decision": decision, "time": time.time()})
+        line = {"rung": rung, "decision": decision, "time": time.time()}
+        append_line(self.trial(trial) / "decisions.jsonl", line, files=self.files)
 
     def decisions(self, trial: str) -> dict[int, dict[str, Any]]:
         """Return the decision lines of a trial, by rung."""
