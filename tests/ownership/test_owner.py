@@ -228,8 +228,9 @@ def test_who_is_replaced_learns_it_and_writes_nothing_more(address: str, tmp_pat
             transfer.delete(folder)
         with pytest.raises(LostError, match="was taken over by process 7 on elsewhere"):
             bucket.push()
-        with pytest.raises(LostError):
-            run.event("run_finished")
+        for write in (lambda: run.event("run_finished"), lambda: run.decide("one", 0, "stop")):
+            with pytest.raises(LostError):
+                write()
     kept = stored_object.stored_object(address, ".owner").read()
     assert kept is not None and Owner.parse(kept.content) == other, "it is not released by who has lost it"
     assert transfer.has(folder)
