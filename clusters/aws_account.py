@@ -7,6 +7,7 @@ the policies beside this file. With --ssh-from, ssh to the head from that networ
 no port is open. Uses your own AWS credentials, keeps none, starts nothing that costs by the hour.
 """
 
+import argparse
 import json
 from collections.abc import Callable
 from ipaddress import IPv4Network
@@ -15,7 +16,6 @@ from string import Template
 from typing import Any
 
 import boto3
-import tyro
 from botocore.exceptions import ClientError
 
 CLUSTER = "minitron-search"  # cluster.yaml's cluster_name: the head may end instances with this tag, and no others
@@ -26,11 +26,7 @@ EC2_ASSUMES = {
 
 
 def main(bucket: str, region: str = "us-west-2", ssh_from: str | None = None) -> None:
-    """Args:
-    bucket: of the runs' output, new or yours; the name is unique in the world.
-    region: cluster.yaml's.
-    ssh_from: your address as a network, as in 203.0.113.7/32.
-    """
+    """Make what is not there, and print what to fill in. `ssh_from`: a network that may reach the head by ssh."""
     network = None if ssh_from is None else IPv4Network(ssh_from)
     if network and network.num_addresses > 2**16:
         raise SystemExit(f"--ssh-from {ssh_from}: {network.num_addresses:,} addresses; valid: 203.0.113.7/32 (yours)")
@@ -114,4 +110,8 @@ def _unless(there: str, make: Callable[[], object]) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bucket", required=True, help="of the runs' output, new or yours; unique in the world")
+    parser.add_argument("--region", default="us-west-2", help="cluster.yaml's")
+    parser.add_argument("--ssh-from", metavar="NETWORK", help="your address as a network, as in 203.0.113.7/32")
+    main(**vars(parser.parse_args()))

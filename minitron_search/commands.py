@@ -10,7 +10,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from minitron_search.ablation.definition import Ablation, begun_as, checked
+from minitron_search.ablation.continuing import begun_as
+from minitron_search.ablation.definition import Ablation, checked
 from minitron_search.ablation.definition import load as load_ablation
 from minitron_search.ablation.runner import dry_run as dry_run_ablation
 from minitron_search.ablation.runner import prepare_ablation, run_ablation

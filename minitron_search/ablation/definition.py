@@ -14,7 +14,6 @@ Every arm is an ordinary run of one architecture, in <output>/<arm>. It says wha
 the comparison relies on (`SHARED`).
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -27,10 +26,9 @@ import numpy as np
 from minitron_search.ablation.shapes import shaped
 from minitron_search.config import loading
 from minitron_search.config.schema import Config
-from minitron_search.planning.checks import is_placement
 from minitron_search.planning.prepare import Prepared, check, check_names
 from minitron_search.records.bucket import bucket_copy
-from minitron_search.records.directory import ABLATION_FILE, RunDirectory
+from minitron_search.records.directory import RunDirectory
 from minitron_search.records.paths import at_home, inside, is_uri, working_folder
 from minitron_search.search.schedule import whole_batches
 from minitron_search.search.space import SearchSpace
@@ -103,7 +101,7 @@ class Ablation:
         values = _merged(values, {"name": f"{self.name}-{place}".replace("/", "-"), "output": self.address(place)})
         for key, value in SET.items():
             if value is not None:
-                values = _merged(values, _nested(key, value))
+                values = _merged(values, nested(key, value))
         values["space"] = {"axes": {}, **values.get("space", {})}
         values["search"] = {"seeds": SEEDS, **values["search"]}
         if architecture is not None:
@@ -166,49 +164,10 @@ def load(file: str, overrides: list[str]) -> Ablation:
         under = loading.read_yaml(str(Path(file).parent / at_home(str(base))))
         for key in SET:  # those of a search
             _without(under, key)
-    return _defined(values, under, Path(file).stem)
+    return defined(values, under, Path(file).stem)
 
 
-def begun_as(kept: str, overrides: list[str]) -> Ablation:
-    """Return the ablation that an ablation.json, of which `kept` is the text, defines, with dotted overrides on top.
-
-    Raises ValueError for overrides that change more than where it runs, and for a file that defines none.
-    """
-    output = dict(loading.pairs(overrides)).get("output")
-    try:
-        definition = json.loads(kept)["definition"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"output: {output}/{ABLATION_FILE} does not say how the ablation is defined; valid: the same "
-                         "command with --config") from None  # fmt: skip
-    values = deepcopy(definition)
-    loading.override(values, overrides)
-    changed = [
-        f"{key}: {there!r} there, {asked!r} asked now"
-        for key, there, asked in loading.changes(definition, values)
-        if not is_placement(_in_a_run(key)) and not _alike(_in_a_run(key), there, asked)
-    ]
-    if changed:
-        raise ValueError(f"output: {output} holds an ablation of another configuration; {'; '.join(changed)}; valid: "
-                         "the same values, or another folder")  # fmt: skip
-    return _defined({**values, "output": output}, {}, "")
-
-
-def _in_a_run(key: str) -> str:
-    """Return the key of a run's configuration that a key of an ablation sets."""
-    first, _, rest = key.partition(".")
-    return rest.partition(".")[2] if first in ("arms", BEFORE) else key
-
-
-def _alike(key: str, there: Any, asked: Any) -> bool:
-    """Return whether two ways to write a key's value mean the same, as `4K` and 4000 do."""
-    try:
-        one, other = (loading.parse_config(_nested(key, value)) for value in (there, asked))
-    except ValueError:
-        return False
-    return one == other
-
-
-def _defined(values: dict[str, Any], under: Mapping[str, Any], default_name: str) -> Ablation:
+def defined(values: dict[str, Any], under: Mapping[str, Any], default_name: str) -> Ablation:
     """Return the ablation of plain values over those of its base. Raises ValueError as `load` does."""
     own: dict[str, Any] = {key: values.pop(key, None) for key in OWN if key not in ("base", "architecture")}
     _check_shared(values)
@@ -365,9 +324,9 @@ def _only(values: Mapping[str, Any], section: str, *keys: str) -> dict[str, Any]
     return {key: value for key, value in values.get(section, {}).items() if key in keys}
 
 
-def _nested(key: str, value: Any) -> dict[str, Any]:
+def nested(key: str, value: Any) -> dict[str, Any]:
     first, _, rest = key.partition(".")
-    return {first: _nested(rest, value) if rest else value}
+    return {first: nested(rest, value) if rest else value}
 
 
 def _without(values: dict[str, Any], key: str) -> None:

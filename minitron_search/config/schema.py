@@ -97,7 +97,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> "Config":
-        """A warm-up that nobody set may be longer than a short training: it is a default."""
+        """Refuse a warm-up that is longer than its training, if somebody set it: the default may be, of a short one."""
         length, retraining, correction = self.corpus.sequence_length, self.retraining, self.teacher.correction
         batch = math.ceil(self.distillation.batch_tokens / length) * length
         asked: list[tuple[str, int | str, int | str]] = []

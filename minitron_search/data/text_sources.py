@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from minitron_search.data.docstrings import documents as docstring_documents
+from minitron_search.messages.failures import first_line
 from minitron_search.records.cache import content_id
 from minitron_search.teachers.sources import near_names
 
@@ -169,7 +170,7 @@ def _hub(field: str, name: str, path: str, config: str | None, split: str) -> Te
         builder = datasets.load_dataset_builder(path, config)
     except (OSError, ValueError, datasets.exceptions.DatasetsError, HfHubHTTPError) as error:
         raise ValueError(
-            f"{field}: {name!r} is not a file here, and the Hub did not give it ({str(error).splitlines()[0]}); "
+            f"{field}: {name!r} is not a file here, and the Hub did not give it ({first_line(error)}); "
             f"valid: {_valid()}"
         ) from error
 

@@ -13,14 +13,16 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from minitron_search.data.tokenizer_files import is_own, tokenizer_files
+from minitron_search.messages.failures import first_line
 from minitron_search.models.loading import weight_files
+from minitron_search.teachers.files import DTYPES
 
 LICENCE_FILES = ("license", "licence", "notice", "copying", "use_policy")  # how their names begin, in any case
 # endings of what a computer runs, or a browser shows as a page: no such file is taken for a licence
 RUN = {".py", ".pyc", ".pyw", ".ipynb", ".sh", ".bat", ".cmd", ".ps1", ".js", ".html", ".htm", ".svg", ".so", ".exe"}
 LICENCE_BYTES = 2**20  # above that it is no text that anybody reads
 GENERATION = "generation_config.json"
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # by their names in safetensors
+WRITTEN = ("float32", "bfloat16", "float16")  # dtypes of students
 
 
 class TeacherFiles(NamedTuple):
@@ -56,7 +58,7 @@ def check_tokenizer(model: str, folder: Path, files: TeacherFiles, tokenizer: Pr
         try:
             alone = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         except Exception as error:  # of a dozen types, by what is missing
-            alone, reason = None, str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            alone, reason = None, first_line(error)
     if alone is None or _identity(alone) != _identity(tokenizer):
         why = reason if alone is None else "they make another one"
         beside = "".join(f"; {sentence}" for sentence in files.left)
@@ -68,11 +70,12 @@ def check_tokenizer(model: str, folder: Path, files: TeacherFiles, tokenizer: Pr
 def stored_dtype(folder: Path, config: PretrainedConfig) -> str:
     """Return the dtype that a model is stored in, as its configuration says, or else its first tensor; float32 for one
     that no student is written in."""
-    if config.dtype is not None:
-        name = str(config.dtype).removeprefix("torch.")
-        return name if name in DTYPES.values() else "float32"
-    with safe_open(str(weight_files(folder)[0]), framework="pt") as tensors:
-        return DTYPES.get(tensors.get_slice(min(tensors.keys())).get_dtype(), "float32")
+    dtype = config.dtype
+    if dtype is None:
+        with safe_open(str(weight_files(folder)[0]), framework="pt") as tensors:
+            dtype = DTYPES.get(tensors.get_slice(min(tensors.keys())).get_dtype())
+    name = str(dtype).removeprefix("torch.")
+    return name if name in WRITTEN else "float32"
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
@@ -89,7 +92,7 @@ def generation_problem(folder: Path) -> str | None:
     try:
         GenerationConfig.from_pretrained(folder)
     except Exception as error:  # OSError, or what its checks of a value raise
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     return None
 
 

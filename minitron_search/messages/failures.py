@@ -65,6 +65,11 @@ def described(error: BaseException) -> str:
     return text if type(error) in (ValueError, RuntimeError, OSError, FileNotFoundError) else f"{kind}: {text}"
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def message_of(error: BaseException) -> str:
     """Return what an error has to tell a user."""
     if is_told(error):

@@ -20,11 +20,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from pyarrow import ArrowException
 
+from minitron_search.messages.failures import first_line
 from minitron_search.ownership.stored_object import StoredObject, stored_object
 from minitron_search.records.logs import LOCAL, LocalFiles, LostError
 from minitron_search.records.paths import LOCK, OWNER, is_uri, working_folder
@@ -87,8 +87,8 @@ class Hold:
     def check(self) -> None:
         """Raise LostError if another process holds the output by now, asking storage if it is there."""
         self.files.check()
-        if self.stored is not None and (kept := self.stored.read()) is not None:
-            other = Owner.parse(kept.content)
+        if self.stored is not None and (kept := self.stored.read()) is not None and kept.content:
+            other = Owner.parse(kept.content)  # it is empty for a moment where storage has no whole objects (HDFS)
             if other is None or other.token != self.owner.token:
                 self._lose(other)
 
@@ -192,19 +192,15 @@ def _stored(output: str) -> StoredObject:
     try:
         return stored_object(output, OWNER)
     except (ArrowException, ValueError, OSError) as error:
-        raise ValueError(f"output: {output!r}: {_reason(error)}; valid: s3://bucket/run or runs/name") from None
+        raise ValueError(f"output: {output!r}: {first_line(error)}; valid: s3://bucket/run or runs/name") from None
 
 
 def _take(hold: Hold) -> None:
     try:
         hold.take_stored()
     except (ArrowException, OSError) as error:
-        raise ValueError(f"output: {hold.output} cannot be written to: {_reason(error)}; valid: a bucket that these "
+        raise ValueError(f"output: {hold.output} cannot be written to: {first_line(error)}; valid: a bucket that these "
                          "credentials may write to") from None  # fmt: skip
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _owner_in(root: Path) -> Owner | None:
@@ -217,10 +213,11 @@ def _owner_in(root: Path) -> Owner | None:
 
 def _machine() -> str:
     """Return what tells this machine, since it was started, from others: within it a process id names one process."""
-    parts: list[Any] = [socket.gethostname(), uuid.getnode()]
-    with suppress(OSError):  # Linux only
-        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
-    return " ".join(map(str, parts))
+    try:
+        parts = [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    except OSError:  # no Linux
+        parts = [str(uuid.getnode())]  # which a container without a network card draws anew in every process
+    return " ".join([socket.gethostname(), *parts])
 
 
 def _started(pid: int) -> str | None:

@@ -1,11 +1,12 @@
-"""One object in storage that is written only if it is as the writer knows it.
+"""Write one object in storage, only if it is as the writer knows it.
 
 On S3, and whatever speaks its protocol, storage itself decides (If-None-Match, If-Match), by boto3 where that is
-installed: pyarrow has no conditions. Elsewhere a writer reads back what it wrote, after `SETTLE_S`: of two that began
-within that time the later one has it.
+installed: pyarrow has no conditions. Elsewhere, and where storage refuses them, a writer reads back what it wrote,
+after `SETTLE_S`: of two that began within that time the later one has it.
 """
 
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from importlib.util import find_spec
@@ -64,7 +65,7 @@ class S3Object:
         endpoint = option.get("endpoint_override")
         if endpoint and "://" not in endpoint:
             endpoint = f"{option.get('scheme', 'https')}://{endpoint}"
-        self.place = {"Bucket": parts.netloc.rpartition("@")[2], "Key": parts.path.lstrip("/")}
+        self.place = {"Bucket": parts.netloc.rpartition("@")[2], "Key": unquote(parts.path).lstrip("/")}
         self.client = boto3.client(
             "s3",
             endpoint_url=endpoint,
@@ -91,6 +92,14 @@ class S3Object:
         except self.errors as error:
             if _code(error) in TAKEN:
                 return None
+            if _code(error) == "NotImplemented":
+                return written_and_read_back(self, content, tag, lambda: self._put(content))
+            raise OSError(f"{self._address}: {error}") from error
+
+    def _put(self, content: bytes) -> None:
+        try:
+            self.client.put_object(**self.place, Body=content)
+        except self.errors as error:
             raise OSError(f"{self._address}: {error}") from error
 
     def delete(self) -> None:
@@ -123,20 +132,30 @@ class PlainObject:
         return Kept(content, f"{info.mtime_ns} {content_id(content)}", age)
 
     def write(self, content: bytes, tag: str | None) -> str | None:
-        before = self.read()
-        if (before and before.tag) != tag:
-            return None
+        return written_and_read_back(self, content, tag, lambda: self._put(content))
+
+    def _put(self, content: bytes) -> None:
         folder = self.path.rpartition("/")[0]
         self.storage.create_dir(folder, recursive=True)
         with self.storage.open_output_stream(self.path) as stream:
             stream.write(content)
-        if before is None or before.content != content:  # taken, not kept
-            time.sleep(SETTLE_S)
-        after = self.read()
-        return after.tag if after is not None and after.content == content else None
 
     def delete(self) -> None:
         self.storage.delete_file(self.path)
+
+
+def written_and_read_back(
+    stored: StoredObject, content: bytes, tag: str | None, put: Callable[[], None]
+) -> str | None:  # fmt: skip
+    """Do what `write` of an object does where storage knows no conditions; `put` writes the content without one."""
+    before = stored.read()
+    if (before and before.tag) != tag:
+        return None
+    put()
+    if before is None or before.content != content:  # taken, not kept
+        time.sleep(SETTLE_S)
+    after = stored.read()
+    return after.tag if after is not None and after.content == content else None
 
 
 def _code(error: Any) -> str | None:

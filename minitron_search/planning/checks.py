@@ -75,15 +75,11 @@ def check_output(run_dir: RunDirectory, config: Config, resume: bool) -> None:
         elif bucket.exists():
             raise ValueError(f"output: {config.output} is not empty; valid: another address, or --resume to continue "
                              "the run that it holds")  # fmt: skip
-    root = run_dir.root.absolute()
-    for parent in root.resolve().parents:
+    for parent in (*run_dir.root.parents, *run_dir.root.resolve().parents):
         other = RunDirectory(parent)
         if other.config.is_file() and other.events_log.is_file():
             raise ValueError(f"output: {config.output} is inside the run {parent}; valid: a folder outside it")
     check_writable(run_dir.root)
-    for parent in run_dir.root.parents:
-        if (parent / run_dir.config.name).is_file() and (parent / run_dir.events_log.name).is_file():
-            raise ValueError(f"output: {config.output} is inside the run {parent}; valid: a folder outside it")
     if not holds_anything(run_dir.root):
         if resume:
             raise ValueError(f"output: {config.output} holds no run to continue; "

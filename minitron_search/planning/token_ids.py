@@ -7,11 +7,7 @@ from minitron_search.config.schema import Config
 from minitron_search.data.corpus import Corpus
 from minitron_search.messages.console import say
 
-READ = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-)  # what any text may have, or end with; models cannot do without their rows
+READ = ("bos_token", "eos_token", "unk_token")  # any text may begin with one, end with one or hold one
 
 
 def check_special_tokens(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:

@@ -17,6 +17,7 @@ from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, FileType, copy_files
 
 from minitron_search.messages.console import say
+from minitron_search.messages.failures import first_line
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.logs import LostError
 from minitron_search.records.paths import LOCK, OWNER, is_uri
@@ -46,7 +47,7 @@ def stored_text(output: str, name: str) -> str | None:
     except FileNotFoundError:
         return None
     except (ArrowException, OSError) as error:
-        raise ValueError(f"output: {output!r} could not be read: {_reason(error)}; valid: an address that these "
+        raise ValueError(f"output: {output!r} could not be read: {first_line(error)}; valid: an address that these "
                          "credentials may read") from None  # fmt: skip
 
 
@@ -61,7 +62,7 @@ class BucketCopy:
         try:
             self.storage, base = FileSystem.from_uri(uri)
         except (ArrowException, ValueError, OSError) as error:
-            raise ValueError(f"output: {uri!r}: {_reason(error)}; valid: s3://bucket/run or runs/name") from None
+            raise ValueError(f"output: {uri!r}: {first_line(error)}; valid: s3://bucket/run or runs/name") from None
         self.base = PurePosixPath(base)
         self._stored: FileStates = {}  # as each file was when it was put there
         self._whole: set[PurePosixPath] = set()
@@ -79,7 +80,7 @@ class BucketCopy:
                 stream.write(b"")
             self.storage.delete_file(name)
         except (ArrowException, OSError) as error:
-            raise ValueError(f"output: {self.uri} cannot be written to: {_reason(error)}; "
+            raise ValueError(f"output: {self.uri} cannot be written to: {first_line(error)}; "
                              "valid: a bucket that these credentials may write to") from None  # fmt: skip
 
     # From storage
@@ -227,8 +228,8 @@ class BucketCopy:
             except (ArrowException, OSError) as error:
                 if not failed:
                     failed, wait = time.monotonic(), BACK_OFF_S[0] / 2
-                    self.run_dir.event("storage_failed", message=_reason(error))
-                    say(f"storage: {_reason(error)}; everything is kept here, and tried again")
+                    self.run_dir.event("storage_failed", message=first_line(error))
+                    say(f"storage: {first_line(error)}; everything is kept here, and tried again")
                 wait = min(2 * wait, BACK_OFF_S[1])
             else:
                 if failed:
@@ -244,9 +245,9 @@ class BucketCopy:
             except (ArrowException, OSError) as error:
                 if time.monotonic() - began > PATIENCE_S:
                     raise RuntimeError(f"output: {self.uri} could not be written to for {PATIENCE_S / 60:.0f} minutes "
-                                       f"({_reason(error)}); all of it is in {self.run_dir.root}, and --resume on this "
-                                       "machine puts it there") from None  # fmt: skip
-                say(f"storage: {_reason(error)}; trying again in {wait:.0f} s")
+                                       f"({first_line(error)}); all of it is in {self.run_dir.root}, and --resume on "
+                                       "this machine puts it there") from None  # fmt: skip
+                say(f"storage: {first_line(error)}; trying again in {wait:.0f} s")
                 time.sleep(wait)
                 wait = min(2 * wait, BACK_OFF_S[1])
 
@@ -267,7 +268,3 @@ def _is_temporary(name: PurePosixPath) -> bool:
     Names inside a whole folder may begin with a dot too: a checkpoint has its `.metadata`.
     """
     return any(part.startswith(".") for part in (_whole_folder(name) or name).parts)
-
-
-def _reason(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")

@@ -43,6 +43,7 @@ FORMULA = {
 HASHED_WHOLE = 2**24  # bytes: of longer files both ends are compared, for a hash takes a second a gigabyte
 END = 2**20  # bytes of either end
 TOLD_EVERY_S = 5.0
+TOLD_AT_ONCE = 2e9  # bytes: no shard of a large model takes so long that its turn would come
 
 Value = TypeVar("Value")
 
@@ -185,7 +186,7 @@ def file_hash(path: Path) -> str:
 
 
 def _sha256(path: Path, size: int) -> str:
-    digest, done, told = hashlib.sha256(), 0, time.monotonic()
+    digest, done, told = hashlib.sha256(), 0, 0.0 if size > TOLD_AT_ONCE else time.monotonic()
     with open(path, "rb") as file:
         while chunk := file.read(HASHED_WHOLE):
             digest.update(chunk)

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from minitron_search.messages.failures import first_line
 from minitron_search.records.lines import COUNTS
 from minitron_search.records.logs import LOCAL, Files, Log, append_line, read_lines, replace_text
 from minitron_search.records.metrics import score_columns
@@ -215,7 +216,8 @@ class RunDirectory:
 
     def decide(self, trial: str, rung: int, decision: str) -> None:
         """Record whether a trial may train past a rung: `continue` or `stop`."""
-        append_line(self.trial(trial) / "decisions.jsonl", {"rung": rung, "decision": decision, "time": time.time()})
+        line = {"rung": rung, "decision": decision, "time": time.time()}
+        append_line(self.trial(trial) / "decisions.jsonl", line, files=self.files)
 
     def decisions(self, trial: str) -> dict[int, dict[str, Any]]:
         """Return the decision lines of a trial, by rung."""
@@ -303,9 +305,8 @@ def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
     try:
         return reader(path)
     except (OSError, ValueError, pa.ArrowException, yaml.YAMLError, RecursionError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is damaged ({reason}); valid: the file as it was written; --resume mends what the "
-                         "rest of the run holds") from error  # fmt: skip
+        raise ValueError(f"{path} is damaged ({first_line(error)}); valid: the file as it was written; --resume "
+                         "mends what the rest of the run holds") from error  # fmt: skip
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which lines a run's logs may hold: whatever reads a log leaves out every other line, and `damage` names it."""
+"""Say which lines a run's logs may hold: whatever reads a log leaves out every other line, and `damage` names it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -156,7 +156,8 @@ class NodeTransfer:
                     return stream.readall()
 
             with suppress(FileNotFoundError):
-                if self.token.encode() in patiently(read):
+                found = patiently(read)
+                if not found or self.token.encode() in found:  # empty: HDFS is about to hold it
                     return
             raise LostError(f"{self.uri} was taken over by another process, or removed: nothing more is written")
 

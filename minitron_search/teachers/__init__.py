@@ -1,1 +1,1 @@
-"""Teachers: their names to folders, the embedded one, and whether their files are whole."""
+"""Find the folder of a teacher by its name, the embedded one among them, and see whether its files are whole."""

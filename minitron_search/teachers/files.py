@@ -31,10 +31,10 @@ READ = (
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "model.safetensors",
     "model.safetensors.index.json",
 )  # fmt: skip
-LONG_PASS_BYTES = 2e10  # of weights, above which a line says that their values are read
+LONG_PASS_BYTES = 2e9  # of a file, a shard of a large model too, from which on a line says that its values are read
 
 
-class DamagedError(ValueError):
+class ModelError(ValueError):
     """What is wrong with the files of a model, to be told with its name before it."""
 
 
@@ -48,65 +48,65 @@ class Stored(NamedTuple):
 
 
 def check_small_files(folder: Path) -> None:
-    """Raise DamagedError for what `from_pretrained` reads and is no regular file, or no JSON where it should be."""
+    """Raise ModelError for what `from_pretrained` reads and is no regular file, or no JSON where it should be."""
     for name in READ:
         path = folder / name
         if not os.path.lexists(path):
             continue
         if not path.is_file():
-            raise DamagedError(f"holds a {name} that is no regular file")
+            raise ModelError(f"holds a {name} that is no regular file")
         if path.suffix == ".json":
             try:
                 content = json.loads(path.read_bytes())
             except (ValueError, RecursionError) as error:
-                raise DamagedError(f"holds a {name} that is no JSON ({described(error)})") from error
+                raise ModelError(f"holds a {name} that is no JSON ({described(error)})") from error
             if not isinstance(content, dict):
-                raise DamagedError(f"holds a {name} that is no JSON object")
+                raise ModelError(f"holds a {name} that is no JSON object")
     if os.path.lexists(folder / "adapter_config.json"):
-        raise DamagedError("holds an adapter (adapter_config.json), which from_pretrained would put on another model; "
-                           "merge_and_unload() of peft makes a model of both")  # fmt: skip
+        raise ModelError("holds an adapter (adapter_config.json), which from_pretrained would put on another model; "
+                         "merge_and_unload() of peft makes a model of both")  # fmt: skip
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Return every tensor of the model's files by its name there, from headers alone.
 
-    Raises DamagedError for a file that is missing, cut short or no safetensors file, and for an index that does not say
+    Raises ModelError for a file that is missing, cut short or no safetensors file, and for an index that does not say
     what the files hold.
     """
     try:
         files, index = weight_files(folder), weight_index(folder)
     except ValueError as error:
-        raise DamagedError(f"is not whole: {error}") from error
+        raise ModelError(f"is not whole: {error}") from error
     if not files:
-        raise DamagedError("has no weights in safetensors files (save_pretrained writes them)")
+        raise ModelError("has no weights in safetensors files (save_pretrained writes them)")
     missing = [path.name for path in files if not path.is_file()]
     if missing:
-        raise DamagedError(f"lacks {len(missing)} of its {len(files)} weight files, first {missing[0]}")
+        raise ModelError(f"lacks {len(missing)} of its {len(files)} weight files, first {missing[0]}")
     tensors: dict[str, Stored] = {}
     for path in files:
         for name, tensor in _header(path).items():
             if name in tensors:
-                raise DamagedError(f"holds {name} twice, in {tensors[name].file} and {path.name}")
+                raise ModelError(f"holds {name} twice, in {tensors[name].file} and {path.name}")
             tensors[name] = Stored(path.name, name, tensor["dtype"], tuple(tensor["shape"]))
     if files[0].name == "model.safetensors":  # then from_pretrained reads no index
         return tensors
     for name in (*index, *tensors):
         found, listed = tensors.get(name), index.get(name)
-        if (found and found.file) != listed and not (listed is None and is_extra(in_model(name))):
-            raise DamagedError(f"has an index that says {name} is in {listed or 'no file'}, and it is in "
-                               f"{found.file if found else 'no file'}")  # fmt: skip
+        if (found and found.file) != listed and not is_extra(in_model(name)):
+            raise ModelError(f"has an index that says {name} is in {listed or 'no file'}, and it is in "
+                             f"{found.file if found else 'no file'}")  # fmt: skip
     return tensors
 
 
 def check_files(folder: Path, config: PretrainedConfig) -> None:
-    """Raise DamagedError unless the folder's files are whole and hold exactly the weights that `config` describes.
+    """Raise ModelError unless the folder's files are whole and hold exactly the weights that `config` describes.
 
     Of a family that is not pruned (a reference of the evaluation may be of any) the files are checked by themselves.
     """
     tensors = stored_tensors(folder)
     if getattr(config, "transformers_weights", None):
-        raise DamagedError("names weight files of its own (transformers_weights in config.json); model.safetensors, or "
-                           "an index beside it, is what is read")  # fmt: skip
+        raise ModelError("names weight files of its own (transformers_weights in config.json); model.safetensors, or "
+                         "an index beside it, is what is read")  # fmt: skip
     try:
         family = family_of(config)
     except ValueError:
@@ -114,16 +114,16 @@ def check_files(folder: Path, config: PretrainedConfig) -> None:
     found: dict[str, Stored] = {}
     for name, stored in ((in_model(name), stored) for name, stored in tensors.items()):
         if name in found:
-            raise DamagedError(f"holds {name} under two names, in {found[name].file} and {stored.file}")
+            raise ModelError(f"holds {name} under two names, in {found[name].file} and {stored.file}")
         if not is_extra(name):
             found[name] = stored
     for stored in found.values():
         if stored.dtype not in DTYPES:
-            raise DamagedError(f"has {stored.name} stored as {stored.dtype} ({stored.file}), which is not pruned; "
-                               f"weights are {', '.join(DTYPES)}")  # fmt: skip
+            raise ModelError(f"has {stored.name} stored as {stored.dtype} ({stored.file}), which is not pruned; "
+                             f"weights are {', '.join(DTYPES)}")  # fmt: skip
     if config.dtype not in (None, *DTYPES.values()):
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
-        raise DamagedError(f"has dtype {config.dtype} in config.json; it is one of {names}")
+        raise ModelError(f"has dtype {config.dtype} in config.json; it is one of {names}")
     _check_layers(family, config, found)
     expected = _described(config)
     # tied, and stored all the same: transformers ties the two if they are equal
@@ -135,14 +135,14 @@ def check_files(folder: Path, config: PretrainedConfig) -> None:
     for name, shape in expected.items():
         stored = found[name]
         if stored.shape != shape:
-            raise DamagedError(f"has {stored.name} of shape {stored.shape} in {stored.file}, and config.json describes "
-                               f"{shape}")  # fmt: skip
+            raise ModelError(f"has {stored.name} of shape {stored.shape} in {stored.file}, and config.json describes "
+                             f"{shape}")  # fmt: skip
     if tied is not None:
         _check_tied(folder, tied, next(name for name in family.weights if name in expected))
 
 
 def check_values(folder: Path) -> None:
-    """Raise DamagedError for a weight that has NaN or infinity in it. A content is read once, and then known."""
+    """Raise ModelError for a weight that has NaN or infinity in it. A content is read once, and then known."""
     for path in weight_files(folder):
         known = cache.entry("finite", file_hash(path))
         if known.exists():
@@ -155,8 +155,8 @@ def check_values(folder: Path) -> None:
                     continue
                 tensor = file.get_tensor(name)
                 if bad := not_finite(tensor):
-                    raise DamagedError(f"has NaN or infinity in {name} ({bad:,} of {tensor.numel():,} values, in "
-                                       f"{path.name}), as a conversion to float16 leaves them")  # fmt: skip
+                    raise ModelError(f"has NaN or infinity in {name} ({bad:,} of {tensor.numel():,} values, in "
+                                     f"{path.name}), as a conversion to float16 leaves them")  # fmt: skip
         cache.replace(known, lambda into: into.write_text(""))
 
 
@@ -174,7 +174,7 @@ def _header(path: Path) -> dict[str, Any]:
         header = safetensors_header(path)
         safe_open(path, framework="pt")  # places that overlap, sizes that are not those of the shapes
     except (ValueError, OSError, SafetensorError) as error:
-        raise DamagedError(f"is not whole: {path.name} {described(error)}") from error
+        raise ModelError(f"is not whole: {path.name} {described(error)}") from error
     return header
 
 
@@ -183,7 +183,7 @@ def _described(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     try:
         dims, listed = sizes(config), weights(config)
     except Exception as error:  # of a class that is given impossible sizes: any
-        raise DamagedError(f"has a config.json of which no model can be made ({described(error)})") from error
+        raise ModelError(f"has a config.json of which no model can be made ({described(error)})") from error
     return {weight.name: tuple(dimension(dims, dim) for dim in weight.dims) for weight in listed}
 
 
@@ -191,8 +191,8 @@ def _check_layers(family: Family, config: PretrainedConfig, found: dict[str, Sto
     """Compare the number of layers first: a model of as many layers as config.json says might take minutes to build."""
     places = {layer for name in found if (layer := _layer(family, name)) is not None}
     if config.num_hidden_layers > len(found) or places and config.num_hidden_layers != len(places):
-        raise DamagedError(f"has {len(places)} layers in its weight files, and config.json says num_hidden_layers "
-                           f"{config.num_hidden_layers}")  # fmt: skip
+        raise ModelError(f"has {len(places)} layers in its weight files, and config.json says num_hidden_layers "
+                         f"{config.num_hidden_layers}")  # fmt: skip
 
 
 def _layer(family: Family, name: str) -> int | None:
@@ -213,7 +213,7 @@ def _check_names(expected: dict[str, Any], found: dict[str, Stored]) -> None:
     if unexpected:
         first = found[unexpected[0]]
         faults.append(f"holds {len(unexpected)} that are not of it, first {first.name} in {first.file}")
-    raise DamagedError(" and ".join(faults).removesuffix(",") + _beginnings(expected, found))
+    raise ModelError(" and ".join(faults).removesuffix(",") + _beginnings(expected, found))
 
 
 def _beginnings(expected: dict[str, Any], found: dict[str, Stored]) -> str:
@@ -235,5 +235,5 @@ def _check_tied(folder: Path, head: str, embedding: str) -> None:
     """Compare a head with the embedding that it is tied to: the one case in which values say what the model is."""
     read = reader(folder)
     if not torch.equal(read(head), read(embedding)):
-        raise DamagedError(f"has a {head} of its own, other than {embedding}, and config.json says that they are one "
-                           "(tie_word_embeddings true); it is false, or the file has no such head")  # fmt: skip
+        raise ModelError(f"has a {head} of its own, other than {embedding}, and config.json says that they are one "
+                         "(tie_word_embeddings true); it is false, or the file has no such head")  # fmt: skip

@@ -18,14 +18,14 @@ from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, FileType, copy_files
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from minitron_search.messages.failures import described
+from minitron_search.messages.failures import described, first_line
 from minitron_search.models.loading import weight_files
 from minitron_search.records import cache
 from minitron_search.records.cache import content_id, file_hash
 from minitron_search.records.paths import is_uri
 from minitron_search.records.transfer import WHOLE
 from minitron_search.teachers import embedded
-from minitron_search.teachers.files import DamagedError, check_files, check_small_files, check_values
+from minitron_search.teachers.files import ModelError, check_files, check_small_files, check_values
 
 # What from_pretrained reads, without the copies in other formats that many repositories hold beside it.
 TOKENIZER_FILES = (
@@ -124,7 +124,7 @@ def checked_fingerprint(model: str, folder: Path) -> str:
     found = fingerprint(folder)
     try:
         check_values(folder)
-    except DamagedError as error:
+    except ModelError as error:
         raise _invalid(model, str(error)) from error
     return found
 
@@ -161,7 +161,7 @@ def _checked(model: str, folder: Path) -> tuple[Path, PretrainedConfig]:
         check_small_files(folder)
         config = _configuration(folder)
         check_files(folder, config)
-    except DamagedError as error:
+    except ModelError as error:
         raise _invalid(model, str(error)) from error
     if wrong := _impossible(config):
         raise _invalid(model, f"has {wrong} in config.json")
@@ -175,7 +175,7 @@ def _configuration(folder: Path) -> PretrainedConfig:
         reason = described(error)
         if "multiple of the number of attention heads" in reason:  # of a Llama, and of no other family that is pruned
             reason += "; model_type mistral is the same function and may have any head_dim"
-        raise DamagedError(f"has a config.json that transformers refuses ({reason})") from error
+        raise ModelError(f"has a config.json that transformers refuses ({reason})") from error
 
 
 def _impossible(config: PretrainedConfig) -> str:
@@ -216,7 +216,7 @@ def stored_model(address: str) -> Path:
         if files:
             cache.make_once(folder, lambda into: _copy(storage, base, [path for path, *_ in files], into))
     except (ArrowException, OSError) as error:
-        raise ValueError(f"teacher.model: {address!r} could not be read: {str(error).strip().splitlines()[0]}; valid: "
+        raise ValueError(f"teacher.model: {address!r} could not be read: {first_line(error)}; valid: "
                          "an address that these credentials may read, as s3://BUCKET/NAME/best") from None  # fmt: skip
     return folder
 

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from minitron_search.messages.console import say
+from minitron_search.messages.failures import first_line
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.logs import Log
 from minitron_search.records.metrics import METRICS, scored
@@ -101,7 +102,7 @@ class Tracking:
             try:
                 call(tracker)
             except Exception as error:  # of any kind: none is worth a run
-                message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                message = first_line(error)
                 self.trackers.remove(tracker)
                 self.run_dir.event("tracker_failed", tracker=tracker.name, message=message)
                 say(f"trackers: {tracker.name} is dropped: {message}")

@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import boto3
 import pytest
+from botocore.exceptions import ClientError
 from moto.server import ThreadedMotoServer
 
 from minitron_search.cli import main
@@ -22,6 +24,7 @@ from minitron_search.ownership.owner import HeldError, Owner, held
 from minitron_search.records.bucket import bucket_copy
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.logs import LostError
+from minitron_search.records.paths import OWNER, inside
 from minitron_search.records.transfer import NodeTransfer
 from tests.runs import ROOT
 
@@ -225,8 +228,9 @@ def test_who_is_replaced_learns_it_and_writes_nothing_more(address: str, tmp_pat
             transfer.delete(folder)
         with pytest.raises(LostError, match="was taken over by process 7 on elsewhere"):
             bucket.push()
-        with pytest.raises(LostError):
-            run.event("run_finished")
+        for write in (lambda: run.event("run_finished"), lambda: run.decide("one", 0, "stop")):
+            with pytest.raises(LostError):
+                write()
     kept = stored_object.stored_object(address, ".owner").read()
     assert kept is not None and Owner.parse(kept.content) == other, "it is not released by who has lost it"
     assert transfer.has(folder)
@@ -262,6 +266,41 @@ def test_of_two_that_write_at_once_one_is_told_that_it_has_not(address: str) -> 
     assert kept is not None and kept.content == b"b"
     objects[0].delete()
     assert objects[1].read() is None
+
+
+@pytest.mark.parametrize("address", ["s3"], indirect=True)
+def test_storage_that_refuses_conditions_can_hold_a_run(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored_object, "SETTLE_S", 0.05)
+    objects = [stored_object.stored_object(address, "one") for _ in range(2)]
+    for kept in objects:
+        assert isinstance(kept, stored_object.S3Object)
+        stock = kept.client.put_object
+
+        def refuses(stock: Any = stock, **given: Any) -> Any:
+            if given.keys() & {"IfNoneMatch", "IfMatch"}:
+                raise ClientError({"Error": {"Code": "NotImplemented", "Message": "a header"}}, "PutObject")
+            return stock(**given)
+
+        monkeypatch.setattr(kept.client, "put_object", refuses)
+    first = objects[0].write(b"a", None)
+    assert first is not None and objects[1].write(b"b", None) is None
+    assert objects[0].write(b"b", first) is not None and objects[1].write(b"c", first) is None
+
+
+def test_an_address_with_a_space_is_one_place_for_all_who_read_it(address: str, tmp_path: Path) -> None:
+    spaced = address.replace("//runs/", "//runs/a%20team/")
+    with held(spaced) as hold:
+        folder = tmp_path / "cache" / "made"
+        folder.mkdir(parents=True)
+        NodeTransfer(spaced, hold.record.parent, run_is_shared=False, token=hold.owner.token).put(folder)
+        assert stored_object.PlainObject(inside(spaced, OWNER)).read() is not None
+
+
+def test_an_owner_in_the_making_is_no_other_owner(address: str) -> None:
+    with held(address) as hold:
+        stored_object.PlainObject(inside(address, OWNER))._put(b"")
+        hold.check()
+        NodeTransfer(address, hold.record.parent, run_is_shared=False, token=hold.owner.token)._check()
 
 
 def test_a_bucket_that_is_not_there_is_refused(address: str) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from minitron_search.models.loading import load_model, reader
 from minitron_search.teachers import files, sources
-from minitron_search.teachers.files import DamagedError, check_files, check_values
+from minitron_search.teachers.files import ModelError, check_files, check_values
 from tests import tiny
 
 Tensors = dict[str, torch.Tensor]
@@ -257,7 +257,7 @@ def test_a_reference_of_a_family_that_is_not_pruned_is_checked_by_itself(llama: 
     check_files(llama, AutoConfig.from_pretrained(llama))
     with open(llama / "model.safetensors", "ab") as file:
         file.write(b"more")
-    with pytest.raises(DamagedError, match="is not whole: model.safetensors has .* bytes, and its header describes"):
+    with pytest.raises(ModelError, match="is not whole: model.safetensors has .* bytes, and its header describes"):
         check_files(llama, AutoConfig.from_pretrained(llama))
 
 
