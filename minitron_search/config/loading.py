@@ -241,6 +241,7 @@ def _messages(error: ValidationError, pairs_too: bool = True) -> Iterator[str]:
     known = [name for name, _ in keys()]
     wrong: dict[str, list[str]] = {}  # what would be valid, by each type that a key may have
     values: dict[str, Any] = {}
+    told: set[str] = set()  # of a key that may have several types one message is enough
     for problem in error.errors():
         # the location also names the union's member (`Axis`, `constrained-int`); a user's keys are what is kept
         parts: list[str] = []
@@ -255,6 +256,7 @@ def _messages(error: ValidationError, pairs_too: bool = True) -> Iterator[str]:
             yield f"{key}: unknown key (value {shown(problem['input'])}); {hint}"
         elif problem["type"] == "value_error":
             message = str(problem["ctx"]["error"])
+            told.add(key)
             whole = re.match(r"[a-z_]+(\.[a-z_]+)*: ", message)
             if pairs_too or not whole:
                 yield message if whole else f"{key}: {shown(problem['input'])}: {message}"
@@ -262,7 +264,7 @@ def _messages(error: ValidationError, pairs_too: bool = True) -> Iterator[str]:
             message = problem["msg"].removeprefix("Input should be ").partition(", unable to parse")[0]
             wrong.setdefault(key, []).append(message)
             values[key] = problem["input"]
-    for key, valid in wrong.items():
+    for key, valid in ((key, valid) for key, valid in wrong.items() if key not in told):
         yield (f"{key}: {shown(values[key])} is not valid; valid: {' or '.join(dict.fromkeys(reversed(valid)))}"
                f"{_default_of(key)}")  # fmt: skip
 

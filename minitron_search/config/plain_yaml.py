@@ -105,7 +105,11 @@ class _Reader:
             return node.value
         if node.value == "~" and node.style is None and kind in (Kind.TEXT, Kind.TEXTS):
             return node.value
-        return self.loader.construct_object(node)
+        try:
+            return self.loader.construct_object(node)
+        except ValueError as error:  # of a tag, as in `!!int x`
+            raise ValueError(f"{self.where}, line {node.start_mark.line + 1}: {str(error)[:200]}; valid: the value "
+                             "without a tag") from None  # fmt: skip
 
     def mapping(self, node: yaml.MappingNode, key: str, depth: int) -> dict[str, Any]:
         found: dict[str, Any] = {}

@@ -90,10 +90,10 @@ class Axis(Section):
         ranged = (self.low, self.high, self.step, self.divisor)
         if self.choices is not None:
             if any(part is not None for part in ranged) or not self.choices:
-                raise ValueError("give `choices: [6, 9]` or `low`, `high` and `step`, not both and not neither")
+                raise ValueError("takes either choices or a range; valid: choices: [6, 9], or low, high and step")
         elif self.low is None or self.high is None or (self.step is None) == (self.divisor is None):
-            raise ValueError("give `low`, `high` and one of `step` and `divisor`, as in "
-                             "{low: 384, high: 576, step: 64} or {low: 400, high: 576, divisor: 64}")  # fmt: skip
+            raise ValueError("a range is low, high and one of step and divisor; valid: "
+                             "{low: 384, high: 576, step: 64}, or {low: 400, high: 576, divisor: 64}")  # fmt: skip
         elif self.low > self.high:
             raise ValueError(f"low {self.low} is above high {self.high}; valid: low at most {self.high}")
         elif (self.high - self.low) // (self.step or self.divisor or 1) >= MOST_VALUES:

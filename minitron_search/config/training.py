@@ -200,8 +200,8 @@ class EvaluationConfig(Section):
     def _references_have_names_of_their_own(self) -> "EvaluationConfig":
         for name in self.references:
             if name == "teacher" or re.fullmatch(r"best(-\d+)?", name):
-                raise ValueError(f"evaluation.references: {name} is what a run calls a model of its own; valid for a "
-                                 f"folder of that name: ./{name}")  # fmt: skip
+                raise ValueError(f"evaluation.references: {name} is what a run calls a model of its own; valid: "
+                                 f"./{name} for a folder of that name")  # fmt: skip
         return self
 
     @model_validator(mode="after")

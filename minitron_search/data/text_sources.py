@@ -24,6 +24,8 @@ from minitron_search.records.cache import content_id
 from minitron_search.teachers.sources import near_names
 
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # bytes of this machine
+MOST_LINE = 2**28  # bytes of a .jsonl's line
+LARGE = 2**30  # bytes of a file whose beginning is read before all of it is hashed
 HUB_NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
 
 
@@ -39,16 +41,39 @@ def text_source(field: str, name: str) -> TextSource:
     if name == "docstrings":
         texts = docstring_documents()
         return TextSource(content_id(texts, digits=16), lambda: texts)
+    if _is_local(name):
+        paths = _files(field, name)
+        return TextSource(
+            content_id([(path.suffix, path) for path in paths], digits=16),
+            lambda: (text for path in paths for text in READERS[path.suffix](field, path)),
+        )
+    match = _hub_name(field, name)
+    return _hub(field, name, match["path"], match["config"], match["split"] or "train")
+
+
+def check_source(field: str, name: str) -> None:
+    """Raise ValueError, as `text_source` does, for files that are not there; nothing is read of any."""
+    if name == "docstrings":
+        return
+    if _is_local(name):
+        _files(field, name)
+    else:
+        _hub_name(field, name)
+
+
+def _is_local(name: str) -> bool:
     path = Path(name).expanduser()
     local = name.startswith((".", "/", "~")) or path.suffix in READERS or path.exists()
-    if local or glob.has_magic(name):
-        return _files(field, name)
+    return local or glob.has_magic(name)
+
+
+def _hub_name(field: str, name: str) -> re.Match[str]:
     if match := HUB_NAME.fullmatch(name):
-        return _hub(field, name, match["path"], match["config"], match["split"] or "train")
-    raise ValueError(f"{field}: {name!r} is not a file here{near_names(path)}; valid: {_valid()}")
+        return match
+    raise ValueError(f"{field}: {name!r} is not a file here{near_names(Path(name))}; valid: {_valid()}")
 
 
-def _files(field: str, name: str) -> TextSource:
+def _files(field: str, name: str) -> list[Path]:
     path = Path(name).expanduser()
     if path.is_dir():
         raise ValueError(f"{field}: {name!r} is a folder; valid: a glob of its files, as in {name.rstrip('/')}/*.txt")
@@ -67,10 +92,9 @@ def _files(field: str, name: str) -> TextSource:
                              "bytes; valid: a .jsonl with a document a line")  # fmt: skip
         if path.suffix not in READERS:
             raise ValueError(f"{field}: {str(path)!r} is none of {', '.join(READERS)}; valid: {_valid()}")
-    return TextSource(
-        content_id([(path.suffix, path) for path in paths], digits=16),
-        lambda: (text for path in paths for text in READERS[path.suffix](field, path)),
-    )
+        if path.suffix != ".txt" and path.stat().st_size > LARGE:
+            next(READERS[path.suffix](field, path), None)
+    return paths
 
 
 def _txt(field: str, path: Path) -> Iterator[str]:
@@ -85,9 +109,12 @@ def _txt(field: str, path: Path) -> Iterator[str]:
 
 def _jsonl(field: str, path: Path) -> Iterator[str]:
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(MOST_LINE + 1), b""), start=1):
             if not line.strip():
                 continue
+            if len(line) > MOST_LINE:
+                raise ValueError(f"{field}: {str(path)!r}, line {number} is longer than {MOST_LINE:,} bytes; valid: a "
+                                 'document a line, {"text": "..."}')  # fmt: skip
             try:
                 text = _text(json.loads(line))
             except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -117,7 +144,7 @@ def _parquet(field: str, path: Path) -> Iterator[str]:
                     raise ValueError(f"row {number}: {_why(error)}") from error
     except (ValueError, TypeError, OSError) as error:  # pyarrow's own errors are ValueError or OSError
         raise ValueError(
-            f"{field}: {str(path)!r} is not a parquet file with a string column `text` ({error})"
+            f"{field}: {str(path)!r} is not a parquet file with a string column `text` ({_why(error)})"
         ) from error
 
 
@@ -186,7 +213,7 @@ def _hub(field: str, name: str, path: str, config: str | None, split: str) -> Te
                 yield text
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{field}: {name!r} has no split {split!r} with strings in a column `text` ({error})"
+                f"{field}: {name!r} has no split {split!r} with strings in a column `text` ({_why(error)})"
             ) from error
 
     # The builder's hash is that of the data set's commit.

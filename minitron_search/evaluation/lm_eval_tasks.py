@@ -73,6 +73,7 @@ TABLES: dict[str, tuple[Task, ...]] = {
 NAMED = re.compile(
     rb"(?m)^[ \t]*(?:-[ \t]*)?(?:[\"']?(?:task|group|tag)[\"']?[ \t]*:)?([ \t\[\"'\w.,()\-]+\]?)[ \t]*(?:#.*)?\r?$"
 )
+MOST_SHOTS = 1_000  # as of winogrande.shots
 CANNOT = {
     "xlsum": "lm-eval has XL-Sum in other languages, not the English one of Table 1",
     "mt_bench": "MT-Bench needs a judge (GPT-4 Turbo in Table 2), and lm-eval has none",
@@ -168,8 +169,9 @@ def _split(request: str) -> tuple[str, int | None]:
     name, colon, shots = request.rpartition(":")
     if not colon:
         return request, None
-    if not shots.isdecimal():
-        raise ValueError(f"evaluation.tasks: {request!r}: {shots!r} is not a number of shots; valid: {name}:5")
+    if not re.fullmatch(r"\d{1,4}", shots) or int(shots) > MOST_SHOTS:
+        raise ValueError(f"evaluation.tasks: {request!r}: {shots!r} is not a number of shots, of which there are at "
+                         f"most {MOST_SHOTS:,}; valid: {name}:5")  # fmt: skip
     return name, int(shots)
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pyarrow import ArrowException
 
-from minitron_search.messages.failures import first_line
+from minitron_search.messages.failures import first_line, reading
 from minitron_search.ownership.stored_object import StoredObject, stored_object
 from minitron_search.records.logs import LOCAL, LocalFiles, LostError
 from minitron_search.records.paths import LOCK, OWNER, is_uri, working_folder
@@ -145,7 +145,8 @@ def held(output: str) -> Iterator[Hold]:
     made = [folder for folder in (root, *root.parents) if not folder.exists()]
     lock = FileLock(root / LOCK, timeout=0.2, thread_local=False)
     while not lock.is_locked:
-        root.mkdir(parents=True, exist_ok=True)
+        with reading(f"output: {output}", "a folder that can be made and written to"):  # in /proc none can be
+            root.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
         except Timeout:

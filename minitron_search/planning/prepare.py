@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from minitron_search.config.schema import Config
 from minitron_search.config.space import Axes, Budget, SpaceConfig, Target
 from minitron_search.config.types import Precision
-from minitron_search.data.corpus import Corpus, load_corpus
+from minitron_search.data.corpus import RANDOM, Corpus, load_corpus
+from minitron_search.data.text_sources import check_source
 from minitron_search.data.winogrande import HUB, load_examples
 from minitron_search.data.winogrande_packing import PackedOptions, pack
 from minitron_search.depth.sweep import in_layers
@@ -48,6 +49,7 @@ from minitron_search.teachers.sources import checked_fingerprint, load_tokenizer
 from minitron_search.tracking.trackers import check_installed, log_in
 from minitron_search.trials.settings import correction_tokens
 
+QUESTION_ADVICE = "embedded, or a .jsonl file of questions in Winogrande's format"
 MODEL_ADVICE = "a folder whose files are as save_pretrained of transformers 5 writes them"
 TASK_ADVICE = "tasks of lm-eval, as winogrande:5, or YAML files like theirs (docs/evaluation.md)"
 
@@ -134,7 +136,17 @@ def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace]:
     if config.distillation.compile:
         check_compiler()
     if config.winogrande.source != HUB:
-        load_examples(config.winogrande.source, config.winogrande.limit)
+        with reading(f"winogrande.source: {config.winogrande.source!r}", QUESTION_ADVICE):
+            load_examples(config.winogrande.source, config.winogrande.limit)
+    corpus = config.corpus
+    for field, source in (
+        ("train", corpus.train),
+        ("validation", corpus.validation),
+        ("calibration", corpus.calibration),
+    ):
+        if source is not None and (field, source) != ("calibration", RANDOM):
+            with reading(f"corpus.{field}: {source[:200]!r}", "text that can be read"):
+                check_source(f"corpus.{field}", source)
     return pruned, space
 
 
@@ -152,7 +164,7 @@ def prepare(config: Config, resume: bool) -> Prepared:
         tokenizer = load_tokenizer(config.teacher.model)
         origin = _origin(config, folder, tokenizer)
         check_special_tokens(config, tokenizer, pruned.vocab_size)
-    with reading(f"winogrande.source: {config.winogrande.source!r}", "embedded, or questions in Winogrande's format"):
+    with reading(f"winogrande.source: {config.winogrande.source!r}", QUESTION_ADVICE):
         packed = _packed_questions(config, pruned, tokenizer)
     with reading(f"corpus: {config.corpus.train!r}, {config.corpus.validation!r}", "text that the tokenizer reads"):
         corpus = _corpus(config, tokenizer, pruned.vocab_size)

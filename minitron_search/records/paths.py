@@ -33,7 +33,10 @@ def located(place: str) -> str:
     """
     scheme, colon, rest = place.partition(":")
     if colon and scheme.lower() in ("file", *SCHEMES):
-        if not re.match("//.", rest):
+        if scheme.lower() == "file":
+            if not re.match("///.", rest):  # of file://host/x the host is no part of the path
+                raise ValueError(f"is no address of a folder; valid: file:///{rest.strip('/') or 'runs/first'}")
+        elif not re.match("//.", rest):
             raise ValueError(f"is no address; valid: {scheme.lower()}://{rest.strip('/') or 'bucket/run'}")
         return f"{scheme.lower()}:{rest}"
     return at_home(place)

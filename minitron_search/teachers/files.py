@@ -6,6 +6,7 @@ content: NaN and infinity in a weight make every number of a run NaN, or a wrong
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +58,7 @@ def check_small_files(folder: Path) -> None:
             raise ModelError(f"holds a {name} that is no regular file")
         if path.suffix == ".json":
             try:
-                content = json.loads(path.read_bytes())
+                content = json.loads(path.read_bytes(), parse_constant=_refused if name == "config.json" else None)
             except (ValueError, RecursionError) as error:
                 raise ModelError(f"holds a {name} that is no JSON ({described(error)})") from error
             if not isinstance(content, dict):
@@ -65,6 +66,10 @@ def check_small_files(folder: Path) -> None:
     if os.path.lexists(folder / "adapter_config.json"):
         raise ModelError("holds an adapter (adapter_config.json), which from_pretrained would put on another model; "
                          "merge_and_unload() of peft makes a model of both")  # fmt: skip
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is no number that a model can be made of")
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
@@ -181,7 +186,8 @@ def _header(path: Path) -> dict[str, Any]:
 def _described(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every weight of the model that `config` describes."""
     try:
-        dims, listed = sizes(config), weights(config)
+        with warnings.catch_warnings(action="ignore"):  # what torch says of a size of 0 is a line of its own
+            dims, listed = sizes(config), weights(config)
     except Exception as error:  # of a class that is given impossible sizes: any
         raise ModelError(f"has a config.json of which no model can be made ({described(error)})") from error
     return {weight.name: tuple(dimension(dims, dim) for dim in weight.dims) for weight in listed}

@@ -10,7 +10,9 @@ a folder, and a folder before it is a Hub name (`./smollm2-135m` is always a fol
 import difflib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -42,6 +44,8 @@ SIZES = {
     "num_hidden_layers": 4_096, "hidden_size": 10**7, "intermediate_size": 10**8, "num_attention_heads": 10**5,
     "num_key_value_heads": 10**5, "vocab_size": 10**9,
 }  # fmt: skip
+# what classes of configurations make lists of, one entry each, before anything can be asked of them
+LISTED, MOST_LISTED = ("num_hidden_layers", "n_layer", "num_labels"), 10**6
 PUBLISHED = Path(__file__).parent / "published"  # configurations of the papers' teachers, as on the Hub
 
 
@@ -169,6 +173,9 @@ def _checked(model: str, folder: Path) -> tuple[Path, PretrainedConfig]:
 
 
 def _configuration(folder: Path) -> PretrainedConfig:
+    for name, size in json.loads((folder / "config.json").read_bytes()).items():
+        if name in LISTED and isinstance(size, int | float) and size > MOST_LISTED:
+            raise DamagedError(f"has {name} {size:,} in config.json (possible: at most {MOST_LISTED:,})")
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and the classes of its configurations raise all types
@@ -187,6 +194,24 @@ def _impossible(config: PretrainedConfig) -> str:
     heads, groups = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
         return f"num_attention_heads {heads}, no multiple of its num_key_value_heads {groups},"
+    if getattr(config, "return_dict", True) is False:
+        return "return_dict false (possible: true, or none)"
+    return _out_of_range(vars(config))
+
+
+def _out_of_range(values: Mapping[str, Any]) -> str:
+    """Return which setting would make every number of a model NaN, or its forward pass fail; '' if none would."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            if wrong := _out_of_range(value):
+                return f"{name}: {wrong}"
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            if name.endswith(("_eps", "_epsilon")) and value < 0:
+                return f"{name} {value:g} (possible: 0 and above)"
+            if name.endswith(("dropout", "pdrop")) and not 0 <= value < 1:
+                return f"{name} {value:g} (possible: 0 to 1)"
+            if name in ("rope_theta", "factor") and value <= 0:
+                return f"{name} {value:g} (possible: above 0)"
     return ""
 
 

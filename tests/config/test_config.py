@@ -379,6 +379,24 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("name", ["teacher", "best", "best-2"])
 def test_a_reference_does_not_take_the_place_of_the_runs_own_models(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"evaluation.references: {name} .*valid .*\./{name}"):
+    with pytest.raises(ValueError, match=rf"evaluation.references: {name} .*valid: \./{name}"):
         parse_config({"evaluation": {"tasks": ["winogrande"], "references": [name]}})
     parse_config({"evaluation": {"tasks": ["winogrande"], "references": [f"./{name}"]}})
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--search.objective="], "search.objective: "),
+        (["--space.axes.hidden_size", "{choices: []}"], "valid: choices: [6, 9], or low, high and step"),
+        (["--space.axes.hidden_size", "{low: 16}"], "valid: {low: 384, high: 576, step: 64}"),
+        (["--output", "file:/x/y"], "valid: file:///x/y"),
+        (["--output", "file://localhost/x"], "valid: file:///localhost/x"),
+        (["--output", "file:"], "valid: file:///runs/first"),
+    ],
+)
+def test_a_fault_is_one_line_with_what_would_be_valid(flags: list[str], said: str) -> None:
+    with pytest.raises(ValueError) as error:
+        load_config(None, flags)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 1 and "valid: " in lines[0] and said in lines[0]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from minitron_search.config.loading import load_config
+from minitron_search.config.plain_yaml import Kind, parse
 from minitron_search.config.schema import Config
 
 TYPED = ("1.10", "010", "12:30", "1_0", "try #2", "2026-11-28", "no", "a: b", "null", "[a]", "0x10", "{a: 1}", " x ")
@@ -122,3 +123,8 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     for file in (str(tmp_path / "pipe.yaml"), "/dev/zero", str(tmp_path)):
         with pytest.raises(ValueError, match=r"--config: .* is (a folder|not a regular file); valid: "):
             load_config(file, [])
+
+
+def test_a_tag_that_its_value_contradicts_is_named_with_its_line() -> None:
+    with pytest.raises(ValueError, match="here, line 2: .*'x'; valid: the value without a tag"):
+        parse("a: 1\nseed: !!int x\n", "here", lambda key: Kind.OTHER)

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minitron_search.data import tokens
 from minitron_search.data.corpus import Corpus, load_corpus
+from minitron_search.data.text_sources import check_source, text_source
 
 WIKITEXT = Path(__file__).parents[3] / "shared" / "data" / "wikitext2_valid.txt"
 WORDS = np.array("the quick brown fox jumps over a lazy dog and runs away, far away; then 12 wolves sleep.".split())
@@ -274,6 +275,34 @@ def test_a_source_that_cannot_be_read_is_refused_by_field_and_name(tokenizer, tm
         load(name, "good.txt", tokenizer)
     with pytest.raises(ValueError, match=f"corpus.validation: .*{REFUSED[name]}"):
         load("good.txt", name, tokenizer)
+
+
+def test_a_source_that_is_not_there_is_found_before_any_text_is_read(tmp_path):
+    (tmp_path / "good.txt").write_text("a")
+    check_source("corpus.train", "good.txt")
+    check_source("corpus.train", "owner/name")
+    for name in ("missing.txt", "empty*.txt", "docstring"):
+        with pytest.raises(ValueError, match="corpus.train: .*; valid: "):
+            check_source("corpus.train", name)
+
+
+def test_a_line_without_end_is_refused_before_the_file_is_hashed(tmp_path):
+    with open(tmp_path / "huge.jsonl", "wb") as file:
+        file.truncate(2**40)  # of zeros, and no byte of them on the disk
+    with pytest.raises(ValueError, match="corpus.train: 'huge.jsonl', line 1 is longer than .*; valid: "):
+        text_source("corpus.train", "huge.jsonl")
+
+
+def test_what_pyarrow_says_in_several_lines_is_one(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").touch()
+
+    def refused(path):
+        raise OSError("thrift:\n\x0f\n")
+
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile", refused)
+    with pytest.raises(ValueError, match="corpus.validation: .*thrift") as error:
+        load("a.parquet", "a.parquet", tokenizer)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow

@@ -226,6 +226,7 @@ def test_code_that_a_model_writes_runs_only_where_the_environment_allows_it(monk
 def test_what_lm_eval_cannot_do_is_refused_with_the_reason(questions: Path) -> None:
     for asked, why in (
         ("mt_bench", "judge"), ("bfcl", "BFCL"), ("xlsum:3", "XL-Sum"), ("winogrande:five", "'five' is not a number"),
+        ("arc_easy:1000000", "at most 1,000"), ("arc_easy:" + "9" * 5000, "at most 1,000"),
         (str(questions.with_name("my_winogrand.yaml")), "no file .*near it: .*my_winogrande.yaml"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"evaluation.tasks: .*{why}.*"):

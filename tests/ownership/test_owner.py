@@ -316,3 +316,9 @@ def test_a_bucket_that_is_not_there_is_refused(address: str) -> None:
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"token": 1}', "\x00", json.dumps({"pid": "x"})])
 def test_an_owner_that_cannot_be_read_is_nobody(text: str) -> None:
     assert Owner.parse(text) is None
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, in which nobody can make a folder")
+def test_an_output_that_nobody_can_make_is_named() -> None:
+    with pytest.raises(ValueError, match="output: /proc/nowhere: .*; valid: "), held("/proc/nowhere"):
+        pass

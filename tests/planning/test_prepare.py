@@ -169,7 +169,8 @@ def test_winogrande_records_with_a_missing_field_or_another_answer_are_named_by_
 
 
 def test_a_missing_winogrande_file_and_too_many_questions(refused: Refused, inputs: Path) -> None:
-    assert "winogrande.source: no file nowhere.jsonl" in refused("--winogrande.source", "nowhere.jsonl")
+    said = refused("--winogrande.source", "nowhere.jsonl")
+    assert "winogrande.source: no file nowhere.jsonl" in said and "; valid: embedded" in said
     assert "winogrande.limit: 5 is outside 1..4" in refused("--winogrande.limit", "5")
     assert "winogrande.shots: 4 is outside 0..3" in refused("--winogrande.shots", "4")
 
