@@ -175,7 +175,7 @@ def _checked(model: str, folder: Path) -> tuple[Path, PretrainedConfig]:
 def _configuration(folder: Path) -> PretrainedConfig:
     for name, size in json.loads((folder / "config.json").read_bytes()).items():
         if name in LISTED and isinstance(size, int | float) and size > MOST_LISTED:
-            raise DamagedError(f"has {name} {size:,} in config.json (possible: at most {MOST_LISTED:,})")
+            raise ModelError(f"has {name} {size:,} in config.json (possible: at most {MOST_LISTED:,})")
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and the classes of its configurations raise all types
