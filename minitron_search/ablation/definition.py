@@ -191,6 +191,9 @@ def defined(values: dict[str, Any], under: Mapping[str, Any], default_name: str)
                 _check_sections(changes or {})
     for arm, changes in arms.items():
         _check_arm(arm, changes or {})
+    for key in ("question", "figure", "baseline"):
+        if not isinstance(own[key], str | int | float | None):
+            raise ValueError(f"{key}: {own[key]!r} is no text; valid: a line of text")
     baseline = own["baseline"] or next(iter(arms))
     if baseline not in arms:
         raise ValueError(f"baseline: {baseline!r} is not an arm; valid: {', '.join(map(str, arms))}")

@@ -336,6 +336,8 @@ WIDE = {"params": {"target": 15_000, "tolerance": 0.9}}
         ({"before": {"b/c": {}}}, "before: 'b/c' names a folder"),
         ({"baseline": "plane"}, "baseline: 'plane' is not an arm; valid: plain, other"),
         ({"question": None}, "question: none; valid: what the arms are to answer"),
+        ({"question": ["q"]}, "question: ['q'] is no text; valid: a line of text"),
+        ({"baseline": ["plain"]}, "baseline: ['plain'] is no text; valid: a line of text"),
         ({"search": {"rungs": [0, 64, 128], "trials": 4}}, "search.trials: an ablation sets it"),
         ({"stages": ["report"]}, "stages: an ablation sets it"),
         ({"base": "nowhere.yaml"}, "--config: no file 'nowhere.yaml'"),
