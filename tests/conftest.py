@@ -4,9 +4,12 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+with suppress(ImportError):  # torch.compile imports it, and it refuses to come after the standard library's distutils
+    import setuptools  # noqa: F401
 
 # read once, when Ray is imported: without it whatever calls Ray by mistake starts one, which stays for later tests
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"

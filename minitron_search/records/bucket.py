@@ -141,7 +141,8 @@ class BucketCopy:
                 for file in sorted((self.run_dir.root / folder).rglob("*")):
                     if file.is_file():
                         self.put(file, PurePosixPath(file.relative_to(self.run_dir.root)))
-            except FileNotFoundError:  # its successor replaced it meanwhile
+            except FileNotFoundError:  # its successor replaced it meanwhile, or its run has ended
+                self._remove(folder)
                 continue
             with self.storage.open_output_stream(self._at(self._marked(folder))) as stream:
                 stream.write(b"")
@@ -151,10 +152,13 @@ class BucketCopy:
         for folder in sorted(self._whole - folders):
             with suppress(FileNotFoundError):  # storage may have failed after removing it
                 self.storage.delete_file(self._at(self._marked(folder)))
-            with suppress(FileNotFoundError):
-                self.storage.delete_dir(self._at(folder))
+            self._remove(folder)
             self._whole.remove(folder)
-            self._created = {path for path in self._created if folder not in (path, *path.parents)}
+
+    def _remove(self, folder: PurePosixPath) -> None:
+        with suppress(FileNotFoundError):
+            self.storage.delete_dir(self._at(folder))
+        self._created = {path for path in self._created if folder not in (path, *path.parents)}
 
     def put(self, file: Path, name: PurePosixPath) -> None:
         """Put one file at `name` in the stored run; a database as it is at one moment, whoever writes to it."""

@@ -247,3 +247,20 @@ def test_storage_that_cannot_be_written_to_is_refused(run: RunDirectory, there: 
     with pytest.raises(ValueError, match="cannot be written to"):
         kept.check_writable()
     assert isinstance(kept.storage, FileSystem)
+
+
+def test_a_checkpoint_that_goes_while_it_is_put_there_leaves_nothing(
+    run: RunDirectory, there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An ablation deletes the checkpoints of an arm that has ended while its storage is brought up to date."""
+    fill(run)
+    bucket, put = mirror(there, run), BucketCopy.put
+
+    def put_and_go(self: BucketCopy, file: Path, name: Any) -> None:
+        put(self, file, name)
+        if file.name == ".metadata":
+            shutil.rmtree(run.checkpoint("a"))
+
+    monkeypatch.setattr(BucketCopy, "put", put_and_go)
+    bucket.push()
+    assert not list(there.rglob("step-*")) and contents(there) == contents(run.root)
