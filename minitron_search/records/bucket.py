@@ -137,16 +137,21 @@ class BucketCopy:
 
     def _push_folders(self, folders: set[PurePosixPath]) -> None:
         for folder in sorted(folders - self._whole):
+            files = self._files_in(folder)
             try:
-                for file in sorted((self.run_dir.root / folder).rglob("*")):
-                    if file.is_file():
-                        self.put(file, PurePosixPath(file.relative_to(self.run_dir.root)))
+                for file in files:
+                    self.put(file, PurePosixPath(file.relative_to(self.run_dir.root)))
+                if self._files_in(folder) != files:
+                    raise FileNotFoundError(folder)
             except FileNotFoundError:  # its successor replaced it meanwhile, or its run has ended
                 self._remove(folder)
                 continue
             with self.storage.open_output_stream(self._at(self._marked(folder))) as stream:
                 stream.write(b"")
             self._whole.add(folder)
+
+    def _files_in(self, folder: PurePosixPath) -> list[Path]:
+        return [file for file in sorted((self.run_dir.root / folder).rglob("*")) if file.is_file()]
 
     def _remove_all_but(self, folders: set[PurePosixPath]) -> None:
         for folder in sorted(self._whole - folders):
