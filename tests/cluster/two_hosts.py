@@ -73,7 +73,6 @@ PATIENCE = {
     "AUTOSCALER_HEARTBEAT_TIMEOUT_S": "15",
     "AUTOSCALER_UPDATE_INTERVAL_S": "1",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
-    "RAY_gcs_server_request_timeout_seconds": "15",  # what an agent waits for a head that has gone, before it ends
 }
 # the newer autoscaler never starts the workers of a `local` provider
 LAPTOP_S = {"RAY_UP_enable_autoscaler_v2": "0", "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
