@@ -27,7 +27,7 @@ from minitron_search.pipeline.latency import held_here
 from minitron_search.pipeline.stages import run_pipeline
 from minitron_search.planning.checks import check_stages, is_placement
 from minitron_search.planning.forecast import dry_run
-from minitron_search.planning.prepare import check, prepare
+from minitron_search.planning.prepare import check, check_texts, prepare
 from minitron_search.records.bucket import bucket_copy
 from minitron_search.records.damage import mend
 from minitron_search.records.directory import ABLATION_FILE, RunDirectory
@@ -57,6 +57,10 @@ def search(config: Config, resume: bool, hold: Hold) -> int:
 def forecast(config: Config, resume: bool) -> int:
     """Print what a run would do and cost, and spend nothing."""
     _, space = check(config, resume)
+    try:
+        check_texts(config)
+    except ValueError as error:
+        say(f"a run would be refused: {error}")
     dry_run(config, held_here(config, space) if space.unmeasured else space, console)
     return 0
 

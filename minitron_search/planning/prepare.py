@@ -138,6 +138,11 @@ def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace]:
     if config.winogrande.source != HUB:
         with reading(f"winogrande.source: {config.winogrande.source!r}", QUESTION_ADVICE):
             load_examples(config.winogrande.source, config.winogrande.limit)
+    return pruned, space
+
+
+def check_texts(config: Config) -> None:
+    """Raise ValueError for a text that is not there or not of a kind that is read. A plan needs none of them."""
     corpus = config.corpus
     for field, source in (
         ("train", corpus.train),
@@ -147,12 +152,12 @@ def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace]:
         if source is not None and (field, source) != ("calibration", RANDOM):
             with reading(f"corpus.{field}: {source[:200]!r}", "text that can be read"):
                 check_source(f"corpus.{field}", source)
-    return pruned, space
 
 
 def prepare(config: Config, resume: bool) -> Prepared:
     """Do all checks and load all inputs. Raises ValueError as `check` does, and if text or disk space is too short."""
     pruned, space = check(config, resume)
+    check_texts(config)
     run_dir = RunDirectory(config.output)
     config = as_begun(run_dir, config)
     if bucket := bucket_copy(config.output, run_dir):
