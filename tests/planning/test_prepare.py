@@ -168,6 +168,12 @@ def test_winogrande_records_with_a_missing_field_or_another_answer_are_named_by_
         assert f"questions.jsonl, line 2: answer is {answer!r}" in said
 
 
+def test_a_plan_needs_no_text_and_says_that_a_run_would(good: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*good, "--dry-run", "--corpus.train", "nowhere.txt"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "a run would be refused: corpus.train: 'nowhere.txt' does not exist" in printed
+
+
 def test_a_missing_winogrande_file_and_too_many_questions(refused: Refused, inputs: Path) -> None:
     said = refused("--winogrande.source", "nowhere.jsonl")
     assert "winogrande.source: no file nowhere.jsonl" in said and "; valid: embedded" in said
