@@ -3,10 +3,11 @@
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 with suppress(ImportError):  # torch.compile imports it, and it refuses to come after the standard library's distutils
     import setuptools  # noqa: F401
@@ -77,6 +78,36 @@ def finished_run(tiny_command: "Command", shared_ray: Path) -> Path:
     output = tiny_command.folder / "finished"
     tiny_command.main(output, "--search.concurrency", "1", "--resources.launcher", "inline")
     return output
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """moto's S3 server."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_address(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], str]:
+    """Makes the address of a folder, by bucket and name, and the bucket."""
+    import boto3
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    # moto refuses the delayed way of pyarrow's to open a stream otherwise
+    options = f"region=us-east-1&allow_delayed_open=true&endpoint_override={quote(s3_endpoint, safe='')}"
+
+    def made(bucket: str, name: str) -> str:
+        boto3.client("s3", endpoint_url=s3_endpoint, region_name="us-east-1").create_bucket(Bucket=bucket)
+        return f"s3://{bucket}/{name}?{options}"
+
+    return made
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -3,15 +3,12 @@ with it."""
 
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-import boto3
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 from pyarrow.fs import FileSelector, FileSystem, copy_files
 from transformers import AutoModelForCausalLM
 
@@ -22,25 +19,10 @@ ONE = ("--search.concurrency", "1", "--resources.launcher", "inline")
 BUCKET = "searches"
 
 
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture
-def address(endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+def address(s3_address: Callable[[str, str], str], request: pytest.FixtureRequest) -> str:
     """A folder of the test's own."""
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket=BUCKET)
-    # moto refuses the delayed way of pyarrow's to open a stream otherwise
-    options = f"region=us-east-1&allow_delayed_open=true&endpoint_override={quote(endpoint, safe='')}"
-    return f"s3://{BUCKET}/{request.node.name}?{options}"
+    return s3_address(BUCKET, request.node.name)
 
 
 def test_a_second_driver_goes_on_from_the_bucket_alone(

@@ -11,12 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-import boto3
 import pytest
 from botocore.exceptions import ClientError
-from moto.server import ThreadedMotoServer
 
 from minitron_search.cli import main
 from minitron_search.ownership import owner, stored_object
@@ -151,28 +148,18 @@ def test_what_outlives_its_driver_appends_nothing(tmp_path: Path) -> None:
 # In storage
 
 
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture(params=["s3", "plain"])
-def address(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def address(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    s3_address: Callable[[str, str], str],
+) -> str:
     """An address of the test's own: of S3 with its conditions, and of what has none."""
     if request.param == "plain":
         monkeypatch.setattr(stored_object, "SETTLE_S", 0.05)
         monkeypatch.setattr(stored_object, "find_spec", lambda name: None)
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    endpoint = request.getfixturevalue("endpoint")
-    boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="runs")
-    options = f"region=us-east-1&allow_delayed_open=true&endpoint_override={quote(endpoint, safe='')}"
-    return f"s3://runs/{tmp_path.name}-{request.param}?{options}"
+    return s3_address("runs", f"{tmp_path.name}-{request.param}")
 
 
 def elsewhere(address: str, **changes: object) -> Owner:
