@@ -16,7 +16,7 @@ from tests.runs import Command, children, in_background, rows, tiny_inputs
 
 pytestmark = pytest.mark.slow
 RETRAIN = ("--resume", "--stages", "retrain", "--resources.launcher", "train")
-STEPS, BETWEEN = 400, 50  # of the retraining, and between its checkpoints
+STEPS, BETWEEN = 240, 40  # of the retraining, and between its checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 from tests.runs import Command, children, in_background, kill_child, rows, tiny_inputs
 
 pytestmark = pytest.mark.slow
-TRIALS = 8  # four drawn, four proposed by TPE
+TRIALS = 6  # four drawn, two proposed by TPE
 STAGES = ("--stages", "importance,search")
 TRIAL, WORKER = "ImplicitFunc", "RayTrainWorker"  # Ray's names of what runs Tune's function, and of what trains
 ONE, TWO = ("--search.concurrency", "1"), ("--search.concurrency", "2")
@@ -27,7 +27,7 @@ INLINE = ("--resources.launcher", "inline")
 def command(tmp_path_factory: pytest.TempPathFactory, shared_ray: Path) -> Command:
     folder = tmp_path_factory.mktemp("killed")
     configuration = tiny_inputs(folder)
-    configuration["search"] = {"trials": TRIALS, "rungs": [96 * 64, 192 * 64, 288 * 64], "reduction_factor": 2}
+    configuration["search"] = {"trials": TRIALS, "rungs": [64 * 64, 128 * 64, 192 * 64], "reduction_factor": 2}
     return Command(folder, configuration)
 
 
@@ -138,7 +138,7 @@ def test_kills_among_two_trials_at_once_lose_no_row(command: Command, unbroken: 
 
     process = command.start(output, *STAGES, *TWO)
     finished = kill_in_turn(output, a_worker_and_a_trial)
-    sigkill_at(process, f"[6/{TRIALS}")
+    sigkill_at(process, f"[4/{TRIALS}")
     finished.append(logged(output, "rung"))
     command.main(output, *STAGES, *TWO, *INLINE, "--resume")
     assert len(finished) == 2, "no two trials trained at once"
