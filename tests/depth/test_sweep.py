@@ -193,7 +193,7 @@ def test_the_table_has_every_row_once(folder: Path, windows: np.ndarray) -> None
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.exists(), reason="the reference numbers are not here")
 def test_the_reference_cuts_of_smollm2_are_reproduced() -> None:
-    """Half the depth at every fifth start, and the single layers that hurt most, least and in the middle; in float32."""
+    """Half the depth at every fifth start; the single layers that hurt most, least and in the middle; in float32."""
     from minitron_search.teachers.sources import load_tokenizer, teacher_folder
 
     reference = json.loads((SHARED / "reference/smollm2_depth_lm_loss.json").read_text())
@@ -202,7 +202,9 @@ def test_the_reference_cuts_of_smollm2_are_reproduced() -> None:
     windows = np.array(tokens, np.int32).reshape(8, 256)
     walk = LayerwiseModel(teacher_folder("smollm2-135m"), "float32")
     asked = {block(cut["start"], cut["length"]): cut["lm_loss"] for cut in reference["cuts"]}
-    asked = {cut: loss for cut, loss in asked.items() if len(cut) == 15 and cut[0] % 5 == 0 or cut in ((0,), (11,), (29,))}
+    asked = {
+        cut: loss for cut, loss in asked.items() if len(cut) == 15 and cut[0] % 5 == 0 or cut in ((0,), (11,), (29,))
+    }
     asked[TEACHER] = reference["teacher_loss"]
     parts = [
         sweep.text_values(walk, windows[rows], list(asked))["lm_loss"]
