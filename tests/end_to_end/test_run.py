@@ -3,6 +3,7 @@
 import html
 import json
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from minitron_search.cli import main
 from minitron_search.records.directory import RunDirectory
-from tests.runs import Command, events, rows
+from tests.runs import Command, events, in_background, kill_child, rows
 from tests.tracking.test_tracking import shown
 
 ONE = ("--search.concurrency", "1")
@@ -144,6 +145,36 @@ def test_two_at_once_through_ray_train_give_the_same_numbers(command: Command, u
             ends = [e["time"] for e in events(output, "trial_finished") if e["trial"] == event["trial"]]
             spans.append((event["time"], ends[0]))
     assert any(a[0] < b[0] < a[1] for a in spans for b in spans), "no two trials ran at once"
+
+
+@pytest.mark.slow
+def test_a_killed_train_process_is_replaced_and_changes_no_number(command: Command, unbroken: Path) -> None:
+    """A worker as its trial goes on towards the next rung, then the controller of another trial that does."""
+    output, killed = command.folder / "killed-train", list[str]()
+
+    def kill() -> None:
+        went_on = set[str]()
+        for kind in ("TrainWorker", "TrainController"):
+            while not (new := set(going_on(output)) - went_on):
+                time.sleep(0.002)
+            went_on |= new
+            if kill_child(kind):
+                killed.append(kind)
+
+    in_background(kill)
+    command.main(output, *ONE, "--stages", "importance,search")
+    assert killed == ["TrainWorker", "TrainController"]
+    ours = [row for row in rows(output) if row["arm"] == "search"]
+    expected = [row for row in rows(unbroken) if row["arm"] == "search"]
+    assert ours == expected
+
+
+def going_on(output: Path) -> list[str]:
+    """The trials that were started again after a rung."""
+    if not (output / "events.jsonl").exists():
+        return []
+    started = [event["trial"] for event in RunDirectory(output).events() if event["event"] == "trial_started"]
+    return [trial for trial in started if started.count(trial) > 1]
 
 
 def test_a_diverging_trial_fails_with_its_reason_and_is_not_repeated(command: Command) -> None:

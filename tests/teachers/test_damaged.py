@@ -106,7 +106,7 @@ def test_a_damaged_teacher_is_refused_at_once_or_does_no_harm(
 def test_runs_of_harmlessly_damaged_teachers_are_those_of_the_undamaged(
     inputs: Path, tmp_path: Path, shared_ray: Path
 ) -> None:
-    """Ten of them, of two families drawn: a run of each family is the undamaged one's."""
+    """Ten damaged teachers of two families drawn, each run compared with its family's undamaged one."""
     draw = np.random.default_rng(1)
     for family in draw.permutation(damage.FAMILIES)[:2].tolist():
         command = Command(tmp_path, {})
