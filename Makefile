@@ -18,7 +18,7 @@ ifdef ARGS
 else
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not hosts" \
-	  tests/end_to_end tests/teachers tests/depth tests
+	  $$(grep -rl --include='test_*.py' mark.slow tests/end_to_end tests/teachers tests/depth tests | awk '!seen[$$0]++')
 endif
 
 # ray up and ray job submit on two hosts made of namespaces, which lose power: eight minutes, most of them spent waiting

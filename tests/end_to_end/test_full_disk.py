@@ -46,7 +46,7 @@ def fill(disk: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_full_disk_stops_the_run_with_one_message_and_costs_no_trial(
-    tiny_command: Command, finished_run: Path, small_disk: Path, capfd: pytest.CaptureFixture[str]
+    tiny_command: Command, shared_ray: Path, finished_run: Path, small_disk: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     output, filled = RunDirectory(small_disk / "run"), list[Path]()
 

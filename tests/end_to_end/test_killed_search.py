@@ -85,7 +85,7 @@ def kill_in_turn(output: Path, *turns: Turn) -> list[list[dict[str, Any]]]:
             before = logged(output, "rung")
             while not turn():
                 before = logged(output, "rung")
-                time.sleep(0.002)
+                time.sleep(0.01)
             finished.append(before)
 
     in_background(wait)

@@ -156,7 +156,7 @@ def test_a_killed_train_process_is_replaced_and_changes_no_number(command: Comma
         went_on = set[str]()
         for kind in ("TrainWorker", "TrainController"):
             while not (new := set(going_on(output)) - went_on):
-                time.sleep(0.002)
+                time.sleep(0.01)
             went_on |= new
             if kill_child(kind):
                 killed.append(kind)

@@ -26,7 +26,7 @@ def address(s3_address: Callable[[str, str], str], request: pytest.FixtureReques
 
 
 def test_a_second_driver_goes_on_from_the_bucket_alone(
-    tmp_path: Path, address: str, finished_run: Path, tiny_command: Command
+    tmp_path: Path, address: str, shared_ray: Path, finished_run: Path, tiny_command: Command
 ) -> None:
     """The first driver's working copy is in caches of its own; the second's begin without one."""
     command = Command(tmp_path, tiny_command.configuration)
