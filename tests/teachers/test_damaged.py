@@ -106,12 +106,12 @@ def test_a_damaged_teacher_is_refused_at_once_or_does_no_harm(
 def test_runs_of_harmlessly_damaged_teachers_are_those_of_the_undamaged(
     inputs: Path, tmp_path: Path, shared_ray: Path
 ) -> None:
-    """Four damaged teachers of two families drawn, each run compared with its family's undamaged one."""
+    """Ten damaged teachers of two families drawn, each run compared with its family's undamaged one."""
     draw = np.random.default_rng(1)
     for family in draw.permutation(damage.FAMILIES)[:2].tolist():
         command = Command(tmp_path, {})
         command.main(tmp_path / f"{family}-whole", *flags(inputs, inputs / family)[2:])
-        for how in draw.permutation(damage.HARMLESS)[:2].tolist():
+        for how in draw.permutation(damage.HARMLESS)[:5].tolist():
             teacher = tmp_path / how.replace("/", "-") / family
             shutil.copytree(inputs / family, teacher)
             damage.apply(teacher, "harmless", how, draw)
