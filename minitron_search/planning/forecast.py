@@ -1,7 +1,7 @@
 """Forecast what a run costs, stage by stage: tokens, FLOPs, hours, GPU-hours, money; --dry-run prints it."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -64,11 +64,13 @@ class Forecast(NamedTuple):
     basis: str
 
 
-def dry_run(config: Config, space: SearchSpace, console: Console) -> None:
-    """Print the configuration, the space and the forecast."""
+def dry_run(config: Config, space: SearchSpace, console: Console, derived: Iterable[str] = ()) -> None:
+    """Print the configuration, the space and the forecast. `derived`: lines on values that follow from the teacher."""
     console.print(yaml.safe_dump(config.dump(), sort_keys=False).rstrip(), markup=False)
     smallest, largest = space.smallest_and_largest()
     console.print(f"\nspace: {space.described(config.search.trials)}")
+    for line in derived:
+        console.print(f"derived: {line}", markup=False, highlight=False)
     anchors = [("anchor", anchor) for anchor in space.anchors]
     for name, architecture in (("teacher", space.teacher), ("smallest", smallest), ("largest", largest), *anchors):
         counted = space.measures(architecture)

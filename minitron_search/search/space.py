@@ -207,6 +207,10 @@ class SearchSpace:
         """Return what the budgets bound, for one architecture."""
         return self._measure(sizes_of(self.config, architecture))
 
+    def counted(self) -> Measures:
+        """Return what the budgets bound, of every row of `shapes`."""
+        return self._measures(self.shapes)
+
     def _id(self, row: int) -> str:
         """Return the id of a point's architecture; kept, because making one takes longer than all else of a
         proposal."""
@@ -275,7 +279,7 @@ class SearchSpace:
 
     def _block_lengths(self, space: SpaceConfig) -> tuple[int, ...]:
         depth = self.teacher.num_hidden_layers
-        lengths = tuple(sorted(set(space.axes.drop_block.lengths))) if space.axes.drop_block else (0,)
+        lengths = tuple(sorted(set(space.axes.drop_block.numbers))) if space.axes.drop_block else (0,)
         if lengths[-1] >= depth:
             raise ValueError(f"space.axes.drop_block.lengths: {lengths[-1]} of the teacher's {depth} layers; "
                              f"valid: at most {depth - 1}")  # fmt: skip
@@ -324,9 +328,9 @@ class SearchSpace:
         for name, values in measured.items():
             bound = getattr(self.budget, name)
             if bound is not None:
-                inside &= np.abs(values - bound.target) <= bound.tolerance * bound.target
+                inside &= np.abs(values - bound.number) <= bound.tolerance * bound.number
                 digits = 2 if name == "latency_ms" else 0
-                ranges.append(f"space.budget.{name}: {bound.target:,.{digits}f} +- {bound.tolerance:.1%} asked, "
+                ranges.append(f"space.budget.{name}: {bound.number:,.{digits}f} +- {bound.tolerance:.1%} asked, "
                               f"{values.min():,.{digits}f} to {values.max():,.{digits}f} reachable")  # fmt: skip
         if not inside.any():
             raise ValueError("no architecture on the axes' grid meets the budget; " + "; ".join(ranges)

@@ -19,6 +19,7 @@ from minitron_search.export.compatibility import ALWAYS_TIED, FOUR_TIMES, NOT_CO
 from minitron_search.export.student_folder import write_folder
 from minitron_search.export.teacher_files import teacher_files
 from minitron_search.models.families import student_config, whole
+from minitron_search.planning.defaults import completed
 from minitron_search.pruning.trimming import trim
 from minitron_search.search.space import SearchSpace
 from minitron_search.teachers.sources import teacher_config
@@ -91,7 +92,7 @@ def test_the_configuration_says_every_shape(name: str, tmp_path: Path) -> None:
 
 def test_everything_in_the_default_space_is_taken() -> None:
     """And its heads have a size that every attention back end of vLLM takes (FlashInfer's are the fewest)."""
-    config = Config()
+    config, _ = completed(Config(), None)
     space = SearchSpace(config.space, teacher_config(config.teacher.model))
     for shape in space.shapes:
         architecture = space.architecture(shape)
