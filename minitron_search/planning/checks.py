@@ -19,6 +19,7 @@ from minitron_search.losses.divergences import DIVERGENCES, divergence_of, loss_
 from minitron_search.models import device
 from minitron_search.models.families import sizes
 from minitron_search.ownership.owner import check_writable, holds_anything
+from minitron_search.planning.defaults import completed
 from minitron_search.records.bucket import bucket_copy
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.paths import cache_folder, working_folder
@@ -89,7 +90,8 @@ def check_output(run_dir: RunDirectory, config: Config, resume: bool) -> None:
         raise ValueError(f"output: {config.output} is not empty and holds no run; valid: a new folder")
     if not resume:
         raise ValueError(f"output: {config.output} holds a run; valid: another folder, or --resume to continue it")
-    begun_with = as_begun(run_dir, loading.parse_config(run_dir.read_config())).dump()  # what it lacks is as it was
+    begun_as = as_begun(run_dir, loading.parse_config(run_dir.read_config()))  # what it lacks is as it was
+    begun_with = completed(begun_as, None)[0].dump()
     changed = [
         line for line in loading.differences(begun_with, as_begun(run_dir, config).dump())
         if not is_placement(line.partition(":")[0])

@@ -40,10 +40,13 @@ def completed(config: Config, begun: Config | None) -> tuple[Config, list[str]]:
         config = config.model_copy(update={"name": begun.name})
     if not config.is_open:
         return config, []
+    if begun is not None:  # no run leaves its file open, but a hand may
+        begun, _ = completed(begun, None)
     teacher, pruned = teacher_config(config.teacher.model), pruned_config(config)
     own = begun.space if begun is not None else OWN_SPACES.get(config.teacher.model)
     values = config.dump()
-    values["space"] = derived(config.space, teacher, pruned, own).model_dump(mode="json")
+    if config.space.open:
+        values["space"] = derived(config.space, teacher, pruned, own).model_dump(mode="json")
     if config.depth.lengths == "auto":
         lengths = in_layers("auto", max(2, pruned.num_hidden_layers)) if begun is None else begun.depth.lengths
         values["depth"]["lengths"] = list(lengths)
@@ -52,10 +55,11 @@ def completed(config: Config, begun: Config | None) -> tuple[Config, list[str]]:
 
 
 def _lines(asked: Config, complete: Config, teacher: PretrainedConfig) -> Iterator[str]:
+    shape, open_budgets = whole(teacher), shares(asked.space.budget)
+    counts = counts_of(teacher, asked.space.budget) if open_budgets else {}
     if complete.name == name_after(complete.teacher.model):
         yield f"name: {complete.name}, after teacher.model"
-    counts, shape = counts_of(teacher, asked.space.budget), whole(teacher)
-    for name, share in shares(asked.space.budget).items():
+    for name, share in open_budgets.items():
         number, target = getattr(complete.space.budget, name).number, getattr(asked.space.budget, name).target
         line = f"space.budget.{name}.target: {number:,.0f}"
         if target != "auto":

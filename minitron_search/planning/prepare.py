@@ -42,8 +42,9 @@ from minitron_search.planning.checks import (
 )
 from minitron_search.planning.defaults import completed, pruned_config
 from minitron_search.planning.token_ids import check_special_tokens, check_windows
-from minitron_search.records.bucket import bucket_copy
+from minitron_search.records.bucket import bucket_copy, stored_text
 from minitron_search.records.directory import RunDirectory
+from minitron_search.records.paths import is_uri
 from minitron_search.search.samplers import check_sampler
 from minitron_search.search.space import SearchSpace
 from minitron_search.teachers.sources import checked_fingerprint, load_tokenizer, teacher_config, teacher_folder
@@ -118,13 +119,20 @@ def complete(config: Config, resume: bool) -> tuple[Config, list[str]]:
     What a run that goes on left to its teacher is what it began with. Raises ValueError as `check` does.
     """
     check_names(config)
-    run_dir = RunDirectory(config.output)
-    if resume and (bucket := bucket_copy(config.output, run_dir)):
-        bucket.pull()
     with reading(f"output: {config.output}", "a run directory whose files are whole, or another folder"):
-        begun = loading.parse_config(run_dir.read_config()) if resume and run_dir.config.is_file() else None
+        begun = _begun(config.output) if resume else None
     with reading(f"teacher.model: {config.teacher.model!r}", MODEL_ADVICE):
         return completed(config, begun)
+
+
+def _begun(output: str) -> Config | None:
+    """Return the configuration of the run that is in `output`, here or in storage; None if there is none."""
+    file = RunDirectory(output).config
+    if is_uri(output):
+        text = stored_text(output, file.name)
+    else:
+        text = file.read_text(encoding="utf-8") if file.is_file() else None
+    return loading.parse_config(loading.yaml_values(text, f"output: {file}")) if text is not None else None
 
 
 def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace]:

@@ -1,8 +1,8 @@
 """Derive from the teacher what a space leaves to it: axes that prune any decoder, and a budget that they reach.
 
-Heads and key-value groups are kept, as in the papers' own width pruning (2408.11796, section 4.2); hidden_size,
-intermediate_size and the depth shrink, in sizes that hardware likes. How far they go follows from the budget: as the
-first of `REACHES` that leaves a choice.
+Heads and key-value groups are kept (moving a third of their parameters to the MLP costs SmolLM2 0.283 nats,
+docs/concepts/search-space.md); hidden_size, intermediate_size and the depth shrink, in sizes that hardware likes. How
+far they go follows from the budget: as the first of `REACHES` that leaves a choice.
 """
 
 import math
@@ -63,6 +63,8 @@ def derived(
     if own is not None:
         return space.model_copy(update={"budget": budget, "axes": _filled(space.axes, own.axes, pruned)})
     automatic = [name for name in COUNTED if (bound := getattr(space.budget, name)) and bound.target == "auto"]
+    if not automatic and not any(map(_is_open, _given(space.axes).values())):
+        return space.model_copy(update={"budget": budget})
     best, most = None, (-1, -1)
     for axes in _candidates(space.axes, pruned):
         reached = _Reached(axes, budget, pruned, counts)
@@ -160,17 +162,22 @@ class _Reached:
 
 def _candidates(asked: Axes, pruned: PretrainedConfig) -> Iterator[Axes]:
     """Yield the axes that are tried, from those that change least."""
-    given = [name for name in Axes.model_fields if (axis := getattr(asked, name)) and not _is_open(axis)]
-    if all(axis is None or not _is_open(axis) for axis in (getattr(asked, name) for name in Axes.model_fields)):
+    given = _given(asked)
+    if not any(map(_is_open, given.values())):
         yield asked
         return
+    closed = {name for name, axis in given.items() if not _is_open(axis)}
     made_of_heads = family_of(pruned).head_dim == "derived"
     kept = made_of_heads and asked.hidden_size == Axis.model_validate("auto")
     if kept:
         yield _filled(asked, _axes(pruned, HEADS_KEPT), pruned)
-    if not (kept and {"num_attention_heads", "num_key_value_heads"} & set(given)):  # which hidden_size follows
+    if not (kept and {"num_attention_heads", "num_key_value_heads"} & closed):  # which hidden_size follows
         for reach in REACHES:
             yield _filled(asked, _axes(pruned, reach), pruned)
+
+
+def _given(axes: Axes) -> dict[str, Axis | DropBlock]:
+    return {name: axis for name in Axes.model_fields if (axis := getattr(axes, name)) is not None}
 
 
 def _is_open(axis: Axis | DropBlock) -> bool:
