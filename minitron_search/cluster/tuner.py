@@ -21,6 +21,7 @@ from minitron_search.messages.console import say
 from minitron_search.models.architecture import Architecture
 from minitron_search.records.damage import CheckpointDamage
 from minitron_search.records.directory import FINISHED
+from minitron_search.records.summary import against_trims, harm_sentences, say_harm
 from minitron_search.search.schedule import search_phases
 from minitron_search.search.state import SearchState
 from minitron_search.search.study import LiveStudy
@@ -92,6 +93,8 @@ def _promote_the_best(search: SearchState, study: LiveStudy) -> list[Architectur
         search.run.event("promoted", architecture=architecture.id)
     search.write_tables(promoted)
     search.run.write_evidence(evidence(search.run, search.config.search.ranks_by))
+    for sentence in harm_sentences(against_trims(search.run.read_trials(), search.run.scores())):
+        say(f"search: {sentence}")
     study.refresh(search.observed(), at_once=True)
     return best
 
@@ -154,6 +157,7 @@ class Bookkeeping(tune.Callback):
             f"{self._place(ours)} rung {row['rung']}, {at}: LM loss {row['lm_loss']:.3f} "
             f"+- {row['lm_loss_stderr']:.3f}, KL {row['kl']:.3f}: {decision}{self._pace(row)}"
         )
+        say_harm(self.search.run, ours.id, ours.id)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         ours: Trial = trial.config["trial"]

@@ -17,14 +17,15 @@ from minitron_search.trials.runner import initial_student
 from minitron_search.trials.trial import Trial
 
 
-def export(inputs: TrialInputs, trial: Trial, origin: Origin, folder: Path) -> None:
+def export(inputs: TrialInputs, trial: Trial, origin: Origin, folder: Path, harm: str | None = None) -> None:
     """Write the retrained student of `trial` as a stock folder, which appears whole or not at all, with its card, the
-    teacher's tokenizer and the teacher's licence; its weights in the dtype that they were scored in."""
+    teacher's tokenizer and the teacher's licence; its weights in the dtype that they were scored in. `harm`: a sentence
+    for the card of a student that its training made no better."""
     student = trained_student(inputs, trial).to(getattr(torch, trial.stored))
     row = next(row for row in inputs.run_dir.metrics(trial.id) if row["kind"] == "rung")
     complete(student.config)
     teacher = AutoConfig.from_pretrained(inputs.teacher_folder, trust_remote_code=False)
-    card = model_card(origin, trial, row, refusals(student.config), renamed(teacher, student.config))
+    card = model_card(origin, trial, row, refusals(student.config), renamed(teacher, student.config), harm)
     write_folder(student, {**origin.files.contents, "README.md": card.encode()}, folder)
 
 

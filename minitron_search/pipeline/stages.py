@@ -36,7 +36,7 @@ from minitron_search.planning.forecast import comparison, intermediate_advice
 from minitron_search.planning.prepare import Prepared
 from minitron_search.planning.workload import spent
 from minitron_search.records.directory import RunDirectory
-from minitron_search.records.summary import summary_table
+from minitron_search.records.summary import against_trims, harm_sentences, say_harm, summary_table
 from minitron_search.search.state import SearchState, make_trial
 from minitron_search.tracking.curves import tracked
 from minitron_search.trials import runner
@@ -62,6 +62,8 @@ def run_pipeline(prepared: Prepared, with_forecast: bool = True) -> None:
     disconnect(run_dir)
     run_dir.event("run_finished", seconds=time.monotonic() - began)
     console.print(summary_table(run_dir))
+    for sentence in harm_sentences(against_trims(run_dir.read_trials(), run_dir.scores())):
+        say(f"* {sentence}")
     if compared := comparison(run_dir):
         say(compared)
     say(f"done in {(time.monotonic() - began) / 60:.1f} minutes: {config.output}")
@@ -200,17 +202,18 @@ def promote(
         except RuntimeError:  # a training that diverged is a row that says so
             search.write_tables(promoted(run_dir))
             raise
-        export(prepared, trial, rank, inputs)
+        export(prepared, trial, rank, inputs, say_harm(run_dir, trial.id, before.id))
     run_dir.event("trial_finished", trial=trial.id, status="complete")
     search.write_tables(promoted(run_dir))
     say(f"retrain: {run_dir.best(rank)}")
 
 
-def export(prepared: Prepared, trial: Trial, rank: int, inputs: ray.ObjectRef) -> None:
-    """Write the retrained student as a stock folder with its model card, on the driver's node."""
+def export(prepared: Prepared, trial: Trial, rank: int, inputs: ray.ObjectRef, harm: str | None) -> None:
+    """Write the retrained student as a stock folder with its model card, on the driver's node. `harm`: what the card
+    says of a student that its training made no better."""
     run_dir = prepared.run_dir
     folder = run_dir.best(rank)
-    on_all_cpus(run_dir, student_folder.export, inputs, trial, prepared.origin, folder)
+    on_all_cpus(run_dir, student_folder.export, inputs, trial, prepared.origin, folder, harm)
     if run_dir.transfer is not None:
         run_dir.transfer.fetch(folder)
 

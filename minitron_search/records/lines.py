@@ -15,6 +15,7 @@ SHAPE = (
 NUMBERS = (*(name for name in score_columns() if name not in COUNTS), "bi", "tokens_per_second", "seconds")
 # What readers take from an event of a kind, besides its time.
 EVENTS: dict[str, tuple[str, ...]] = {
+    "above_trim": ("trial", "message"),
     "promoted": ("architecture",),
     "stage_finished": ("stage",),
     "stage_started": ("stage",),
