@@ -77,6 +77,7 @@ def checks(run: RunData, last: pd.DataFrame, failed: list[tuple[str, str]]) -> l
               not len(nameless) if known else None),
         Check("Training loss is not finite", f"{f.plural(len(steps), 'step')}{_named(steps.unique())}",
               not len(steps) if len(run.steps) else None),
+        *_rate(run),
         _harm(run),
         _twice(run),
         _chance(run),
@@ -104,6 +105,21 @@ def _twice(run: RunData) -> Check:
     shapes = len({name for arm, name, _ in rows if arm not in CONTROLS and name})
     text = f"{len(again):,} of {f.plural(shapes, 'architecture')}{_named(f'{name} ({arm})' for arm, name in again)}"
     return Check("Architectures trained twice with one seed", text, not again if rows else None)
+
+
+def _rate(run: RunData) -> list[Check]:
+    """Say what `learning_rate: auto` became; nothing of a run that was given numbers."""
+    event = next((event for event in run.events if event["event"] == "learning_rate"), None)
+    if event is None:
+        return []
+    text, untrained = f"{event.get('rate')}, {event.get('how')}", event.get("untrained")
+    tried = event.get("rates") or []
+    if untrained is None:
+        return [Check("Learning rate", text, True)]
+    losses = ", ".join(f"{row['rate']:.2g}: {f.fixed(row['lm_loss'] or np.nan, 3)}" for row in tried)
+    text += (f"; LM loss after {event['steps']} steps at {losses}; untrained {f.fixed(untrained, 3)}; "
+             f"{event['share']:.1%} of the run’s training")  # fmt: skip
+    return [Check("Learning rate", text, any((row["lm_loss"] or np.inf) < untrained for row in tried))]
 
 
 def _harm(run: RunData) -> Check:

@@ -112,6 +112,8 @@ class DistillationConfig(Section):
         topk: its `topk` most probable tokens, smaller and approximate; off: nothing, every batch asks it live; auto:
         hidden if that takes at most teacher_cache_bytes (auto: a quarter of the free disk, and at most 16 GiB), else
         off.
+    learning_rate: auto is the embedded teacher's; for other teachers what a probe finds best, or a rule by size
+        (`trials.settings`).
     """
 
     loss: Loss = "kld"
@@ -122,7 +124,7 @@ class DistillationConfig(Section):
     intermediate_loss: Literal["mse", "cosine"] = "mse"
     intermediate_layers: Literal["all"] | Annotated[int, BeforeValidator(as_number), Field(ge=1, le=10**4)] = "all"
     embedding: bool = False
-    learning_rate: LearningRate = 3e-4
+    learning_rate: Literal["auto"] | LearningRate = "auto"
     batch_tokens: Annotated[int, BeforeValidator(as_number), Field(ge=1, le=10**9)] = 1_000
     teacher_cache: Annotated[Literal["auto", "hidden", "topk", "off"], BeforeValidator(off_for_false)] = "auto"
     teacher_cache_bytes: AutoCount = "auto"
@@ -170,7 +172,7 @@ class RetrainingConfig(Section):
     """
 
     tokens: Tokens = 32_000
-    learning_rate: LearningRate = 3e-4
+    learning_rate: Literal["auto"] | LearningRate = "auto"  # as distillation.learning_rate
     min_learning_rate: Annotated[Real, Field(ge=0, le=10)] = 1e-5
     warmup_steps: Steps = 4
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -178,10 +180,11 @@ class RetrainingConfig(Section):
 
     @model_validator(mode="after")
     def _rates_fall(self) -> "RetrainingConfig":
-        if self.schedule == "cosine" and self.min_learning_rate > self.learning_rate:
+        given = self.learning_rate != "auto"
+        if given and self.schedule == "cosine" and self.min_learning_rate > float(self.learning_rate):
             raise ValueError(f"retraining.min_learning_rate: {self.min_learning_rate:g} is above "
-                             f"retraining.learning_rate {self.learning_rate:g}, from which it falls; valid: at most "
-                             f"{self.learning_rate:g}")  # fmt: skip
+                             f"retraining.learning_rate {float(self.learning_rate):g}, from which it falls; valid: at "
+                             f"most {float(self.learning_rate):g}")  # fmt: skip
         return self
 
 

@@ -135,7 +135,7 @@ def model_card(
     left = "".join(
         f" Not taken over from the teacher's folder: {in_markdown(sentence)}." for sentence in origin.files.left
     )
-    warning = f"\n> **Warning.** {in_markdown(harm)}\n" if harm else ""
+    warning = f"\n> **Warning.** {harm}\n" if harm else ""
     return f"""---
 {_front_matter(origin, row).to_yaml()}
 ---

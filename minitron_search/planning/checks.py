@@ -24,7 +24,7 @@ from minitron_search.records.directory import RunDirectory
 from minitron_search.records.paths import cache_folder, working_folder
 from minitron_search.search.schedule import retrained, search_phases
 from minitron_search.search.space import SearchSpace
-from minitron_search.trials.settings import correction_tokens
+from minitron_search.trials.settings import RATES, correction_tokens
 
 # what a continued run may change
 PLACEMENT = (
@@ -100,8 +100,8 @@ def check_output(run_dir: RunDirectory, config: Config, resume: bool) -> None:
 
 
 def as_begun(run_dir: RunDirectory, config: Config) -> Config:
-    """Return the configuration with the values of `ADDED` for the keys that the run in `run_dir` lacks, if they are not
-    given others."""
+    """Return the configuration with the values of `ADDED` for the keys that the run in `run_dir` lacks, and with its
+    learning rates, if they are not given others."""
     if not run_dir.config.exists():
         return config
     there, values = run_dir.read_config(), config.dump()
@@ -110,6 +110,9 @@ def as_begun(run_dir: RunDirectory, config: Config) -> Config:
         section, name = key.split(".")
         if name not in (there.get(section) or {}) and values[section][name] == default[section][name]:
             values[section][name] = value
+    for section in RATES:  # a run begun with a number, before `auto` was the default, or given one, goes on with it
+        if values[section]["learning_rate"] == "auto" and "learning_rate" in (there.get(section) or {}):
+            values[section]["learning_rate"] = there[section]["learning_rate"]
     return loading.parse_config(values)
 
 

@@ -16,11 +16,13 @@ from minitron_search.models.architecture import parameter_count
 from minitron_search.models.device import resolve
 from minitron_search.models.families import sizes_of
 from minitron_search.planning.calibration import Speed, measure, stated
-from minitron_search.planning.workload import Costs, Work, option_tokens, workload
+from minitron_search.planning.workload import Costs, Work, option_tokens, planned_probe, workload
 from minitron_search.records.directory import RunDirectory, stage_seconds
 from minitron_search.search.schedule import gang_workers, search_phases
 from minitron_search.search.space import COORDINATES, SearchSpace
 from minitron_search.teachers.sources import teacher_config
+from minitron_search.trials.learning_rate import MOST_RATES
+from minitron_search.trials.settings import automatic_rates, rule_rate
 
 # Of a worker group, from Ray's asking for it to its first step: processes, imports, the student. Of a trial inside a
 # process of Tune: imports and the student.
@@ -67,6 +69,8 @@ class Forecast(NamedTuple):
 def dry_run(config: Config, space: SearchSpace, console: Console) -> None:
     """Print the configuration, the space and the forecast."""
     console.print(yaml.safe_dump(config.dump(), sort_keys=False).rstrip(), markup=False)
+    if config.distillation.learning_rate == "auto" or config.retraining.learning_rate == "auto":
+        console.print(learning_rate(config), markup=False)
     smallest, largest = space.smallest_and_largest()
     console.print(f"\nspace: {space.described(config.search.trials)}")
     anchors = [("anchor", anchor) for anchor in space.anchors]
@@ -85,6 +89,19 @@ def dry_run(config: Config, space: SearchSpace, console: Console) -> None:
         console.print(line, markup=False)
     if advice := intermediate_advice(config, space):
         console.print(advice)
+
+
+def learning_rate(config: Config) -> str:
+    """Return what `learning_rate: auto` will be."""
+    rate = rule_rate(config.teacher.model)
+    if not automatic_rates(config):
+        return f"learning rate: {rate:g}, known for the embedded teacher"
+    if probe := planned_probe(config):
+        return (f"learning rate: the best that a probe finds in {probe.steps} steps of one candidate at up to "
+                f"{MOST_RATES} rates around {rate:g}, which the teacher's size suggests; {probe.trained_tokens:,} "
+                "tokens")  # fmt: skip
+    return (f"learning rate: {rate:g}, by the teacher's size: the run is too short for a probe, or its students train "
+            "on several workers")  # fmt: skip
 
 
 def teaching_config(config: Config, space: SearchSpace) -> PretrainedConfig:
@@ -135,6 +152,8 @@ def _stage(name: str, work: Work, costs: Costs, speed: Speed, machine: Machine) 
         workers = at_once = 1
     elif name == "search":
         workers = at_once * resources.workers_per_trial
+    elif name == "probe":
+        workers = 1
     elif name in ("retrain", "correction"):
         workers = 1 if resources.launcher == "inline" else gang_workers(config, max(1, fit))
     else:

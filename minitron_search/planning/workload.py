@@ -21,7 +21,8 @@ from minitron_search.models.families import sizes, sizes_of, weights
 from minitron_search.records.paths import cache_folder
 from minitron_search.search.schedule import batch_tokens, retrained, search_phases, whole_batches
 from minitron_search.search.space import COORDINATES, SearchSpace
-from minitron_search.trials.settings import CONTROLS, correction_tokens
+from minitron_search.trials.learning_rate import MOST_RATES, Probe, probe_of
+from minitron_search.trials.settings import CONTROLS, automatic_rates, correction_tokens
 
 # Tokens of an example and of each of its shots once packed, where there is no tokenizer to ask: the embedded questions
 # and the embedded teacher's tokenizer give 14.5, and 122 with 5 shots.
@@ -110,6 +111,11 @@ def workload(costs: Costs) -> dict[str, Work]:
     if set(config.stages) & {"search", "retrain"}:
         by_stage["teacher"] = _teacher(costs)
     student = costs.student(space.typical())
+    if set(config.stages) & {"search", "retrain"} and (probe := planned_probe(config)):
+        by_stage["probe"] = Work(
+            probe.trained_tokens + probe.scored_tokens, training=probe.trained_tokens * costs.training(student),
+            alone=probe.scored_tokens * student, steps=MOST_RATES * probe.steps,
+        )  # fmt: skip
     if "search" in config.stages:
         phases = search_phases(config, min(config.search.trials, len(space)))
         tokens = sum(phase.trials * phase.tokens for phase in phases)
@@ -125,6 +131,17 @@ def workload(costs: Costs) -> dict[str, Work]:
             steps=tokens // batch_tokens(config),
         )  # fmt: skip
     return by_stage
+
+
+def planned_probe(config: Config) -> Probe | None:
+    """Return the probe of the learning rate that a run makes; None where its rates are known, or left to the rule."""
+    return probe_of(config, run_tokens(config)) if automatic_rates(config) else None
+
+
+def run_tokens(config: Config) -> int:
+    """Return the tokens that a whole run trains students on, search and retraining."""
+    searched = sum(phase.trials * phase.tokens for phase in search_phases(config, config.search.trials))
+    return searched + retrained(config) * whole_batches(config, config.retraining.tokens)
 
 
 def runs_live(config: Config, teacher: PretrainedConfig, precision: str) -> bool:

@@ -2,7 +2,7 @@
 
     config.yaml  environment.json  importance.safetensors  trials.parquet  events.jsonl  study.db
     depth.parquet  depth.json  depth_pieces/  layer_merge.json  latency.json  forecast.json  evidence.json
-    evaluation.json
+    evaluation.json  learning_rate.json
     trials/<id>/ architecture.json, metrics.jsonl, decisions.jsonl, checkpoint/, events.out.tfevents
     best/     report.html
     .lock     .owner     who writes it (ownership.owner)     .damaged/    what was set aside (records.damage)
@@ -207,6 +207,11 @@ class RunDirectory:
     def read_latency(self) -> dict[str, Any]:
         return _read_json(self.latency)
 
+    def write_learning_rate(self, found: Mapping[str, Any]) -> None:
+        """Write learning_rate.json: what `auto` became, and every rate that a probe tried. What a run goes on with is
+        the event of the same content."""
+        replace_text(self.root / "learning_rate.json", json.dumps(found, indent=1))
+
     def write_forecast(self, stages: Mapping[str, Mapping[str, Any]]) -> None:
         """Write what each stage will cost: tokens, flops, seconds, gpus, gpu_seconds, price_per_hour, cost, basis."""
         replace_text(self.forecast, json.dumps(stages, indent=1))
@@ -276,6 +281,11 @@ class RunDirectory:
 
     def read_trials(self) -> list[dict[str, Any]]:
         return _read_rows(self.trials_table)
+
+
+def chosen_rate(run_dir: RunDirectory) -> dict[str, Any] | None:
+    """Return the event that says which learning rate `auto` became in a run; None if there is none yet."""
+    return next((event for event in run_dir.events() if event["event"] == "learning_rate"), None)
 
 
 def stage_seconds(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
