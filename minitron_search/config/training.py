@@ -30,6 +30,8 @@ from minitron_search.config.types import (
 )
 from minitron_search.records.metrics import objectives, ranking_objectives
 
+AUTO_RATE = 3e-4  # what `learning_rate: auto` is for the embedded teacher
+
 
 class SearchConfig(Section):
     """How candidates are proposed, compared and promoted.
@@ -180,11 +182,12 @@ class RetrainingConfig(Section):
 
     @model_validator(mode="after")
     def _rates_fall(self) -> "RetrainingConfig":
-        given = self.learning_rate != "auto"
-        if given and self.schedule == "cosine" and self.min_learning_rate > float(self.learning_rate):
+        auto = self.learning_rate == "auto"
+        peak = AUTO_RATE if auto else float(self.learning_rate)
+        if self.schedule == "cosine" and self.min_learning_rate > peak:
             raise ValueError(f"retraining.min_learning_rate: {self.min_learning_rate:g} is above "
-                             f"retraining.learning_rate {float(self.learning_rate):g}, from which it falls; valid: at "
-                             f"most {float(self.learning_rate):g}")  # fmt: skip
+                             f"retraining.learning_rate {f'auto, {peak:g}' if auto else f'{peak:g}'}, from which it "
+                             f"falls; valid: at most {peak:g}")  # fmt: skip
         return self
 
 

@@ -69,10 +69,10 @@ class Forecast(NamedTuple):
 def dry_run(config: Config, space: SearchSpace, console: Console) -> None:
     """Print the configuration, the space and the forecast."""
     console.print(yaml.safe_dump(config.dump(), sort_keys=False).rstrip(), markup=False)
-    if config.distillation.learning_rate == "auto" or config.retraining.learning_rate == "auto":
-        console.print(learning_rate(config), markup=False)
     smallest, largest = space.smallest_and_largest()
     console.print(f"\nspace: {space.described(config.search.trials)}")
+    if config.distillation.learning_rate == "auto" or config.retraining.learning_rate == "auto":
+        console.print(learning_rate(config), markup=False)
     anchors = [("anchor", anchor) for anchor in space.anchors]
     for name, architecture in (("teacher", space.teacher), ("smallest", smallest), ("largest", largest), *anchors):
         counted = space.measures(architecture)

@@ -105,6 +105,7 @@ class RunDirectory:
         self.evidence = self.root / "evidence.json"
         self.latency = self.root / "latency.json"
         self.forecast = self.root / "forecast.json"
+        self.learning_rate = self.root / "learning_rate.json"
         self.report = self.root / "report.html"
         self.scratch = self.root / ".ray"  # what Ray writes of its own; gone when the run ends
         self._followed: dict[Path, Log] = {}
@@ -208,9 +209,8 @@ class RunDirectory:
         return _read_json(self.latency)
 
     def write_learning_rate(self, found: Mapping[str, Any]) -> None:
-        """Write learning_rate.json: what `auto` became, and every rate that a probe tried. What a run goes on with is
-        the event of the same content."""
-        replace_text(self.root / "learning_rate.json", json.dumps(found, indent=1))
+        """Write learning_rate.json: what `auto` became, and every rate that a probe tried."""
+        replace_text(self.learning_rate, json.dumps(found, indent=1))
 
     def write_forecast(self, stages: Mapping[str, Mapping[str, Any]]) -> None:
         """Write what each stage will cost: tokens, flops, seconds, gpus, gpu_seconds, price_per_hour, cost, basis."""
@@ -284,8 +284,10 @@ class RunDirectory:
 
 
 def chosen_rate(run_dir: RunDirectory) -> dict[str, Any] | None:
-    """Return the event that says which learning rate `auto` became in a run; None if there is none yet."""
-    return next((event for event in run_dir.events() if event["event"] == "learning_rate"), None)
+    """Return which learning rate `auto` became in a run, by its event, or by its file where the event was damaged; None
+    if none has been chosen yet."""
+    said = next((event for event in run_dir.events() if event["event"] == "learning_rate"), None)
+    return said or _read_json(run_dir.learning_rate) or None
 
 
 def stage_seconds(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:

@@ -73,7 +73,8 @@ def probe_of(config: Config, run_tokens: int) -> Probe | None:
 def probed(
     inputs: TrialInputs, trial: Trial, probe: Probe, middle: float, calibration: np.ndarray | None
 ) -> dict[str, Any]:  # fmt: skip
-    """Return what the probe found: `rate`, every one of `rates` with its loss, and what it took.
+    """Return what the probe found: `rate`, every one of `rates` with its loss, whether the best of them `helped`, and
+    what it took. Where none is below the untrained trim, `rate` is the lowest.
 
     `middle`: the rate to begin with. Then come the ones beside it, and one more on the side where the best of them is,
     if that is an end. calibration: the windows whose loss is taken, (n, length), of the text that is trained on; None
@@ -99,8 +100,10 @@ def probed(
             best = min(losses, key=mean)
             waiting = [best / FACTOR] * (best == min(losses)) + [best * FACTOR] * (best == max(losses))
     best = min(losses, key=mean)
+    helped = mean(best) < untrained.mean()
     return {
-        "rate": best,
+        "rate": best if helped else min(losses),
+        "helped": bool(helped),
         "untrained": float(untrained.mean()),
         "rates": [_row(rate, losses[rate], untrained) for rate in sorted(losses)],
         **asdict(probe),

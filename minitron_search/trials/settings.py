@@ -5,6 +5,7 @@ from functools import cache
 from typing import Literal
 
 from minitron_search.config.schema import Config
+from minitron_search.config.training import AUTO_RATE
 from minitron_search.config.types import Precision
 from minitron_search.distillation.settings import LEARNING_RATE, CorrectionSettings, LoopSettings
 from minitron_search.models.architecture import parameter_count
@@ -21,7 +22,7 @@ CONTROLS = {"random_pruned": "random_pruned", "random_init": "random"}
 CHECKPOINTS = 8  # during one retraining, besides the last
 # What `learning_rate: auto` is for the embedded teacher, and for any that is no larger; for larger ones the rate falls
 # as their parameters rise, on the careful side: a rate that is too low trains little, one that is too high destroys.
-KNOWN_RATE, KNOWN_PARAMETERS, LEAST_RATE = 3e-4, 134_515_008, 1e-5
+KNOWN_RATE, KNOWN_PARAMETERS, LEAST_RATE = AUTO_RATE, 134_515_008, 1e-5
 RATES: tuple[Literal["distillation", "retraining"], ...] = ("distillation", "retraining")  # sections that have one
 
 

@@ -22,7 +22,7 @@ def test_a_probe_chooses_once_for_the_search_and_the_retraining(
     assert min(losses, key=losses.__getitem__) == found["rate"] and len(losses) in (3, 4)
     assert losses[found["rate"]] < found["untrained"] and found["steps"] >= 4
     written = json.loads((output / "learning_rate.json").read_text())
-    assert written == {key: value for key, value in found.items() if key not in ("time", "event")}
+    assert written == {key: value for key, value in found.items() if key not in ("time", "event")} and found["helped"]
     assert "learning_rate: auto" in (output / "config.yaml").read_text()
     assert json.loads((output / "forecast.json").read_text())["probe"]["tokens"] >= found["trained_tokens"]
 

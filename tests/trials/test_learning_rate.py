@@ -126,7 +126,13 @@ def test_the_best_rate_is_taken_and_an_end_is_looked_beyond(
         expected = next(value for key, value in losses.items() if np.isclose(key, row["rate"]))
         assert row["lm_loss"] == expected
         assert expected is None or row["low"] == row["high"] == pytest.approx(expected - 5.0)
+    assert found["helped"]
     json.dumps(found, allow_nan=False)
+
+
+def test_where_no_rate_helps_the_lowest_is_taken_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = probing(monkeypatch, {1.0: 5.2, 3.0: 5.1, 9.0: None}, 3.0)
+    assert found["rate"] == pytest.approx(1.0) and not found["helped"]
 
 
 def test_the_report_shows_what_auto_became(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
