@@ -10,8 +10,10 @@ import pytest
 from analysis.cards.health import health_info
 from analysis.run_data import load_run
 from minitron_search.config.loading import load_config, parse_config
-from minitron_search.planning.workload import planned_probe, run_tokens
+from minitron_search.planning.forecast import learning_rate as learning_rate_said
+from minitron_search.planning.workload import Costs, planned_probe, run_tokens, workload
 from minitron_search.records.directory import RunDirectory
+from minitron_search.search.space import SearchSpace
 from minitron_search.teachers import embedded
 from minitron_search.trials import learning_rate, settings
 from minitron_search.trials.learning_rate import MOST_RATES, SHARE, Probe, probe_of, probed
@@ -142,3 +144,20 @@ def test_the_report_shows_what_auto_became(monkeypatch: pytest.MonkeyPatch, tmp_
     run.write_config({"name": "probed"})
     (check,) = [check for check in health_info(load_run(run)).checks if check.name == "Learning rate"]
     assert check.well and "1.0, probe" in check.found and "2.0% of the run" in check.found
+
+
+def test_the_forecast_has_the_probe_and_says_which_rate_it_will_be(tmp_path: Path) -> None:
+    teacher = tiny.config()
+    space = {"budget": {"params": {"target": tiny.model(teacher).num_parameters(), "tolerance": 0.1}}, "axes": {}}
+    folder = tiny.teacher_folder(tmp_path / "teacher")
+    given = {"space": space, "precision": "float32", "teacher": {"model": str(folder)}}
+    long = parse_config({**given, "retraining": {"tokens": "1M"}})
+    costs = Costs(long, SearchSpace(long.space, teacher), teacher, "float32", 7)
+    probe, work, student = planned_probe(long), workload(costs), costs.student(costs.space.typical())
+    assert probe is not None and list(work) == ["importance", "teacher", "probe", "search", "retrain"]
+    assert work["probe"].training == probe.trained_tokens * costs.training(student)
+    assert work["probe"].alone == probe.scored_tokens * student
+    said = learning_rate_said(long)
+    assert f"{probe.steps} steps of one candidate" in said and f"{probe.trained_tokens:,} tokens" in said
+    assert learning_rate_said(parse_config(given)).startswith("learning rate: 0.0003, by the teacher's size")
+    assert learning_rate_said(parse_config({})) == "learning rate: 0.0003, known for the embedded teacher"
