@@ -92,13 +92,13 @@ def probed(
         found = losses[rate]
         return float("inf") if found is None else float(found.mean())
 
-    waiting = [middle, middle / FACTOR, middle * FACTOR]
+    waiting = [middle, *_beside(middle)]
     while waiting:
         rate = waiting.pop(0)
         losses[rate] = _trained_loss(inputs, trial, probe, rate, windows)
         if not waiting and len(losses) < MOST_RATES:
             best = min(losses, key=mean)
-            waiting = [best / FACTOR] * (best == min(losses)) + [best * FACTOR] * (best == max(losses))
+            waiting = [rate for rate in _beside(best) if not min(losses) <= rate <= max(losses)]
     best = min(losses, key=mean)
     helped = mean(best) < untrained.mean()
     return {
@@ -112,6 +112,11 @@ def probed(
         "scored_tokens": (len(losses) + 1) * windows.size,
         "seconds": time.monotonic() - began,
     }
+
+
+def _beside(rate: float) -> tuple[float, float]:
+    """Return the rates next to one, of two digits, as a person would write them."""
+    return float(f"{rate / FACTOR:.2g}"), float(f"{rate * FACTOR:.2g}")
 
 
 def _row(rate: float, losses: np.ndarray | None, untrained: np.ndarray) -> dict[str, float | None]:

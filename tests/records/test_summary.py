@@ -63,6 +63,13 @@ def test_every_trained_rung_is_paired_with_its_own_trim(run: RunDirectory) -> No
     assert first["n"] == WINDOWS, "the trims vary by 1 nat between windows, and that is no noise of the difference"
 
 
+def test_a_candidates_trim_is_that_of_the_same_seed(run: RunDirectory) -> None:
+    """Random weights, or random pruning, differ between seeds."""
+    log(run, "search", "a", {0: 1.0, 100: 1.5})
+    other = log(run, "search", "b", {0: 2.0, 100: 1.5}, architecture="a", seed=1)
+    assert {test["trial"]: test["clear"] for test in held(run)} == {"search-a": True, other: False}
+
+
 def test_only_what_is_worse_beyond_noise_is_worse_and_a_retraining_must_be_better(run: RunDirectory) -> None:
     log(run, "search", "a", {0: 1.0, 100: 1.01 + noise(1.0)})
     assert harm_sentences(held(run)) == []
