@@ -213,8 +213,8 @@ def table(work: Path, rates: Sequence[float], seeds: Sequence[int]) -> str:
     for probe in probes:
         losses = ", ".join(f"{row['rate']:.2g}: " + ("diverged" if row["lm_loss"] is None else f"{row['lm_loss']:.3f}")
                            for row in probe["rates"])  # fmt: skip
-        cells = (probe["teacher"], f"{probe['kept']:g}", probe["seed"], f"{probe['untrained']:.3f}", losses, probe["steps"],
-                 f"{probe['trained_tokens']:,}, {probe['scored_tokens']:,}")  # fmt: skip
+        cells = (probe["teacher"], f"{probe['kept']:g}", probe["seed"], f"{probe['untrained']:.3f}", losses,
+                 probe["steps"], f"{probe['trained_tokens']:,}, {probe['scored_tokens']:,}")  # fmt: skip
         tried.append(f"| {' | '.join(map(str, cells))} |")
     note = f"{missing} of the sweep's trainings are missing." if missing else "Every training of the sweep is there."
     return "\n".join([*choices, "", *tried, "", *lines, "", note])
