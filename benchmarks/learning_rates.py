@@ -95,7 +95,7 @@ def main() -> None:
     found = table(options.work, options.rates, options.seeds)
     print(found)
     if options.output:
-        document = replaced(options.output.read_text(), found, "learning rates", "Learning rates")
+        document = replaced(options.output.read_text(), found, "learning_rates", "Learning rates")
         options.output.write_text(document)
 
 
