@@ -108,7 +108,6 @@ def _run_and_store(ablation: Ablation, place: str, prepared: Prepared, run_one: 
         prepared.run_dir.files = hold.files
         with storage.stored(prepared.run_dir, ablation.address(place), hold.check):
             run_one(prepared)
-            _drop_checkpoints(prepared.run_dir)
 
 
 def _compare(ablation: Ablation) -> None:
@@ -147,7 +146,7 @@ def _cost(config: Config, space: SearchSpace, speed: Speed | None) -> tuple[Spee
     """Return the speed of a worker, measured unless it is given, and what the whole run costs at it."""
     machine, precision, teacher = this_machine(), resolve(config.precision), teaching_config(config, space)
     costs = Costs(config, space, teacher, precision, option_tokens(config.winogrande))
-    at_once = fitting(config, machine) * config.resources.workers_per_trial
+    at_once = fitting(costs, machine) * config.resources.workers_per_trial
     speed = speed or stated(config) or measure(config, costs, teacher.hidden_size, precision, at_once)
     return speed, total(forecast(costs, speed, machine))
 
@@ -217,14 +216,6 @@ def _teacher_inputs(config: Config) -> dict[str, Any]:
         "order": ["unpermuted"] if distillation.initialization == "merged" else order,
         "distillation_teacher": distillation.teacher,
     }
-
-
-def _drop_checkpoints(run_dir: RunDirectory) -> None:
-    """Delete the checkpoints of a run that has ended: a gigabyte a seed with the smallest teacher."""
-    for trial in run_dir.root.glob("trials/*"):
-        shutil.rmtree(trial / "checkpoint", ignore_errors=True)
-        if run_dir.transfer is not None:  # those that travelled are in storage, whoever made them
-            run_dir.transfer.clear(f"trials/{trial.name}/checkpoint")
 
 
 def _described(changes: dict) -> str:

@@ -13,8 +13,10 @@ from ray.tune.error import TuneError
 from ray.tune.search import Searcher
 
 from minitron_search.cluster.launchers import tune_function
+from minitron_search.cluster.node_disks import free_checkpoints
 from minitron_search.cluster.ray_internals import kept_actors, quiet_tune
 from minitron_search.cluster.schedulers import rung_scheduler
+from minitron_search.cluster.session import TRIAL_MEMORY
 from minitron_search.cluster.worker_groups import close_groups, free_groups, make_room
 from minitron_search.evaluation.evidence import evidence
 from minitron_search.messages.console import say
@@ -30,7 +32,6 @@ TRIAL_RESTARTS = 1  # of a trial whose process died
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or a user's share of it
 # What a user reads of a decision; `complete` is the last rung.
 DECISIONS = {"stop": "stopped", "continue": "continues", "complete": "complete"}
-TRIAL_MEMORY = 300 * 2**20  # a Tune trial that only waits for its workers asks for memory, not for a CPU
 
 
 def run_search(search: SearchState, inputs: ray.ObjectRef, room: Callable[[], int]) -> list[Architecture]:
@@ -47,7 +48,9 @@ def run_search(search: SearchState, inputs: ray.ObjectRef, room: Callable[[], in
         free_groups()
         if not proposals.ended:
             raise KeyboardInterrupt  # Tune returns quietly when it is interrupted
-    return _promote_the_best(search, study)
+    best = _promote_the_best(search, study)
+    free_checkpoints(search.run, search.all_trials())
+    return best
 
 
 def _tuner(search: SearchState, inputs: ray.ObjectRef, proposals: "Proposals", study: LiveStudy) -> tune.Tuner:
@@ -102,8 +105,10 @@ class Proposals(Searcher):
     def __init__(self, search: SearchState, first: Trial, room: Callable[[], int]):
         super().__init__(metric="objective", mode="min")
         self.search, self.ahead, self.room, self.ended = search, [first], room, False
+        self.freed: set[str] = set()  # trials that have no checkpoint any more
 
     def suggest(self, trial_id: str) -> Any:
+        self._free()
         if not self.ahead and len(self.search.alive) >= self.room():
             return None
         trial = self.ahead.pop() if self.ahead else self.search.next_trial()
@@ -114,6 +119,13 @@ class Proposals(Searcher):
         if trial is None:
             return None
         return {"trial": trial}
+
+    def _free(self) -> None:
+        """Delete the checkpoints of trials that have ended for good since the last time."""
+        spent = self.search.spent() - self.freed
+        if spent:
+            free_checkpoints(self.search.run, sorted(spent))
+            self.freed |= spent
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         pass  # the tables know

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from minitron_search.config.inputs import Section
 from minitron_search.config.types import (
@@ -231,10 +231,19 @@ class ResourcesConfig(Section):
     mfu: Annotated[float, BeforeValidator(as_number), Field(gt=0, le=1)] | None = None
     flops_per_second: Annotated[Positive, Field(ge=1, le=1e24)] | None = None
     price_per_hour: Annotated[Real, Field(ge=0, le=1e12)] | None = None
+    _memory: int = PrivateAttr(default=0)  # bytes of a worker, which no configuration gives; 0: not counted
+
+    def with_memory(self, per_worker: int) -> "ResourcesConfig":
+        """Return these resources, of which a worker asks for `per_worker` bytes of memory besides."""
+        sized = self.model_copy()
+        sized._memory = per_worker
+        return sized
 
     def of_worker(self) -> dict[str, float]:
         """Return what one worker asks of Ray, by Ray's names of resources."""
         resources = {"CPU": float(self.cpus_per_worker)}
+        if self._memory:
+            resources["memory"] = float(self._memory)
         if self.gpus_per_worker:
             resources["GPU"] = float(self.gpus_per_worker)
         if self.accelerator_type is not None:

@@ -1,5 +1,7 @@
 """Forecast a run that begins: its speed is measured in a Ray task with the CPUs, or the GPU, that trials will have."""
 
+import math
+
 import ray
 
 from minitron_search.cluster.placement import on_all_cpus
@@ -24,7 +26,7 @@ def write_forecast(prepared: Prepared) -> None:
         return
     resources = ray.cluster_resources()
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    machine = Machine(resources.get("CPU", 1), resources.get("GPU", 0), len(nodes))
+    machine = Machine(resources.get("CPU", 1), resources.get("GPU", 0), len(nodes), resources.get("memory", math.inf))
     largest = int(max(node["Resources"]["CPU"] for node in nodes))
     speed = stated(prepared.config) or _measured(prepared, costs, machine, largest)
     stages = {name: cost._asdict() for name, cost in forecast(costs, speed, machine).items()}
@@ -36,6 +38,6 @@ def write_forecast(prepared: Prepared) -> None:
 def _measured(prepared: Prepared, costs: Costs, machine: Machine, node_cpus: int) -> Speed:
     """Return the speed of one worker, while as many measure as share a node of `node_cpus` CPUs during the run."""
     config, resources = prepared.config, prepared.config.resources
-    at_once = min(node_cpus // resources.cpus_per_worker, fitting(config, machine) * resources.workers_per_trial)
+    at_once = min(node_cpus // resources.cpus_per_worker, fitting(costs, machine) * resources.workers_per_trial)
     arguments = (config, costs, prepared.teacher.config.hidden_size, prepared.precision, at_once)
     return on_all_cpus(prepared.run_dir, measure, *arguments, kind=resources.accelerator_type)

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from minitron_search.cluster import session
-from minitron_search.cluster.node_disks import connected, disconnect
+from minitron_search.cluster.node_disks import connected, disconnect, free_checkpoints
 from minitron_search.cluster.placement import on_all_cpus, resolved_precision
 from minitron_search.cluster.tuner import run_search
 from minitron_search.depth.layer_choice import read_merges
@@ -31,6 +31,7 @@ from minitron_search.pipeline.importance import measure_importance
 from minitron_search.pipeline.latency import hold_to_speed
 from minitron_search.pipeline.layer_seeds import layer_seeds
 from minitron_search.pipeline.teacher import make_trial_inputs
+from minitron_search.planning import memory
 from minitron_search.planning.environment import environment
 from minitron_search.planning.forecast import comparison, intermediate_advice
 from minitron_search.planning.prepare import Prepared
@@ -74,7 +75,8 @@ def run_stages(prepared: Prepared, with_forecast: bool = True) -> None:
         begin_run(prepared)
     else:
         with session.joined():
-            session.wait_for_place(config.resources)
+            prepared = in_memory(prepared)
+            session.wait_for_place(prepared.config.resources)
             prepared = replace(connected(prepared), precision=resolved_precision(config.precision))
             prepared, speeds = hold_to_speed(prepared)
             begin_run(prepared)
@@ -85,6 +87,14 @@ def run_stages(prepared: Prepared, with_forecast: bool = True) -> None:
 
         say("report")
         say(f"report: {write_report(run_dir)}")
+
+
+def in_memory(prepared: Prepared) -> Prepared:
+    """Return `prepared`, whose workers ask for the memory that they are counted to hold."""
+    costs, resources = costs_of(prepared), prepared.config.resources
+    held = memory.worker(costs, workers=resources.workers_per_trial)
+    resources = session.sized(resources, held, memory.certain(costs))
+    return replace(prepared, config=prepared.config.model_copy(update={"resources": resources}))
 
 
 def begin_run(prepared: Prepared) -> None:
@@ -165,6 +175,9 @@ def search_candidates(prepared: Prepared, search: SearchState, inputs: ray.Objec
     config, space = prepared.config, prepared.space
     room = session.Room(config.search.concurrency, config.resources)
     say(f"search: {config.search.trials} of {len(space):,} legal architectures, {room()} trials at once")
+    if (asked := config.search.concurrency) != "auto" and asked > room():
+        say(f"search.concurrency: warning: {asked} is more than the processors and the memory of this machine "
+            f"hold; {room()} run at once; valid: at most {room()}")  # fmt: skip
     if config.search.trials >= len(space):
         say(f"search: the space is small: all {len(space):,} of its architectures are tried")
     with stage(prepared.run_dir, "search", partial(tokens_and_flops, prepared)):
@@ -201,6 +214,7 @@ def promote(
             search.write_tables(promoted(run_dir))
             raise
         export(prepared, trial, rank, inputs)
+    free_checkpoints(run_dir, [trial.id])  # best/ is whole
     run_dir.event("trial_finished", trial=trial.id, status="complete")
     search.write_tables(promoted(run_dir))
     say(f"retrain: {run_dir.best(rank)}")

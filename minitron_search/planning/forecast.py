@@ -1,5 +1,6 @@
 """Forecast what a run costs, stage by stage: tokens, FLOPs, hours, GPU-hours, money; --dry-run prints it."""
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from minitron_search.config.schema import Config
 from minitron_search.models.architecture import parameter_count
 from minitron_search.models.device import resolve
 from minitron_search.models.families import sizes_of
+from minitron_search.planning import memory
 from minitron_search.planning.calibration import Speed, measure, stated
 from minitron_search.planning.workload import Costs, Work, option_tokens, workload
 from minitron_search.records.directory import RunDirectory, stage_seconds
@@ -34,16 +36,17 @@ SHALLOW = 2 / 3
 
 
 class Machine(NamedTuple):
-    """The hardware of a run: this machine, or all of a cluster."""
+    """The hardware of a run: this machine, or all of a cluster. `memory`: bytes that workers may have."""
 
     cpus: float
     gpus: float
     nodes: int = 1
+    memory: float = math.inf
 
 
 def this_machine() -> Machine:
     """Return this machine as one node."""
-    return Machine(os.cpu_count() or 1, torch.cuda.device_count())
+    return Machine(os.cpu_count() or 1, torch.cuda.device_count(), memory=memory.reservable())
 
 
 class Forecast(NamedTuple):
@@ -77,7 +80,7 @@ def dry_run(config: Config, space: SearchSpace, console: Console) -> None:
     precision, machine = resolve(config.precision), this_machine()
     teaching = teaching_config(config, space)
     costs = Costs(config, space, teaching, precision, option_tokens(config.winogrande))
-    at_once = fitting(config, machine) * config.resources.workers_per_trial
+    at_once = fitting(costs, machine) * config.resources.workers_per_trial
     speed = stated(config) or measure(config, costs, teaching.hidden_size, precision, at_once)
     by_stage = forecast(costs, speed, machine)
     console.print(table(by_stage))
@@ -108,29 +111,35 @@ def forecast(costs: Costs, speed: Speed, machine: Machine) -> dict[str, Forecast
     return {name: _stage(name, work, costs, speed, machine) for name, work in workload(costs).items()}
 
 
-def fitting(config: Config, machine: Machine) -> int:
-    """Return how many trials fit `machine` at once."""
-    resources = config.resources
+def fitting(costs: Costs, machine: Machine) -> int:
+    """Return how many trials fit `machine` at once, by its processors, its GPUs and its memory.
+
+    One trial alone is tried whatever memory it is counted to need.
+    """
+    resources = costs.config.resources
     fit = machine.cpus // (resources.workers_per_trial * resources.cpus_per_worker)
     if resources.gpus_per_worker:
         fit = min(fit, machine.gpus // (resources.workers_per_trial * resources.gpus_per_worker))
+    if machine.memory < math.inf and fit > 1:
+        fit = min(fit, max(1, machine.memory // (resources.workers_per_trial * memory.of_worker(costs))))
     return int(fit)
 
 
-def trials_at_once(config: Config, machine: Machine) -> int:
+def trials_at_once(costs: Costs, machine: Machine) -> int:
     """Return how many trials of the search run at once.
 
     If not even one fits `machine`, another machine is meant: as many as `search.concurrency` says, or one.
     """
-    concurrency, fit = config.search.concurrency, fitting(config, machine)
+    config, fit = costs.config, fitting(costs, machine)
+    concurrency = config.search.concurrency
     most = max(1, fit) if concurrency == "auto" else min(concurrency, fit or concurrency)
     return min(most, config.search.trials * config.search.seeds)
 
 
 def _stage(name: str, work: Work, costs: Costs, speed: Speed, machine: Machine) -> Forecast:
     config, resources = costs.config, costs.config.resources
-    at_once = trials_at_once(config, machine) if name == "search" else 1
-    fit = fitting(config, machine)
+    at_once = trials_at_once(costs, machine) if name == "search" else 1
+    fit = fitting(costs, machine)
     if not fit and not speed.stated:  # all of this machine is one worker
         workers = at_once = 1
     elif name == "search":
@@ -197,7 +206,7 @@ def explanation(costs: Costs, machine: Machine) -> list[str]:
     if "search" in config.stages:
         phases = search_phases(config, min(config.search.trials, len(costs.space)))
         parts = ", ".join(f"{phase.trials} x {phase.tokens:,} tokens" for phase in phases)
-        lines.append(f"search: {parts}; {trials_at_once(config, machine)} trials at once")
+        lines.append(f"search: {parts}; {trials_at_once(costs, machine)} trials at once")
     teacher = "runs for every batch" if costs.live else "runs once for every window"
     if set(config.stages) & {"search", "retrain"}:
         lines.append(f"teacher: {teacher}; students are of {costs.space.typical()}, the typical size")

@@ -63,6 +63,7 @@ class Costs:
     def __init__(self, config: Config, space: SearchSpace, teacher: PretrainedConfig, precision: str,
                  option_tokens: int):  # fmt: skip
         self.config, self.space, self.option_tokens = config, space, option_tokens
+        self.teacher_config, self.precision = teacher, precision
         self.length = config.corpus.sequence_length
         self.teacher = forward_flops(weights(teacher), sizes(teacher), self.length)
         self.teacher_head = 2 * teacher.hidden_size * teacher.vocab_size

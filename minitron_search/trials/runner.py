@@ -135,6 +135,8 @@ class _TrialRun:
         rung = self.trial.settings.milestones.index(milestone.tokens)
         if rung not in self.logged:
             self._finish_rung(rung, milestone)
+        elif not self.decided and milestone.step > 0:  # freed when its student was written, which is lost since
+            milestone.save(self.checkpoints.at(milestone.step))
         last = rung == len(self.trial.settings.milestones) - 1
         goes_on = last or not self.decided or wait_for_decision(self.run_dir, self.trial.id, rung)
         self.began = time.monotonic()

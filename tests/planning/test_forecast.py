@@ -230,7 +230,7 @@ def test_as_many_trials_run_at_once_as_fit(
     machine: Machine, resources: dict[str, Any], search: dict[str, Any], expected: int
 ) -> None:
     config = config_of(resources=resources, search={"trials": 4, **search})
-    assert trials_at_once(config, machine) == expected
+    assert trials_at_once(costs_of(config), machine) == expected
 
 
 @pytest.mark.parametrize(("resources", "message"), [
@@ -289,7 +289,7 @@ def test_a_gpu_that_is_not_here_is_not_measured() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     config = config_of(resources={"gpus_per_worker": 1})
-    assert fitting(config, this_machine()) == 0
+    assert fitting(costs_of(config), this_machine()) == 0
     assert "a trial does not fit this machine" in measure(config, costs_of(config), 24, "float32", 0).basis
 
 
