@@ -147,7 +147,7 @@ LINES: tuple[Line, ...] = (
     (
         "Speed",
         "tokens per second",
-        lambda r: f.integer(r["tokens_per_second"]),
+        f.speed,
         lambda r, t: speed_up(r, t, "tokens_per_second"),
     ),
     ("Trained on", "tokens", lambda r: f.tokens(r["tokens"]), None),

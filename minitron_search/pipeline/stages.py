@@ -40,7 +40,7 @@ from minitron_search.records.directory import RunDirectory
 from minitron_search.records.summary import summary_table
 from minitron_search.search.state import SearchState, make_trial
 from minitron_search.tracking.curves import tracked
-from minitron_search.trials import runner
+from minitron_search.trials import runner, speed
 from minitron_search.trials.settings import correction_tokens, distillation_settings, retraining_settings, untrained
 from minitron_search.trials.trial import Trial
 
@@ -155,9 +155,10 @@ def search_and_retrain(prepared: Prepared) -> None:
             for rank, architecture in enumerate(best, 1):
                 promote(prepared, search, architecture, rank, inputs)
         run_dir.write_evidence(evidence(run_dir, config.search.ranks_by))
-        if config.evaluation.tasks:
-            with stage(run_dir, "evaluation"):
-                evaluate_models(prepared, len(best))
+    measure_speeds(prepared, search, inputs)
+    if "retrain" in config.stages and config.evaluation.tasks:
+        with stage(run_dir, "evaluation"):
+            evaluate_models(prepared, len(best))
 
 
 def score_teacher(prepared: Prepared, inputs: ray.ObjectRef) -> Trial:
@@ -182,6 +183,18 @@ def search_candidates(prepared: Prepared, search: SearchState, inputs: ray.Objec
         say(f"search: the space is small: all {len(space):,} of its architectures are tried")
     with stage(prepared.run_dir, "search", partial(tokens_and_flops, prepared)):
         return run_search(search, inputs, room)
+
+
+def measure_speeds(prepared: Prepared, search: SearchState, inputs: ray.ObjectRef) -> None:
+    """Time every shape of the run that was not timed yet, on a node that has nothing else to do by now."""
+    run_dir, resources = prepared.run_dir, prepared.config.resources
+    if not (shapes := speed.unmeasured(run_dir)):
+        return
+    say(f"speed: {len(shapes)} shapes, one after another")
+    with stage(run_dir, "speed"):
+        arguments = (inputs, shapes, resources.cpus_per_worker)
+        on_all_cpus(run_dir, speed.measure_speeds, *arguments, kind=resources.accelerator_type)
+    search.write_tables(promoted(run_dir))
 
 
 def tokens_and_flops(prepared: Prepared, stage_name: str) -> dict[str, float]:

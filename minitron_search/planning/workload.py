@@ -22,6 +22,7 @@ from minitron_search.records.paths import cache_folder
 from minitron_search.search.schedule import batch_tokens, retrained, search_phases, whole_batches
 from minitron_search.search.space import COORDINATES, SearchSpace
 from minitron_search.trials.settings import CONTROLS, correction_tokens
+from minitron_search.trials.speed import REPEATS
 
 # Tokens of an example and of each of its shots once packed, where there is no tokenizer to ask: the embedded questions
 # and the embedded teacher's tokenizer give 14.5, and 122 with 5 shots.
@@ -88,11 +89,9 @@ class Costs:
         return 0 if settings.teacher_cache == "topk" else self.teacher_head
 
     def scoring(self, student: int) -> int:
-        """Return the FLOPs of a scoring: validation windows with both heads, Winogrande, and the measured speed."""
+        """Return the FLOPs of a scoring: validation windows with both heads, and Winogrande."""
         windows = self.config.corpus.validation_samples
-        timed = min(4, windows) + 1
-        return (windows * self.length * (student + self.teacher_head)
-                + (self.option_tokens + timed * self.length) * student)  # fmt: skip
+        return windows * self.length * (student + self.teacher_head) + self.option_tokens * student
 
 
 def workload(costs: Costs) -> dict[str, Work]:
@@ -125,6 +124,8 @@ def workload(costs: Costs) -> dict[str, Work]:
             tokens, training=tokens * costs.training(student), alone=2 * retrained(config) * costs.scoring(student),
             steps=tokens // batch_tokens(config),
         )  # fmt: skip
+    if set(config.stages) & {"search", "retrain"}:
+        by_stage["speed"] = _speed(costs, student)
     return by_stage
 
 
@@ -174,6 +175,13 @@ def _teacher(costs: Costs) -> Work:
         forward=(cached + validation) * (costs.teacher - costs.teacher_head) + heads,
         alone=costs.scoring(costs.student(costs.space.teacher)),
     )
+
+
+def _speed(costs: Costs, student: int) -> Work:
+    """Return the work of timing every shape of the search, and the teacher's, alone; each is trimmed once more."""
+    shapes = min(costs.config.search.trials, len(costs.space)) if "search" in costs.config.stages else 0
+    tokens = (1 + REPEATS) * costs.length
+    return Work((1 + shapes) * tokens, scoring=tokens * (shapes * student + costs.student(costs.space.teacher)))
 
 
 def _depth(costs: Costs) -> Work:

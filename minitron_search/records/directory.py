@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from minitron_search.messages.failures import first_line
-from minitron_search.records.lines import COUNTS
+from minitron_search.records.lines import COUNTS, SPEED
 from minitron_search.records.logs import LOCAL, Files, Log, append_line, read_lines, replace_text
 from minitron_search.records.metrics import score_columns
 from minitron_search.records.paths import working_folder
@@ -42,6 +42,8 @@ AXES = (
     "drop_block_length",
 )
 
+SHAPE = AXES[:5]  # on which the speed depends
+
 # One row per trial and rung. Losses in nats per token, margins in nats per example, seconds of wall time.
 # `status` is the trial's, repeated on each of its rows: a stopped trial is never mistaken for a complete one.
 TRIALS_SCHEMA = pa.schema(
@@ -57,7 +59,10 @@ TRIALS_SCHEMA = pa.schema(
         ("params", pa.int64()),
         ("non_embedding_params", pa.int64()),
         ("memory_bytes", pa.int64()),
-        ("tokens_per_second", pa.float64()),  # of a forward pass, in the run's precision, on the trial's threads
+        # of a forward pass, in the run's precision, on the trial's threads; its error over repeats, null where it was
+        # measured beside other trials, as earlier versions did
+        ("tokens_per_second", pa.float64()),
+        ("tokens_per_second_stderr", pa.float64()),
         ("status", pa.string()),  # running | stopped | complete | failed | promoted
         ("seconds", pa.float64()),  # training and scoring from the rung before to this one
         ("message", pa.string()),  # why a failed trial failed
@@ -108,6 +113,7 @@ class RunDirectory:
         self.report = self.root / "report.html"
         self.scratch = self.root / ".ray"  # what Ray writes of its own; gone when the run ends
         self._followed: dict[Path, Log] = {}
+        self._speeds: dict[tuple, dict[str, float]] = {}
         self._rungs: dict[tuple[str, int], dict[str, Any]] = {}
 
     def __reduce__(self) -> tuple:
@@ -214,6 +220,15 @@ class RunDirectory:
     def read_forecast(self) -> dict[str, dict[str, Any]]:
         return _read_json(self.forecast)
 
+    def speeds(self) -> dict[tuple, dict[str, float]]:
+        """Return the columns of `SPEED` of every shape that was measured alone."""
+        log = self._followed.setdefault(self.events_log, Log(self.events_log, self.files))
+        for event in log.new():
+            numbers = (event.get(name) for name in (*SHAPE, *SPEED))
+            if event["event"] == "speed_measured" and all(isinstance(number, float | int) for number in numbers):
+                self._speeds[shape_of(event)] = {name: event[name] for name in SPEED}
+        return dict(self._speeds)
+
     def decide(self, trial: str, rung: int, decision: str) -> None:
         """Record whether a trial may train past a rung: `continue` or `stop`."""
         line = {"rung": rung, "decision": decision, "time": time.time()}
@@ -243,10 +258,11 @@ class RunDirectory:
 
         A row of a trial outside the search (teacher, untrained, retrained) is written when it is complete.
         """
-        messages = messages or {}
+        messages, speeds = messages or {}, self.speeds()
         rows = [
             {
                 **row,
+                **(speeds.get(shape_of(row), {}) if row.get("tokens_per_second") is None else {}),
                 "status": statuses.get(row["trial"], "complete"),
                 "message": messages.get(row["trial"], ""),
             }
@@ -276,6 +292,11 @@ class RunDirectory:
 
     def read_trials(self) -> list[dict[str, Any]]:
         return _read_rows(self.trials_table)
+
+
+def shape_of(row: Mapping[str, Any]) -> tuple:
+    """Return what the speed of a row's architecture depends on."""
+    return tuple(row.get(name) for name in SHAPE)
 
 
 def stage_seconds(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:

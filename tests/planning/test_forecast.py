@@ -73,10 +73,11 @@ def test_flops_are_the_formulas_on_a_shape_counted_by_hand() -> None:
     costs = costs_of(config_of())
     forward = 2 * (BODY + HEAD) + 2 * 3 * 24 * 16  # and attention: 3 layers, 24 query channels, 16 tokens
     head = 2 * HEAD
-    scoring = 5 * 16 * (forward + head) + (7 + 5 * 16) * forward
+    scoring = 5 * 16 * (forward + head) + 7 * forward
     assert costs.student(whole(tiny.config())) == forward and costs.scoring(forward) == scoring
     found = workload.workload(costs)
-    assert list(found) == ["teacher", "search", "retrain"]
+    assert list(found) == ["teacher", "search", "retrain", "speed"]
+    assert (found["speed"].tokens, found["speed"].flops) == (2 * 9 * 16, 2 * 9 * 16 * forward), "teacher and student"
     assert (found["search"].tokens, found["search"].steps) == (256, 2)
     assert found["search"].flops == 256 * (3 * forward + head) + 2 * scoring
     assert found["retrain"].tokens == 1024, "whole batches"
