@@ -53,12 +53,13 @@ def connected(prepared: Prepared) -> Prepared:
     return replace(prepared, pruned=_in_cache(prepared.pruned), distillation_teacher=other and _in_cache(other))
 
 
-def free_checkpoints(run_dir: RunDirectory, trials: Iterable[str]) -> None:
-    """Delete the checkpoints of trials from which nothing will go on: here, in storage, and on the nodes' own disks."""
+def free_checkpoints(run_dir: RunDirectory, trials: Iterable[str], on_nodes: bool = True) -> None:
+    """Delete the checkpoints of trials from which nothing will go on: here, in storage, and, for `on_nodes`, on the
+    nodes' own disks, which is a task on each."""
     folders = [run_dir.checkpoint(trial) for trial in trials]
     for folder in folders:
         CheckpointFolder(folder, run_dir.transfer, run_dir.files).free()
-    if run_dir.transfer is None or not any(map(run_dir.transfer.travels, folders)):
+    if not on_nodes or run_dir.transfer is None or not any(map(run_dir.transfer.travels, folders)):
         return
     here, going = ray.get_runtime_context().get_node_id(), []
     for node in (node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here):

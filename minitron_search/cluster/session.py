@@ -133,7 +133,15 @@ def message_of(error: BaseException) -> str:
     inner = error
     while isinstance(inner, (RayTaskError, WorkerGroupError)):
         inner = inner.cause if isinstance(inner, RayTaskError) else next(iter(inner.worker_failures.values()))
-    return failures.message_of(inner)
+    return in_short(failures.message_of(inner))
+
+
+def in_short(message: str) -> str:
+    """Return what Ray says of a process that it ended for want of memory, eight sentences about its settings, in a
+    line; any other message as it is."""
+    if "out of memory issue" in message:
+        return "a process was ended because its node ran out of memory; a smaller search.concurrency helps"
+    return message
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from ray import tune
 from ray.tune.error import TuneError
 from ray.tune.search import Searcher
 
+from minitron_search.cluster import session
 from minitron_search.cluster.launchers import tune_function
 from minitron_search.cluster.node_disks import free_checkpoints
 from minitron_search.cluster.ray_internals import kept_actors, quiet_tune
@@ -108,9 +109,9 @@ class Proposals(Searcher):
         self.freed: set[str] = set()  # trials that have no checkpoint any more
 
     def suggest(self, trial_id: str) -> Any:
-        self._free()
         if not self.ahead and len(self.search.alive) >= self.room():
             return None
+        self._free()
         trial = self.ahead.pop() if self.ahead else self.search.next_trial()
         if trial is None and not self.search.alive:
             self.ended = True
@@ -124,7 +125,7 @@ class Proposals(Searcher):
         """Delete the checkpoints of trials that have ended for good since the last time."""
         spent = self.search.spent() - self.freed
         if spent:
-            free_checkpoints(self.search.run, sorted(spent))
+            free_checkpoints(self.search.run, sorted(spent), on_nodes=False)  # at the end, once for all
             self.freed |= spent
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -236,4 +237,4 @@ def _cause(trial: Any) -> str:
     """Return the last line of a trial's error, which Tune has written to a file by now, and not yet to storage."""
     error = Path(trial.error_file)
     lines = error.read_text().strip().splitlines() if error.is_file() else []
-    return lines[-1].strip() if lines else "its process died"
+    return session.in_short(lines[-1].strip()) if lines else "its process died"

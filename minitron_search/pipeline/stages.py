@@ -13,6 +13,7 @@ from minitron_search.cluster import session
 from minitron_search.cluster.node_disks import connected, disconnect, free_checkpoints
 from minitron_search.cluster.placement import on_all_cpus, resolved_precision
 from minitron_search.cluster.tuner import run_search
+from minitron_search.cluster.usage import Usage, watched_usage
 from minitron_search.depth.layer_choice import read_merges
 from minitron_search.evaluation.benchmarks import evaluate_all, models_of
 from minitron_search.evaluation.chance import refuse_at_chance
@@ -26,14 +27,14 @@ from minitron_search.pipeline import retraining
 from minitron_search.pipeline.correction import correct_teacher
 from minitron_search.pipeline.depth import measure_depth
 from minitron_search.pipeline.events import begin, stage
-from minitron_search.pipeline.forecast import costs_of, write_forecast
+from minitron_search.pipeline.forecast import cluster_now, costs_of, foretell_resources, write_forecast
 from minitron_search.pipeline.importance import measure_importance
 from minitron_search.pipeline.latency import hold_to_speed
 from minitron_search.pipeline.layer_seeds import layer_seeds
 from minitron_search.pipeline.teacher import make_trial_inputs
 from minitron_search.planning import memory
 from minitron_search.planning.environment import environment
-from minitron_search.planning.forecast import comparison, intermediate_advice
+from minitron_search.planning.forecast import comparison, intermediate_advice, resources_comparison
 from minitron_search.planning.prepare import Prepared
 from minitron_search.planning.workload import spent
 from minitron_search.records.directory import RunDirectory
@@ -65,6 +66,8 @@ def run_pipeline(prepared: Prepared, with_forecast: bool = True) -> None:
     console.print(summary_table(run_dir))
     if compared := comparison(run_dir):
         say(compared)
+    if taken := resources_comparison(run_dir):
+        say(taken)
     say(f"done in {(time.monotonic() - began) / 60:.1f} minutes: {config.output}")
 
 
@@ -81,7 +84,8 @@ def run_stages(prepared: Prepared, with_forecast: bool = True) -> None:
             prepared, speeds = hold_to_speed(prepared)
             begin_run(prepared)
             with session.watched(run_dir), tracked(run_dir, config.name, config.trackers):
-                compute(prepared, speeds, with_forecast)
+                with watched_usage(run_dir) as usage:
+                    compute(prepared, speeds, with_forecast, usage)
     if "report" in config.stages:
         from analysis.report import write_report  # reads the run directory only; Plotly is not needed before
 
@@ -108,8 +112,8 @@ def begin_run(prepared: Prepared) -> None:
     shutil.rmtree(run_dir.scratch, ignore_errors=True)  # of a session that was killed
 
 
-def compute(prepared: Prepared, speeds: dict[str, Any], with_forecast: bool) -> None:
-    """Run the stages that need Ray. `speeds`: what was measured for budgets on speed."""
+def compute(prepared: Prepared, speeds: dict[str, Any], with_forecast: bool, usage: Usage) -> None:
+    """Run the stages that need Ray. `speeds`: what was measured for budgets on speed. `usage` is told what is read."""
     config, run_dir = prepared.config, prepared.run_dir
     write_environment(prepared)
     if speeds and not run_dir.latency.exists():
@@ -117,6 +121,7 @@ def compute(prepared: Prepared, speeds: dict[str, Any], with_forecast: bool) -> 
         run_dir.event("latency_measured", seconds=speeds["seconds"], on=speeds["on"])
     if with_forecast:
         write_forecast(prepared)
+        foretell_resources(prepared, cluster_now())
     if correction_tokens(config):
         with stage(run_dir, "correction"):
             prepared = correct_teacher(prepared)
@@ -128,7 +133,7 @@ def compute(prepared: Prepared, speeds: dict[str, Any], with_forecast: bool) -> 
         with stage(run_dir, "depth"):
             measure_depth(prepared)
     if set(config.stages) & {"search", "retrain"}:
-        search_and_retrain(prepared)
+        search_and_retrain(prepared, usage)
 
 
 def write_environment(prepared: Prepared) -> None:
@@ -136,7 +141,7 @@ def write_environment(prepared: Prepared) -> None:
     prepared.run_dir.write_environment({**environment(prepared), "precision": prepared.precision})
 
 
-def search_and_retrain(prepared: Prepared) -> None:
+def search_and_retrain(prepared: Prepared, usage: Usage) -> None:
     """Score the teacher, search, retrain the promoted candidates, and evaluate them."""
     config, run_dir, space = prepared.config, prepared.run_dir, prepared.space
     if advice := intermediate_advice(config, space):
@@ -144,7 +149,9 @@ def search_and_retrain(prepared: Prepared) -> None:
         say(advice)
     seeds = layer_seeds(prepared)
     with stage(run_dir, "teacher"):
-        inputs = ray.put(replace(make_trial_inputs(prepared), merges=read_merges(run_dir)))
+        made = make_trial_inputs(prepared)
+        usage.cached += made.folders()
+        inputs = ray.put(replace(made, merges=read_merges(run_dir)))
         teacher = score_teacher(prepared, inputs)
     refuse_at_chance(run_dir, teacher.id, config.search.objectives)
     space.anchors += space.largest_without(seeds)

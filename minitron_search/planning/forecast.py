@@ -16,7 +16,7 @@ from minitron_search.config.schema import Config
 from minitron_search.models.architecture import parameter_count
 from minitron_search.models.device import resolve
 from minitron_search.models.families import sizes_of
-from minitron_search.planning import memory
+from minitron_search.planning import disk, memory
 from minitron_search.planning.calibration import Speed, measure, stated
 from minitron_search.planning.workload import Costs, Work, option_tokens, workload
 from minitron_search.records.directory import RunDirectory, stage_seconds
@@ -86,8 +86,42 @@ def dry_run(config: Config, space: SearchSpace, console: Console) -> None:
     console.print(table(by_stage))
     for line in (*explanation(costs, machine), f"time: {speed.basis}"):
         console.print(line, markup=False)
+    for line in in_words(resources(costs, machine)):
+        console.print(line, markup=False)
     if advice := intermediate_advice(config, space):
         console.print(advice)
+
+
+class Resources(NamedTuple):
+    """What a run takes at its peak, and keeps, in bytes by what holds them; of one worker too."""
+
+    memory: dict[str, int]
+    worker: dict[str, int]
+    disk: dict[str, int]
+    kept: dict[str, int]
+
+
+def resources(costs: Costs, machine: Machine) -> Resources:
+    """Return what a run will take of memory and disk."""
+    config, at_once = costs.config, trials_at_once(costs, machine)
+    gang = 1 if config.resources.launcher == "inline" else gang_workers(config, max(1, fitting(costs, machine)))
+    return Resources(
+        memory=memory.run(costs, at_once, gang, int(machine.cpus)),
+        worker=memory.worker(costs, costs.space.typical(), config.resources.workers_per_trial),
+        disk={**disk.run_bytes(costs, at_once), **disk.cached(costs)},
+        kept={**disk.kept(costs), **disk.cached(costs)},
+    )
+
+
+def in_words(taken: Resources) -> list[str]:
+    """Return what a run will take of memory and disk, in lines, beside what is free; a line warns where it is more."""
+    free = memory.free_for_run()
+    lines = [f"memory: {memory.in_words(taken.memory)} at its peak, of {free / 1e9:.1f} GB free; "
+             f"a worker: {memory.in_words(taken.worker)}"]  # fmt: skip
+    if sum(taken.memory.values()) > free:
+        lines.append("memory: warning: that is more than is free; the system may end processes of the run")
+    return [*lines, f"disk: {disk.in_words(taken.disk)} at its peak, unless the cache has some of it already; "
+                    f"{disk.in_words(taken.kept)} stay"]  # fmt: skip
 
 
 def teaching_config(config: Config, space: SearchSpace) -> PretrainedConfig:
@@ -228,3 +262,17 @@ def comparison(run_dir: RunDirectory) -> str | None:
     expected = sum(forecasts[name]["seconds"] for name in stages) / 60
     taken = sum(seconds[name] for name in stages) / 60
     return f"forecast {expected:.1f} min, spent {taken:.1f} min ({', '.join(stages)})"
+
+
+def resources_comparison(run_dir: RunDirectory) -> str | None:
+    """Return `forecast 5.10 GB of disk, taken 4.90 GB; ...`, the peaks over all sessions of a run; None where nothing
+    was watched."""
+    events = run_dir.events()
+    expected = [event for event in events if event["event"] == "resources_forecast"]
+    taken = [event for event in events if event["event"] == "resources_taken"]
+    parts = []
+    for name in ("disk", "memory"):
+        most = [max((event[name] for event in found if name in event), default=None) for found in (expected, taken)]
+        if None not in most:
+            parts.append(f"forecast {most[0] / 1e9:.2f} GB of {name}, taken {most[1] / 1e9:.2f} GB")
+    return "; ".join(parts) or None

@@ -20,11 +20,11 @@ from minitron_search.planning.workload import Costs
 from minitron_search.search.schedule import batch_tokens
 from minitron_search.trials.settings import distillation_settings
 
-MIB = 2**20
-WORKER = 380 * MIB  # a process that has imported what a trial needs, and has trained nothing
-BESIDE_WORKER = 300 * MIB  # of a trial: Tune's process, and in a worker group the controller of the group
-DRIVER = 800 * MIB  # with the text and the questions of the embedded teacher
-RAY = 500 * MIB  # its own processes on one machine, and those that it keeps for the next task
+# Measured on two cores, SmolLM2 as the teacher, students of 91M.
+WORKER = 360 * 10**6  # a process that has imported what a trial needs, and has trained nothing
+BESIDE_WORKER = 780 * 10**6  # of a trial in a worker group: Tune's process (0.4 GB), the group's controller, an actor
+DRIVER = 600 * 10**6  # with the text and the questions of the embedded teacher
+RAY = 550 * 10**6  # its own processes on one machine
 LEFT = 0.05  # of all memory: Ray ends processes where less is free
 NO_LIMIT = 2**60  # a limit above it is none (version 1 of control groups writes 2**63 less a page)
 
@@ -85,8 +85,13 @@ _V1 = _Names("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_
 
 def reservable() -> int:
     """Return the bytes that workers may have on this machine, beside the driver and Ray."""
-    host = this_host()
-    return max(MIB, int(host.free - LEFT * host.total) - DRIVER - RAY)
+    return max(2**20, int(free_for_run() - LEFT * this_host().total) - DRIVER - RAY)
+
+
+def free_for_run() -> int:
+    """Return the bytes that a run may have on this machine, with those that this process, its driver, has by now."""
+    held = psutil.Process().memory_info()
+    return this_host().free + held.rss - getattr(held, "shared", 0)
 
 
 def worker(costs: Costs, shape: Architecture | None = None, workers: int = 1) -> dict[str, int]:
@@ -105,7 +110,8 @@ def worker(costs: Costs, shape: Architecture | None = None, workers: int = 1) ->
     inside = parameter_count(space.weights, dims, embeddings=False)
     rounded = 2 * inside if costs.precision == "bfloat16" else 0
     micro = min(settings.micro_batch_tokens, batch_tokens(config) // workers)
-    processes = WORKER + BESIDE_WORKER // workers
+    inline = config.resources.launcher == "inline"  # in the process of Tune
+    processes = WORKER + (0 if inline else BESIDE_WORKER // workers)
     if config.resources.gpus_per_worker:  # what trains is on the GPU; the student is trimmed here
         return {"processes": processes, "weights": 4 * parameters}
     held = {
@@ -118,6 +124,8 @@ def worker(costs: Costs, shape: Architecture | None = None, workers: int = 1) ->
         "logits": _logits_bytes(costs, dims["hidden"], element),
         "teacher": _teacher_bytes(costs, element),
     }
+    # what the C library keeps of blocks that were freed: 0.2 GB of the 2.9 that a worker of 91M was measured to hold
+    held["fragments"] = sum(held[name] for name in ("gradients", "products", "activations")) // 4
     return {name: size for name, size in held.items() if size}
 
 
@@ -164,6 +172,23 @@ def teacher_task(teacher: PretrainedConfig, gradients: bool = False, mapped: boo
     held = 0 if mapped else (8 if gradients else element) * parameters
     passed = FORWARD_TOKENS * _activation_bytes(dims, 4, recomputed=True)
     return WORKER + held + passed + (4 * dims["vocab"] * CHUNK_TOKENS if gradients else 0)
+
+
+def run(costs: Costs, at_once: int, gang: int, tasks: int) -> dict[str, int]:
+    """Return what the processes of a run hold at its peak, by kind.
+
+    `at_once`: trials of the search. `gang`: workers of a retraining. `tasks`: processes that run the teacher.
+    """
+    config, typical = costs.config, costs.space.typical()
+    of_trial = config.resources.workers_per_trial
+    kinds = {f"{tasks} tasks with the teacher": tasks * teacher_task(costs.space.config, mapped=True)}
+    if "search" in config.stages:
+        one = sum(worker(costs, typical, of_trial).values())
+        kinds[f"{at_once * of_trial} workers of the search"] = at_once * of_trial * one
+    if "retrain" in config.stages:
+        kinds[f"{gang} workers of the retraining"] = gang * sum(worker(costs, typical, gang).values())
+    largest = max(kinds, key=lambda kind: kinds[kind])
+    return {"driver": DRIVER, "Ray": RAY, largest: kinds[largest]}
 
 
 def certain(costs: Costs) -> int:

@@ -40,7 +40,9 @@ from minitron_search.planning.checks import (
     check_topk,
     importance_seed,
 )
+from minitron_search.planning.forecast import teaching_config, this_machine, trials_at_once
 from minitron_search.planning.token_ids import check_special_tokens, check_windows
+from minitron_search.planning.workload import Costs
 from minitron_search.records.bucket import bucket_copy
 from minitron_search.records.directory import RunDirectory
 from minitron_search.search.samplers import check_sampler
@@ -163,7 +165,8 @@ def prepare(config: Config, resume: bool) -> Prepared:
     if bucket := bucket_copy(config.output, run_dir):
         bucket.check_writable()
     log_in(config.trackers)
-    check_disk(config, space)
+    costs = Costs(config, space, teaching_config(config, space), resolve(config.precision), 0)
+    check_disk(costs, trials_at_once(costs, this_machine()))
     with reading(f"teacher.model: {config.teacher.model!r}", MODEL_ADVICE):
         folder = teacher_folder(config.teacher.model).absolute()
         tokenizer = load_tokenizer(config.teacher.model)

@@ -34,7 +34,7 @@ def test_a_kill_before_and_while_they_go(
 ) -> None:
     output, asked = tmp_path / "killed", list[list[str]]()
 
-    def killed(run_dir: RunDirectory, trials: Iterable[str]) -> None:
+    def killed(run_dir: RunDirectory, trials: Iterable[str], on_nodes: bool = True) -> None:
         asked.append(list(trials))
         raise KeyboardInterrupt
 

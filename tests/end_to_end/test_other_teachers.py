@@ -92,7 +92,7 @@ def test_a_corrected_teacher_is_pruned_and_made_once(command: Command) -> None:
 
 
 def test_in_parallel_end_to_end(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuner, "free_checkpoints", lambda run_dir, trials: None)
+    monkeypatch.setattr(tuner, "free_checkpoints", lambda run_dir, trials, on_nodes=True: None)
     output = command.folder / "parallel"
     command.main(output, *INLINE, "--teacher.correction.method", "full", "--teacher.correction.parallel", "true",
                  "--teacher.correction.learning_rate", "1e-2", "--stages", "importance,search")  # fmt: skip

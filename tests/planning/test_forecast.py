@@ -361,7 +361,7 @@ def test_a_run_that_goes_on_keeps_its_forecast_and_adds_what_it_lacks(
     )  # fmt: skip
     forecast_stage.write_forecast(prepared)
     first = prepared.run_dir.read_forecast()
-    assert list(first) == ["teacher", "search", "retrain"] and measured[0][-1] == 4, "workers of one machine"
+    assert list(first) == ["teacher", "search", "retrain", "speed"] and measured[0][-1] == 4, "workers of one machine"
     assert first["search"]["price_per_hour"] == 2, "two machines"
     prepared.config = config_of(resources={"price_per_hour": 9})
     forecast_stage.write_forecast(prepared)
