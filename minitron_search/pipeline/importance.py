@@ -81,7 +81,7 @@ def _measured(prepared: Prepared, windows: np.ndarray, folder: Path) -> Importan
     """Return the importance of the model in `folder`, measured by tasks on parts of the windows."""
     run_dir, config, precision = prepared.run_dir, prepared.config.importance, prepared.precision
     parts = [windows[first : first + PART] for first in range(0, len(windows), PART)]
-    held = memory.teacher_task(prepared.pruned.config, method_of(config.method).gradients)
+    held = memory.teacher_task(prepared.pruned.config, method_of(config.method).gradients is not None)
     sums = in_parts(run_dir, _importance, parts, folder, config, precision, memory=held)
     return on_all_cpus(run_dir, _combined, sums, config, importance_seed(prepared.config), folder)
 

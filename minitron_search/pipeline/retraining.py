@@ -66,7 +66,7 @@ def _start(
     task = ray.remote(
         num_cpus=cpus,
         num_gpus=gpus,
-        memory=memory or None,
+        memory=memory or None,  # type: ignore[arg-type]  # None is its default
         resources=resources,
         max_retries=TASK_RESTARTS,
         scheduling_strategy=place,

@@ -272,7 +272,7 @@ def resources_comparison(run_dir: RunDirectory) -> str | None:
     taken = [event for event in events if event["event"] == "resources_taken"]
     parts = []
     for name in ("disk", "memory"):
-        most = [max((event[name] for event in found if name in event), default=None) for found in (expected, taken)]
-        if None not in most:
-            parts.append(f"forecast {most[0] / 1e9:.2f} GB of {name}, taken {most[1] / 1e9:.2f} GB")
+        peaks = [max((event[name] for event in found if name in event), default=0) for found in (expected, taken)]
+        if all(peaks):
+            parts.append(f"forecast {peaks[0] / 1e9:.2f} GB of {name}, taken {peaks[1] / 1e9:.2f} GB")
     return "; ".join(parts) or None

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from minitron_search.planning import disk
+from minitron_search.planning import disk, memory
 from minitron_search.planning.checks import check_disk
-from minitron_search.planning.forecast import resources_comparison
+from minitron_search.planning.forecast import in_words, resources, resources_comparison
 from minitron_search.records.directory import RunDirectory
-from tests.planning.test_forecast import BODY, HEAD, config_of, costs_of
+from tests.planning.test_forecast import BODY, CPUS, HEAD, config_of, costs_of
 
 
 def parameters() -> int:
@@ -78,3 +78,16 @@ def test_a_whole_run_says_what_it_took(finished_run: Path) -> None:
     )
     assert taken["memory"] > taken["driver"] > 1e8 and taken["disk"] > 1e6
     assert set(forecast["by"]) == {"memory", "worker", "disk", "kept"} and forecast["memory"] > 1e9
+
+
+def test_a_run_is_told_in_lines_before_it_starts_and_what_does_not_fit_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken = resources(costs_of(config_of()), CPUS)
+    needed = sum(taken.memory.values())
+    for free, lines in ((needed, 2), (needed - 1, 3)):
+        monkeypatch.setattr(memory, "free_for_run", lambda free=free: free)
+        said = in_words(taken)
+        assert len(said) == lines and said[0].startswith("memory: 2.") and "driver 0.6" in said[0], said
+        assert said[-1].startswith("disk: ") and said[-1].endswith("stay")
+    assert "warning: that is more than is free" in said[1]
