@@ -70,7 +70,7 @@ def _shrunk_alike(config: Config, teacher: PretrainedConfig) -> dict[str, int]:
         hidden_size=Axis(low=1, high=hidden, divisor=math.gcd(HIDDEN_DIVISOR, hidden)),
         intermediate_size=Axis(low=1, high=mlp, divisor=math.gcd(MLP_DIVISOR, mlp)),
     )
-    space = SearchSpace(SpaceConfig(budget=config.space.budget, axes=axes), teacher)
+    space = SearchSpace(SpaceConfig(budget=config.space.budget, axes=axes, deployable=config.space.deployable), teacher)
 
     def order(point: Sequence[int]) -> tuple[float, ...]:
         shape = space.architecture(point)
@@ -92,7 +92,7 @@ def _layers_to_drop(config: Config, teacher: PretrainedConfig) -> int:
     target = config.space.budget.params
     assert target is not None
     axes = Axes(drop_block=DropBlock(lengths=tuple(range(teacher.num_hidden_layers))))
-    space = SearchSpace(SpaceConfig(budget=config.space.budget, axes=axes), teacher)
+    space = SearchSpace(SpaceConfig(budget=config.space.budget, axes=axes, deployable=config.space.deployable), teacher)
     shapes = [space.architecture(shape) for shape in space.shapes.tolist()]
     nearest = min(shapes, key=lambda shape: abs(space.measures(shape).params - target.target))
     return teacher.num_hidden_layers - nearest.num_hidden_layers

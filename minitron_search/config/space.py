@@ -154,7 +154,10 @@ class Anchor(Section):
 
 
 class SpaceConfig(Section):
-    """What is searched: the legal architectures inside the budget, and those that are evaluated in any case."""
+    """What is searched: the legal architectures inside the budget, and those that are evaluated in any case.
+
+    deployable: engines (vllm, llama.cpp); only architectures that all of them take are searched. Empty: any.
+    """
 
     budget: Budget = Budget(params=Target(target=90e6, tolerance=0.05))
     axes: Axes = Axes(
@@ -164,3 +167,4 @@ class SpaceConfig(Section):
         drop_block=DropBlock(lengths=(0, 2, 4, 8)),
     )
     anchors: tuple[Anchor, ...] = ()
+    deployable: Annotated[tuple[str, ...], BeforeValidator(as_list)] = ()

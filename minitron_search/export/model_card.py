@@ -124,7 +124,7 @@ def model_card(
     """Return the text of the card.
 
     row: the student's row of `trials.parquet`.
-    refusals: by tool, why it refuses the student (`compatibility.refusals`).
+    refusals: by tool, why it refuses the student (`models.engines.refusals`).
     renamed: a sentence about a student of another family than its teacher's (`compatibility.renamed`).
     """
     architecture, settings, teacher = trial.architecture, trial.settings, in_markdown(origin.teacher)

@@ -8,10 +8,11 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from minitron_search.distillation.checkpoints import CheckpointFolder, load_weights
-from minitron_search.export.compatibility import complete, refusals, renamed
+from minitron_search.export.compatibility import complete, renamed
 from minitron_search.export.model_card import Origin, model_card
 from minitron_search.export.teacher_files import write_files
 from minitron_search.models.device import on_device
+from minitron_search.models.engines import refusals
 from minitron_search.trials.inputs import TrialInputs
 from minitron_search.trials.runner import initial_student
 from minitron_search.trials.trial import Trial

@@ -18,6 +18,7 @@ from minitron_search.models.families import sizes_of
 from minitron_search.planning.calibration import Speed, measure, stated
 from minitron_search.planning.workload import Costs, Work, option_tokens, workload
 from minitron_search.records.directory import RunDirectory, stage_seconds
+from minitron_search.search.deployable import verdicts
 from minitron_search.search.schedule import gang_workers, search_phases
 from minitron_search.search.space import COORDINATES, SearchSpace
 from minitron_search.teachers.sources import teacher_config
@@ -69,6 +70,8 @@ def dry_run(config: Config, space: SearchSpace, console: Console) -> None:
     console.print(yaml.safe_dump(config.dump(), sort_keys=False).rstrip(), markup=False)
     smallest, largest = space.smallest_and_largest()
     console.print(f"\nspace: {space.described(config.search.trials)}")
+    for line in deployability(space):
+        console.print(line, markup=False, soft_wrap=True)
     anchors = [("anchor", anchor) for anchor in space.anchors]
     for name, architecture in (("teacher", space.teacher), ("smallest", smallest), ("largest", largest), *anchors):
         counted = space.measures(architecture)
@@ -85,6 +88,16 @@ def dry_run(config: Config, space: SearchSpace, console: Console) -> None:
         console.print(line, markup=False)
     if advice := intermediate_advice(config, space):
         console.print(advice)
+
+
+def deployability(space: SearchSpace) -> list[str]:
+    """Return how many of the architectures in budget each engine takes, and how many `space.deployable` leaves."""
+    lines = [str(verdict) for verdict in verdicts(space.config, space.in_budget)]
+    if space.engines:
+        lines.append(
+            f"space.deployable: {', '.join(space.engines)}: {len(space):,} of {len(space.in_budget):,} are left"
+        )
+    return lines
 
 
 def teaching_config(config: Config, space: SearchSpace) -> PretrainedConfig:

@@ -27,6 +27,7 @@ from minitron_search.messages.console import say
 from minitron_search.messages.failures import reading
 from minitron_search.models.architecture import parameter_count
 from minitron_search.models.device import resolve
+from minitron_search.models.engines import engines_of
 from minitron_search.models.families import family_of, sizes, weights, whole
 from minitron_search.planning.checks import (
     as_begun,
@@ -43,6 +44,7 @@ from minitron_search.planning.checks import (
 from minitron_search.planning.token_ids import check_special_tokens, check_windows
 from minitron_search.records.bucket import bucket_copy
 from minitron_search.records.directory import RunDirectory
+from minitron_search.search.deployable import verdicts
 from minitron_search.search.samplers import check_sampler
 from minitron_search.search.space import SearchSpace
 from minitron_search.teachers.sources import checked_fingerprint, load_tokenizer, teacher_config, teacher_folder
@@ -101,6 +103,7 @@ def check_names(config: Config) -> None:
     for one in (
         partial(check_importance, config.importance),
         partial(check_sampler, config.search.sampler, config.search.objectives),
+        partial(engines_of, config.space.deployable),
         partial(check_loss, config),
     ):
         try:
@@ -164,6 +167,9 @@ def prepare(config: Config, resume: bool) -> Prepared:
         bucket.check_writable()
     log_in(config.trackers)
     check_disk(config, space)
+    for verdict in verdicts(pruned, space.points):
+        if not verdict.taken.all():
+            say(str(verdict))
     with reading(f"teacher.model: {config.teacher.model!r}", MODEL_ADVICE):
         folder = teacher_folder(config.teacher.model).absolute()
         tokenizer = load_tokenizer(config.teacher.model)

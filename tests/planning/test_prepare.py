@@ -88,6 +88,7 @@ def test_the_good_flags_are_good(good: list[str], here: Path, capsys: pytest.Cap
     assert main([*good, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "legal and in budget" in said and "FLOPs" in said and "teacher: hidden 24" in said
+    assert "deployable by vLLM: " in said and "deployable by llama.cpp: " in said
     assert not (here / "run").exists()
     shown = said[: said.index("\nspace: ")]
     assert yaml.safe_load(shown)["search"]["rungs"] == [64, 128]
@@ -104,6 +105,10 @@ def test_several_wrong_keys_are_told_at_once(refused: Refused) -> None:
 
 def test_a_missing_configuration_file(refused: Refused) -> None:
     assert "--config: no file 'nowhere.yaml'" in refused("--config", "nowhere.yaml")
+
+
+def test_an_unknown_engine(refused: Refused) -> None:
+    assert "space.deployable: 'vlm' is not an engine; valid: vllm, llama.cpp" in refused("--space.deployable", "vlm")
 
 
 def test_a_budget_that_no_architecture_meets(refused: Refused) -> None:
