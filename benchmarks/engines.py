@@ -9,8 +9,9 @@ PYTHON is the interpreter of an environment of its own, which need not have this
 Twelve students of three families (Llama, Qwen2, Gemma 3; random weights; the embedded teacher's tokenizer) are drawn
 from spaces with `space.deployable: [vllm, llama.cpp]` and written as `best/` is. Each engine loads them in float32 and
 goes on from a prompt longer than the sliding window: its greedy tokens have to be those of transformers. Then comes one
-student for every rule of `models/engines.py`, of which that rule alone is broken: the engine has to refuse it, or to
-say something else than transformers. Exits with 1 where either does not hold.
+student for every rule of `models/engines.py`, of which that rule alone is broken (and one of each such family as it
+should be): the engine has to refuse it, or to say something else than transformers. Exits with 1 where either does not
+hold.
 """
 
 import argparse
@@ -122,6 +123,15 @@ def space_of(family: str) -> SearchSpace:
     return SearchSpace(parse_config({"space": asked}).space, teacher(family))
 
 
+def controls(folder: Path) -> Iterator[Student]:
+    """Make a student as it should be of every other family that `refused_students` has one of."""
+    families = {rule.families[0] for engine in ENGINES.values() for rule in engine.rules}
+    for family in sorted(families - {*FAMILIES}):
+        config = teacher(family)
+        if not refusals(config):
+            yield Student(*_placed(config, whole(config), folder, family, "control"))
+
+
 def refused_students(folder: Path, engines: list[str]) -> Iterator[Student]:
     """Make a student for every rule of the engines, which breaks that rule and no other of its engine."""
     for engine in engines:
@@ -187,7 +197,8 @@ def main() -> int:
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         students = [] if chosen.only == "refused" else list(deployable_students(Path(folder)))
-        students += [] if chosen.only == "deployable" else list(refused_students(Path(folder), chosen.engines))
+        if chosen.only != "deployable":
+            students += [*controls(Path(folder)), *refused_students(Path(folder), chosen.engines)]
         print("| engine | family | student | kept | outcome |\n|---|---|---|---|---|")
         for engine in chosen.engines:
             asked = [student for student in students if student.breaks is None or student.breaks[0] == engine]

@@ -57,7 +57,7 @@ def output(gemma: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
                      "drop_block": {"lengths": [0, 1], "seeds": "none"}},
             "deployable": ["vllm", "llama.cpp"],
         },
-        "search": {"trials": 1, "rungs": [0], "controls": False, "concurrency": 1},
+        "search": {"trials": 1, "rungs": [256], "controls": False, "concurrency": 1},
         "distillation": {"batch_tokens": "128"},
         "retraining": {"tokens": "2K", "learning_rate": "1e-4", "warmup_steps": 2},
     })  # fmt: skip
