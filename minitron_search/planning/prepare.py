@@ -167,7 +167,7 @@ def prepare(config: Config, resume: bool) -> Prepared:
         bucket.check_writable()
     log_in(config.trackers)
     check_disk(config, space)
-    for verdict in verdicts(pruned, space.points):
+    for verdict in verdicts(pruned, space.points) if "search" in config.stages else ():
         if not verdict.taken.all():
             say(str(verdict))
     with reading(f"teacher.model: {config.teacher.model!r}", MODEL_ADVICE):
