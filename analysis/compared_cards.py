@@ -19,6 +19,7 @@ from analysis.run_data import RunData, best_candidate, candidates, of_arm
 from minitron_search.messages.escaping import in_html
 from minitron_search.records.directory import stage_seconds
 from minitron_search.records.metrics import METRICS
+from minitron_search.records.summary import against_trims, harm_sentences
 
 Runs = Sequence[RunData]
 
@@ -53,7 +54,14 @@ def summary_card(runs: Runs) -> Card:
     heads = ("run", "best architecture", "parameters", "teacher’s LM loss", "candidate’s LM loss", "its tokens",
              "retrained LM loss", "its tokens", "candidates", "time")  # fmt: skip
     sample = f"n = {f.plural(len(runs), 'run')}. LM loss in nats per token, ± one standard error over windows."
-    return Card(title, read, sample, warning(runs) + plain_table(heads, lines, (0, 1)), data=(("summary", table),))
+    said = warning(runs) + "".join(map(harm_warning, runs))
+    return Card(title, read, sample, said + plain_table(heads, lines, (0, 1)), data=(("summary", table),))
+
+
+def harm_warning(run: RunData) -> str:
+    """Say which students of a run training made worse than their untrained trims; "" for none."""
+    said = harm_sentences(against_trims(run.trials.to_dict("records"), run.scores))
+    return "".join(f'<p class="warning" role="note">{in_html(f"{run.name}: {line}")}</p>' for line in said)
 
 
 def warning(runs: Runs) -> str:

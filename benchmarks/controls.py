@@ -19,15 +19,17 @@ from minitron_search.pipeline import retraining
 from minitron_search.pipeline.correction import correct_teacher
 from minitron_search.pipeline.teacher import make_trial_inputs
 from minitron_search.planning.prepare import prepare
-from minitron_search.records.directory import RunDirectory
+from minitron_search.records.directory import RunDirectory, chosen_rate
 from minitron_search.search.state import SearchState, make_trial
-from minitron_search.trials.settings import distillation_settings, retraining_settings
+from minitron_search.trials.settings import distillation_settings, retraining_settings, with_rate
 
 
 def main(folder: str) -> None:
     run = RunDirectory(folder)
     settings = loading.parse_config({**run.read_config(), "output": folder})
     prepared = prepare(settings, resume=True)
+    if chosen := chosen_rate(run):  # of `learning_rate: auto`
+        settings = with_rate(settings, chosen["rate"])
     with session.joined():
         precision = resolved_precision(settings.precision)
         prepared = correct_teacher(replace(prepared, precision=precision))

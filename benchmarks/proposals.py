@@ -124,7 +124,7 @@ def in_budget(teacher: PretrainedConfig, budget: Budget, architecture: Architect
     assert not (budget.memory_bytes or budget.latency_ms or budget.tokens_per_second)
     params, body = parameters(teacher, architecture)
     bounds = [(budget.params, params), (budget.non_embedding_params, body)]
-    return all(abs(value - bound.target) <= bound.tolerance * bound.target for bound, value in bounds if bound)
+    return all(abs(value - bound.number) <= bound.tolerance * bound.number for bound, value in bounds if bound)
 
 
 def is_stock(teacher: PretrainedConfig, architecture: Architecture) -> bool:

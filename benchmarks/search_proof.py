@@ -91,7 +91,7 @@ class Job:
 def closest(space: SearchSpace, block_bi: np.ndarray) -> list[Architecture]:
     """The `CLOSEST` shapes nearest to the parameter budget, each dropping its block of least BI."""
     assert space.budget.params is not None
-    target = space.budget.params.target
+    target = space.budget.params.number
     points = {}
     for point in space.points.tolist():
         *shape, length, start = point
@@ -112,7 +112,7 @@ def rule_of_thumb(space: SearchSpace) -> Architecture:
     """Of the shapes with the teacher's heads and depth nearest to the budget (1%), the one whose hidden and MLP sizes
     shrink most alike (2408.11796, section 4.2 shrinks both, and keeps heads and depth)."""
     assert space.budget.params is not None
-    target, teacher = space.budget.params.target, space.teacher
+    target, teacher = space.budget.params.number, space.teacher
     found = []
     for architecture in space.architectures():
         kept = architecture.num_attention_heads, architecture.layers
@@ -285,7 +285,7 @@ def proxies(bench: Bench, folders: list[Path], seed: int) -> list[tuple[str, dic
         untrained_losses = bench.untrained_losses(seed, [shapes[name] for name in names])
     for name in names:
         first[name] = rungs[name, 0]
-        closeness[name] = abs(space.measures(shapes[name]).params - space.budget.params.target)
+        closeness[name] = abs(space.measures(shapes[name]).params - space.budget.params.number)
     last = max(rung for _, rung in rungs)
     survivors = [name for name in names if (name, last) in rungs]
 

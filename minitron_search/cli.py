@@ -85,7 +85,7 @@ def run(config: Config, resumed: bool, dry_run: bool) -> int:
 def resume(overrides: list[str], dry_run: bool) -> int:
     """Continue what the output holds, a run or an ablation, as it was configured, with overrides on top."""
     flags = dict(pairs(overrides))
-    output = flags.get("output") or (f"runs/{flags['name']}" if flags.get("name") else Config().output)
+    output = flags.get("output") or default_output(flags)
     if ablation := kept(output, "ablation.json"):
         from minitron_search.commands import ablate
 
@@ -101,6 +101,12 @@ def resume(overrides: list[str], dry_run: bool) -> int:
     with reading(f"output: {output}/config.yaml", "the same command with --config"):
         config = configured(values, overrides)
     return run(config, True, dry_run)
+
+
+def default_output(flags: dict[str, str]) -> str:
+    """Return the run directory of the embedded default with these flags, without one for the output."""
+    given = {key: flags[key] for key in ("name", "teacher.model") if flags.get(key)}
+    return configured({}, [f"--{key}={value}" for key, value in given.items()]).output
 
 
 def kept(output: str, name: str) -> str | None:

@@ -12,11 +12,12 @@ from analysis.page import formatting as f
 from analysis.page.card import Card
 from analysis.run_data import CONTROLS, RunData, candidates, last_rungs
 from minitron_search.messages.escaping import in_html
+from minitron_search.records.summary import against_trims
 
 # Events that somebody should know of, each a line with its time; and which of them are no trouble.
 INCIDENTS = ("run_failed", "trial_failed", "trial_restarted", "node_leaving", "node_lost", "node_joined",
              "storage_failed", "storage_back", "advice", "evaluation_failed", "tracker_failed",
-             "checkpoint_damaged", "damage_mended")  # fmt: skip
+             "checkpoint_damaged", "damage_mended", "above_trim")  # fmt: skip
 CALM = ("node_joined", "storage_back", "advice")
 LINES = 200  # of incidents; what is beyond is counted, and in the CSV
 
@@ -76,6 +77,8 @@ def checks(run: RunData, last: pd.DataFrame, failed: list[tuple[str, str]]) -> l
               not len(nameless) if known else None),
         Check("Training loss is not finite", f"{f.plural(len(steps), 'step')}{_named(steps.unique())}",
               not len(steps) if len(run.steps) else None),
+        *_rate(run),
+        _harm(run),
         _twice(run),
         _chance(run),
         Check("Restarted trials", f.plural(counts["trial_restarted"], "restart"), not counts["trial_restarted"]),
@@ -102,6 +105,31 @@ def _twice(run: RunData) -> Check:
     shapes = len({name for arm, name, _ in rows if arm not in CONTROLS and name})
     text = f"{len(again):,} of {f.plural(shapes, 'architecture')}{_named(f'{name} ({arm})' for arm, name in again)}"
     return Check("Architectures trained twice with one seed", text, not again if rows else None)
+
+
+def _rate(run: RunData) -> list[Check]:
+    """Say what `learning_rate: auto` became; nothing of a run that was given numbers."""
+    event = next((event for event in run.events if event["event"] == "learning_rate"), None)
+    if event is None:
+        return []
+    text, untrained = f"{event.get('rate')}, {event.get('how')}", event.get("untrained")
+    tried = event.get("rates") or []
+    if untrained is None:
+        return [Check("Learning rate", text, True)]
+    losses = ", ".join(f"{row['rate']:.2g}: {f.fixed(row['lm_loss'] or np.nan, 3)}" for row in tried)
+    text += (f"; LM loss after {event['steps']} steps at {losses}; untrained {f.fixed(untrained, 3)}; "
+             f"{event['share']:.1%} of the run’s training")  # fmt: skip
+    return [Check("Learning rate", text, any((row["lm_loss"] or np.inf) < untrained for row in tried))]
+
+
+def _harm(run: RunData) -> Check:
+    name = "Trained students above their untrained trims"
+    tests = [test for test in against_trims(run.trials.to_dict("records"), run.scores) if test["trim"] is not None]
+    if not tests:
+        return Check(name, "no trained student has an untrained score beside it", None)
+    above = [test for test in tests if test["clear"] or test["above"] and test["arm"] == "retrained"]
+    named = _named(f"{test['trial']} (rung {test['rung']}, {test['difference']:+.3f})" for test in above)
+    return Check(name, f"{_of(len(above), len(tests), 'rung')}{named}", not above)
 
 
 def _chance(run: RunData) -> Check:

@@ -11,18 +11,21 @@ from analysis.page.card import Card
 from analysis.run_data import RunData, best_candidate, of_arm
 from minitron_search.messages.escaping import in_html
 from minitron_search.records.metrics import METRICS, scored
+from minitron_search.records.summary import against_trims, harm_sentences
 
 ONE_SIDED_95 = 1.645  # standard errors of a coin, above one half, before an accuracy is called above chance
 
 
 class SummaryInfo(NamedTuple):
     """What the card shows. rows: column title -> row of the trials table; only the arms that exist yet. warning: ""
-    where the teacher's accuracy is clearly above chance, or was not measured."""
+    where the teacher's accuracy is clearly above chance, or was not measured. harm: what there is to say of students
+    that are above their untrained trims."""
 
     rows: dict[str, pd.Series]
     colours: dict[str, str]
     outcome: str
-    warning: str  # "" where the teacher's accuracy is clearly above chance, or was not measured
+    warning: str
+    harm: list[str]
 
 
 def summary_info(run: RunData) -> SummaryInfo:
@@ -46,6 +49,7 @@ def summary_info(run: RunData) -> SummaryInfo:
             columns["Teacher"], columns["Untrained trim"], columns[best_title], columns["Retrained student"], promoted
         ),
         warning=chance_warning(run),
+        harm=harm_sentences(against_trims(run.trials.to_dict("records"), run.scores)),
     )
 
 
@@ -74,7 +78,10 @@ def outcome(
         f"{f.fixed(last['lm_loss'], 3)} nats per token, {f.fixed(abs(gap), 3)} "
         f"{'above' if gap >= 0 else 'below'} the teacher’s, after {f.tokens(last['tokens'])} tokens."
     )
-    if untrained is not None and untrained["lm_loss"] > max(teacher["lm_loss"], last["lm_loss"]):
+    if untrained is not None and last["lm_loss"] >= untrained["lm_loss"]:
+        text += (f" Training won nothing back: its untrained trim has {f.fixed(untrained['lm_loss'], 3)}, "
+                 f"{f.fixed(last['lm_loss'] - untrained['lm_loss'], 3)} less.")  # fmt: skip
+    elif untrained is not None and untrained["lm_loss"] > teacher["lm_loss"]:
         lost = untrained["lm_loss"] - teacher["lm_loss"]
         back = (untrained["lm_loss"] - last["lm_loss"]) / lost
         text += f" Trimming alone cost {f.fixed(lost, 3)} nats; training won {back:.0%} of that back."
@@ -147,7 +154,7 @@ LINES: tuple[Line, ...] = (
     (
         "Speed",
         "tokens per second",
-        lambda r: f.integer(r["tokens_per_second"]),
+        f.speed,
         lambda r, t: speed_up(r, t, "tokens_per_second"),
     ),
     ("Trained on", "tokens", lambda r: f.tokens(r["tokens"]), None),
@@ -169,7 +176,8 @@ def summary_html(info: SummaryInfo) -> str:
             small = under(row, teacher) if under else ""
             body += f"<td>{value(row)}<small>{small}</small></td>"
         body += "</tr>"
-    warning = f'<p class="warning" role="note">{in_html(info.warning)}</p>' if info.warning else ""
+    said = [*info.harm, *([info.warning] if info.warning else [])]
+    warning = "".join(f'<p class="warning" role="note">{in_html(sentence)}</p>' for sentence in said)
     return (
         f'<p class="outcome">{in_html(info.outcome)}</p>{warning}'
         f'<div class="scroll"><table class="compare"><thead><tr><td></td>{heads}</tr></thead>'

@@ -46,7 +46,7 @@ COLUMNS: tuple[tuple[str, str, str, Format | None], ...] = (
     ("drop_block_start", "drop_block_start", "", _integer("drop_block_start")),
     ("drop_block_length", "drop_block_length", "", _integer("drop_block_length")),
     ("memory_bytes", "memory", "", lambda row: f.bytes_(row["memory_bytes"])),
-    ("tokens_per_second", "speed", "tokens/s", _integer("tokens_per_second")),
+    ("tokens_per_second", "speed", "tokens/s", f.speed),
     ("seconds", "time", "", lambda row: f.duration(row["seconds"])),
     ("seed", "seed", "", _integer("seed")),
     ("proposal", "proposal", "", _integer("proposal")),

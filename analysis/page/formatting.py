@@ -111,3 +111,12 @@ def hover(row: Mapping[str, Any]) -> str:
             f"KL {plus_minus(row['kl'], row['kl_stderr'], 3)} nats per token",
         ]
     )
+
+
+def speed(row: Any) -> str:
+    """Return the tokens per second of a row with their error over repeats. One without was measured beside other
+    trials, as earlier versions did, which may have slowed it threefold."""
+    value, error = row["tokens_per_second"], row.get("tokens_per_second_stderr")
+    if missing(value):
+        return integer(value)
+    return f"{integer(value)} beside others" if missing(error) else f"{integer(value)} ± {integer(error)}"

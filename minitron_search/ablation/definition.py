@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from minitron_search.ablation.shapes import shaped
+from minitron_search.ablation.shapes import in_numbers, shaped
 from minitron_search.config import loading
 from minitron_search.config.schema import Config
-from minitron_search.planning.prepare import Prepared, check, check_names
+from minitron_search.planning.prepare import Prepared, check, check_names, complete
 from minitron_search.records.bucket import bucket_copy
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.paths import at_home, inside, is_uri, working_folder
@@ -86,7 +86,7 @@ class Ablation:
             stages = ["importance", *(["depth"] if block and block.seeds == "sweep" else []), "search"]
             given = config.dump()
             if "depth" in stages and block:
-                given["depth"]["lengths"] = list(block.lengths)
+                given["depth"]["lengths"] = given["space"]["axes"]["drop_block"]["lengths"]
             return loading.parse_config({**given, "stages": stages})
 
     def config_before(self, name: str) -> Config:
@@ -103,6 +103,8 @@ class Ablation:
             if value is not None:
                 values = _merged(values, nested(key, value))
         values["space"] = {"axes": {}, **values.get("space", {})}
+        common = _only(_substituted(self.values, self.output), "teacher", "model")  # an arm's own may be another
+        values = _merged(values, {"space": {"budget": in_numbers(_only(values, "space", "budget"), common)}})
         values["search"] = {"seeds": SEEDS, **values["search"]}
         if architecture is not None:
             decides = {
@@ -268,7 +270,9 @@ def check_text(arm: str, changes: Mapping[str, Any], prepared: Prepared, baselin
 
 def _checked(config: Config, name: str, resume: bool) -> tuple[Config, SearchSpace]:
     with _naming(name):
-        return config, check(config, resume and begun(config.output))[1]
+        goes_on = resume and begun(config.output)
+        config, _ = complete(config, goes_on)
+        return config, check(config, goes_on)[1]
 
 
 def _check_shared(values: Mapping[str, Any]) -> None:

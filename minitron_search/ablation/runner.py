@@ -25,8 +25,9 @@ from minitron_search.planning.forecast import Forecast, fitting, forecast, teach
 from minitron_search.planning.prepare import Prepared, prepare
 from minitron_search.planning.workload import Costs, option_tokens
 from minitron_search.records.damage import mend
-from minitron_search.records.directory import ABLATION_FILE, RunDirectory, replace_text
+from minitron_search.records.directory import ABLATION_FILE, RunDirectory, chosen_rate, replace_text
 from minitron_search.search.space import SearchSpace
+from minitron_search.trials.settings import automatic_rates
 
 
 def prepare_ablation(ablation: Ablation, resume: bool) -> dict[str, Prepared]:
@@ -92,6 +93,7 @@ def _run_arm(
             prepared[arm] = _prepared(ablation, arm, config, True, prepared)
         others = [RunDirectory(ablation.root / other) for other in ablation.changes if other != arm]
         _take_teacher_scores(prepared[arm], [other for other in others if _ended(other)])
+        _take_learning_rate(prepared[arm], others)
         _run_and_store(ablation, arm, prepared[arm], run_one)
     except session.UnfitError:
         raise
@@ -147,7 +149,7 @@ def _cost(config: Config, space: SearchSpace, speed: Speed | None) -> tuple[Spee
     """Return the speed of a worker, measured unless it is given, and what the whole run costs at it."""
     machine, precision, teacher = this_machine(), resolve(config.precision), teaching_config(config, space)
     costs = Costs(config, space, teacher, precision, option_tokens(config.winogrande))
-    at_once = fitting(config, machine) * config.resources.workers_per_trial
+    at_once = fitting(costs, machine) * config.resources.workers_per_trial
     speed = speed or stated(config) or measure(config, costs, teacher.hidden_size, precision, at_once)
     return speed, total(forecast(costs, speed, machine))
 
@@ -205,6 +207,21 @@ def _take_teacher_scores(prepared: Prepared, ended: Sequence[RunDirectory]) -> N
     run_dir.write_config(prepared.config.dump())
     for trial in same[0].root.glob("trials/teacher-*"):
         shutil.copytree(trial, run_dir.trial(trial.name))
+
+
+def _take_learning_rate(prepared: Prepared, others: Sequence[RunDirectory]) -> None:
+    """Give an arm the learning rate that `auto` became in an arm of the same teacher: one that a probe chose for each
+    alone would be another difference between them."""
+    run_dir, config = prepared.run_dir, prepared.config
+    if not automatic_rates(config) or chosen_rate(run_dir) is not None:
+        return
+    for other in others:
+        chosen = chosen_rate(other)
+        if chosen and loading.parse_config(other.read_config()).teacher.model == config.teacher.model:
+            if not run_dir.config.exists():
+                run_dir.write_config(config.dump())
+            run_dir.event("learning_rate", rate=chosen["rate"], how=f"as in arm {other.root.name}: {chosen['how']}")
+            return
 
 
 def _teacher_inputs(config: Config) -> dict[str, Any]:

@@ -6,10 +6,13 @@ from typing import Any, get_args
 
 from transformers import PretrainedConfig
 
+from minitron_search.config import loading
 from minitron_search.config.schema import Config
 from minitron_search.config.space import Anchor, Axes, Axis, DropBlock, SpaceConfig
 from minitron_search.importance.methods import trimmed_config
 from minitron_search.models.families import whole
+from minitron_search.planning.defaults import budget_of
+from minitron_search.search.default_space import shares
 from minitron_search.search.space import SearchSpace
 from minitron_search.teachers.sources import teacher_config
 
@@ -43,6 +46,13 @@ def shaped(architecture: Any, config: Config) -> dict[str, Any]:
     return {"axes": {"drop_block": {"lengths": [length], "seeds": architecture.removeprefix("depth_")}}}
 
 
+def in_numbers(space: Mapping[str, Any], teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `space.budget` in numbers: a share of the teacher's is of the one that all arms have in common."""
+    config = loading.parse_config({"space": dict(space), "teacher": dict(teacher)})
+    budget = budget_of(config) if shares(config.space.budget) else config.space.budget
+    return budget.model_dump(mode="json")
+
+
 def _given(sizes: Mapping[str, Any]) -> dict[str, Any]:
     known = list(Anchor.model_fields)
     if unknown := [name for name in sizes if name not in known]:
@@ -70,11 +80,11 @@ def _shrunk_alike(config: Config, teacher: PretrainedConfig) -> dict[str, int]:
         hidden_size=Axis(low=1, high=hidden, divisor=math.gcd(HIDDEN_DIVISOR, hidden)),
         intermediate_size=Axis(low=1, high=mlp, divisor=math.gcd(MLP_DIVISOR, mlp)),
     )
-    space = SearchSpace(SpaceConfig(budget=config.space.budget, axes=axes), teacher)
+    space = SearchSpace(SpaceConfig(budget=config.space.budget, axes=axes, deployable=config.space.deployable), teacher)
 
     def order(point: Sequence[int]) -> tuple[float, ...]:
         shape = space.architecture(point)
-        off = abs(space.measures(shape).params / target.target - 1)
+        off = abs(space.measures(shape).params / target.number - 1)
         kept = shape.hidden_size / full.hidden_size, shape.intermediate_size / full.intermediate_size
         return max(off, CLOSE), abs(math.log(kept[0] / kept[1])), off
 
@@ -92,7 +102,7 @@ def _layers_to_drop(config: Config, teacher: PretrainedConfig) -> int:
     target = config.space.budget.params
     assert target is not None
     axes = Axes(drop_block=DropBlock(lengths=tuple(range(teacher.num_hidden_layers))))
-    space = SearchSpace(SpaceConfig(budget=config.space.budget, axes=axes), teacher)
+    space = SearchSpace(SpaceConfig(budget=config.space.budget, axes=axes, deployable=config.space.deployable), teacher)
     shapes = [space.architecture(shape) for shape in space.shapes.tolist()]
-    nearest = min(shapes, key=lambda shape: abs(space.measures(shape).params - target.target))
+    nearest = min(shapes, key=lambda shape: abs(space.measures(shape).params - target.number))
     return teacher.num_hidden_layers - nearest.num_hidden_layers

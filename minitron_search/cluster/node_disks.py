@@ -1,17 +1,25 @@
-"""Find out once which of each other's disks the nodes of a cluster see: from it follows which folders travel."""
+"""Find out once which of each other's disks the nodes of a cluster see: from it follows which folders travel, and where
+one has to be deleted."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from minitron_search.cluster.remote_logs import keep_files
 from minitron_search.cluster.session import UnfitError, blind_node
+from minitron_search.distillation.checkpoints import CheckpointFolder
 from minitron_search.planning.prepare import Model, Prepared
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.logs import LocalFiles
 from minitron_search.records.paths import cache_folder, is_uri
 from minitron_search.records.transfer import CACHE, NodeTransfer
+
+FREE_S = 60.0  # what deleting may take on other nodes before the run goes on
 
 
 def connected(prepared: Prepared) -> Prepared:
@@ -43,6 +51,26 @@ def connected(prepared: Prepared) -> Prepared:
         run_dir.transfer = NodeTransfer(run_dir.root.as_uri(), run_dir.root, run_is_shared=True, token=token)
     other = prepared.distillation_teacher
     return replace(prepared, pruned=_in_cache(prepared.pruned), distillation_teacher=other and _in_cache(other))
+
+
+def free_checkpoints(run_dir: RunDirectory, trials: Iterable[str], on_nodes: bool = True) -> None:
+    """Delete the checkpoints of trials from which nothing will go on: here, in storage, and, for `on_nodes`, on the
+    nodes' own disks, which is a task on each."""
+    folders = [run_dir.checkpoint(trial) for trial in trials]
+    for folder in folders:
+        CheckpointFolder(folder, run_dir.transfer, run_dir.files).free()
+    if not on_nodes or run_dir.transfer is None or not any(map(run_dir.transfer.travels, folders)):
+        return
+    here, going = ray.get_runtime_context().get_node_id(), []
+    for node in (node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here):
+        place: Any = NodeAffinitySchedulingStrategy(node, soft=False)
+        going.append(ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(_free_here).remote(folders))
+    ray.wait(going, num_returns=len(going), timeout=FREE_S)  # of a node that went the disk went too
+
+
+def _free_here(folders: list[Path]) -> None:
+    for folder in folders:
+        CheckpointFolder(folder).free()
 
 
 def disconnect(run_dir: RunDirectory) -> None:

@@ -5,7 +5,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,17 @@ from ray.train import WorkerGroupError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from minitron_search.cluster.ray_internals import draining_nodes, loopback_only, quiet_start, sigterm_left_alone
+from minitron_search.cluster.ray_internals import (
+    draining_nodes,
+    loopback_only,
+    quiet_start,
+    reservable,
+    sigterm_left_alone,
+)
 from minitron_search.config.training import ResourcesConfig
 from minitron_search.messages import failures
 from minitron_search.messages.console import say
+from minitron_search.planning import memory
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.paths import cache_folder
 
@@ -51,6 +58,7 @@ START_ADVICE = (
     "machine that is not busy with other work"
 )
 LOOK_S = 1.0
+TRIAL_MEMORY = 2**20  # a Tune trial that only waits for its workers asks for no CPU; they ask for its memory too
 PLACE_S, PROGRESS_S = 1200.0, 30.0  # a spot node is there in some ten minutes, where there is one
 
 
@@ -88,6 +96,7 @@ def _start() -> None:
             include_dashboard=False,  # nothing here asks the state API: trials end themselves, none is killed
             logging_level=logging.WARNING,
             log_to_driver=False,
+            **reservable(memory.reservable()),
         )
 
 
@@ -124,7 +133,15 @@ def message_of(error: BaseException) -> str:
     inner = error
     while isinstance(inner, (RayTaskError, WorkerGroupError)):
         inner = inner.cause if isinstance(inner, RayTaskError) else next(iter(inner.worker_failures.values()))
-    return failures.message_of(inner)
+    return in_short(failures.message_of(inner))
+
+
+def in_short(message: str) -> str:
+    """Return what Ray says of a process that it ended for want of memory, eight sentences about its settings, in a
+    line; any other message as it is."""
+    if "out of memory issue" in message:
+        return "a process was ended because its node ran out of memory; a smaller search.concurrency helps"
+    return message
 
 
 @contextmanager
@@ -185,6 +202,27 @@ def wait_for_place(resources: ResourcesConfig) -> None:
     remove_placement_group(wanted)
 
 
+def sized(resources: ResourcesConfig, held: Mapping[str, int], certain: int) -> ResourcesConfig:
+    """Return `resources` whose workers ask for the memory that they are counted to hold, by what holds it.
+
+    A worker that no node holds by that count asks for all that the largest one has, and a line warns of it: the count
+    may be wrong. Raises UnfitError where not even `certain` bytes, which cannot be, are on this machine.
+    """
+    needed, asked = sum(held.values()), resources.of_worker()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    largest = max((node.get("memory", 0) for node in nodes if node.get("CPU", 0) >= asked["CPU"]), default=0)
+    most = int(largest) - TRIAL_MEMORY
+    if not os.environ.get("RAY_ADDRESS") and certain > (total := memory.this_host().total):
+        raise UnfitError(f"resources: the weights, gradients and moments of the smallest student alone take "
+                         f"{certain / 1e9:.1f} GB, and this machine has {total / 1e9:.1f} GB of memory; valid: a "
+                         "smaller budget, or more memory")  # fmt: skip
+    if largest and needed > most:
+        say(f"memory: warning: a worker takes about {memory.in_words(held)}, and no node has more than "
+            f"{most / 1e9:.1f} GB free for it: one runs at a time, and the system may end it")  # fmt: skip
+        needed = most
+    return resources.with_memory(needed)
+
+
 def slots(resources: ResourcesConfig) -> int:
     """Return how many trials the cluster can run at once, as it is now.
 
@@ -193,7 +231,10 @@ def slots(resources: ResourcesConfig) -> int:
     """
     going = draining_nodes()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node.get("NodeID") not in going]
-    fitting = sum(_workers(node, resources.of_worker()) for node in nodes) // resources.workers_per_trial
+    worker = resources.of_worker()
+    if "memory" in worker:
+        worker["memory"] += TRIAL_MEMORY
+    fitting = sum(_workers(node, worker) for node in nodes) // resources.workers_per_trial
     if fitting < 1:
         raise _unfit(resources, "does not fit")
     return fitting
@@ -210,15 +251,18 @@ def _workers(node: dict[str, float], worker: dict[str, float]) -> int:
 
 def _described(resources: ResourcesConfig) -> str:
     kind = f" of kind {resources.accelerator_type}" if resources.accelerator_type else ""
+    memory_bytes = resources.of_worker().get("memory")
+    and_memory = f" and {memory_bytes / 1e9:.1f} GB of memory" if memory_bytes else ""
     return (f"{resources.workers_per_trial} workers with {resources.cpus_per_worker} CPUs and "
-            f"{resources.gpus_per_worker:g} GPUs{kind} each")  # fmt: skip
+            f"{resources.gpus_per_worker:g} GPUs{kind}{and_memory} each")  # fmt: skip
 
 
 def _unfit(resources: ResourcesConfig, how: str) -> UnfitError:
     have = ray.cluster_resources()
     kinds = [name.partition(":")[2] for name in have if name.startswith("accelerator_type:")]
     gpus = f"{have.get('GPU', 0):g} GPUs{' of kind ' + ', '.join(kinds) if kinds else ''}"
-    cluster = f"the cluster's {have.get('CPU', 0):g} CPUs and {gpus}"
+    and_memory = f" and {have.get('memory', 0) / 1e9:.1f} GB" if "memory" in resources.of_worker() else ""
+    cluster = f"the cluster's {have.get('CPU', 0):g} CPUs and {gpus}{and_memory}"
     return UnfitError(f"resources: a trial of {_described(resources)} {how} {cluster}; valid: fewer workers_per_trial, "
                       "cpus_per_worker or gpus_per_worker, or nodes that have them")  # fmt: skip
 

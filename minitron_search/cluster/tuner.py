@@ -12,15 +12,19 @@ from ray import tune
 from ray.tune.error import TuneError
 from ray.tune.search import Searcher
 
+from minitron_search.cluster import session
 from minitron_search.cluster.launchers import tune_function
+from minitron_search.cluster.node_disks import free_checkpoints
 from minitron_search.cluster.ray_internals import kept_actors, quiet_tune
 from minitron_search.cluster.schedulers import rung_scheduler
+from minitron_search.cluster.session import TRIAL_MEMORY
 from minitron_search.cluster.worker_groups import close_groups, free_groups, make_room
 from minitron_search.evaluation.evidence import evidence
 from minitron_search.messages.console import say
 from minitron_search.models.architecture import Architecture
 from minitron_search.records.damage import CheckpointDamage
 from minitron_search.records.directory import FINISHED
+from minitron_search.records.summary import against_trims, harm_sentences, say_harm
 from minitron_search.search.schedule import search_phases
 from minitron_search.search.state import SearchState
 from minitron_search.search.study import LiveStudy
@@ -30,7 +34,6 @@ TRIAL_RESTARTS = 1  # of a trial whose process died
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or a user's share of it
 # What a user reads of a decision; `complete` is the last rung.
 DECISIONS = {"stop": "stopped", "continue": "continues", "complete": "complete"}
-TRIAL_MEMORY = 300 * 2**20  # a Tune trial that only waits for its workers asks for memory, not for a CPU
 
 
 def run_search(search: SearchState, inputs: ray.ObjectRef, room: Callable[[], int]) -> list[Architecture]:
@@ -47,7 +50,9 @@ def run_search(search: SearchState, inputs: ray.ObjectRef, room: Callable[[], in
         free_groups()
         if not proposals.ended:
             raise KeyboardInterrupt  # Tune returns quietly when it is interrupted
-    return _promote_the_best(search, study)
+    best = _promote_the_best(search, study)
+    free_checkpoints(search.run, search.all_trials())
+    return best
 
 
 def _tuner(search: SearchState, inputs: ray.ObjectRef, proposals: "Proposals", study: LiveStudy) -> tune.Tuner:
@@ -92,6 +97,8 @@ def _promote_the_best(search: SearchState, study: LiveStudy) -> list[Architectur
         search.run.event("promoted", architecture=architecture.id)
     search.write_tables(promoted)
     search.run.write_evidence(evidence(search.run, search.config.search.ranks_by))
+    for sentence in harm_sentences(against_trims(search.run.read_trials(), search.run.scores())):
+        say(f"search: {sentence}")
     study.refresh(search.observed(), at_once=True)
     return best
 
@@ -102,10 +109,12 @@ class Proposals(Searcher):
     def __init__(self, search: SearchState, first: Trial, room: Callable[[], int]):
         super().__init__(metric="objective", mode="min")
         self.search, self.ahead, self.room, self.ended = search, [first], room, False
+        self.freed: set[str] = set()  # trials that have no checkpoint any more
 
     def suggest(self, trial_id: str) -> Any:
         if not self.ahead and len(self.search.alive) >= self.room():
             return None
+        self._free()
         trial = self.ahead.pop() if self.ahead else self.search.next_trial()
         if trial is None and not self.search.alive:
             self.ended = True
@@ -114,6 +123,13 @@ class Proposals(Searcher):
         if trial is None:
             return None
         return {"trial": trial}
+
+    def _free(self) -> None:
+        """Delete the checkpoints of trials that have ended for good since the last time."""
+        spent = self.search.spent() - self.freed
+        if spent:
+            free_checkpoints(self.search.run, sorted(spent), on_nodes=False)  # at the end, once for all
+            self.freed |= spent
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         pass  # the tables know
@@ -154,6 +170,7 @@ class Bookkeeping(tune.Callback):
             f"{self._place(ours)} rung {row['rung']}, {at}: LM loss {row['lm_loss']:.3f} "
             f"+- {row['lm_loss_stderr']:.3f}, KL {row['kl']:.3f}: {decision}{self._pace(row)}"
         )
+        say_harm(self.search.run, ours.id, ours.id)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         ours: Trial = trial.config["trial"]
@@ -224,4 +241,4 @@ def _cause(trial: Any) -> str:
     """Return the last line of a trial's error, which Tune has written to a file by now, and not yet to storage."""
     error = Path(trial.error_file)
     lines = error.read_text().strip().splitlines() if error.is_file() else []
-    return lines[-1].strip() if lines else "its process died"
+    return session.in_short(lines[-1].strip()) if lines else "its process died"

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Tag, model_validator
 
 from minitron_search.config.types import (
+    LIST_OR_AUTO,
     MOST_WINDOW,
     AutoProcesses,
     AutoTokens,
@@ -19,6 +20,7 @@ from minitron_search.config.types import (
     Text,
     as_list,
     as_number,
+    auto_or_list,
 )
 
 
@@ -98,14 +100,15 @@ class ImportanceConfig(Section):
 
 
 class DepthConfig(Section):
-    """The sweep over contiguous blocks: their lengths (layers, or a fraction of the depth) and metrics."""
+    """The sweep over contiguous blocks: their lengths (layers, or a fraction of the depth) and metrics.
 
-    lengths: Annotated[tuple[LayersOrFraction, ...], BeforeValidator(as_list), Field(min_length=1)] = (
-        1,
-        2,
-        8,
-        15,
-    )
+    lengths: auto is one, two, a quarter and a half of the teacher's layers.
+    """
+
+    lengths: Annotated[
+        Annotated[Literal["auto"], Tag("auto")] | Annotated[tuple[LayersOrFraction, ...], Tag("list")],
+        LIST_OR_AUTO, BeforeValidator(auto_or_list), Field(min_length=1),
+    ] = "auto"  # fmt: skip
     metrics: Annotated[
         tuple[Literal["lm_loss", "winogrande", "bi", "angular", "taylor"], ...],
         BeforeValidator(as_list), Field(min_length=1),
@@ -122,7 +125,7 @@ class DepthConfig(Section):
 
     @model_validator(mode="after")
     def _lengths_are_layers_or_fractions(self) -> "DepthConfig":
-        for length in self.lengths:
+        for length in () if self.lengths == "auto" else self.lengths:
             if length >= 1 and length != int(length):
                 raise ValueError(f"depth.lengths: {length:g} is neither a whole number of layers nor a fraction "
                                  f"of the depth below 1; valid: {int(length)} or 0.5")  # fmt: skip

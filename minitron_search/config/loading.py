@@ -31,8 +31,11 @@ def configured(values: Mapping[str, Any], overrides: list[str]) -> Config:
     """Return the configuration of plain values with overrides on top. Raises ValueError as `load_config` does."""
     resolved = parse_config(values).dump()
     given = dict(pairs(overrides))
-    if "name" in given and "output" not in given and resolved["output"] == f"runs/{resolved['name']}":
+    follows = {"name", "teacher.model"} & given.keys() and "output" not in given
+    if follows and resolved["output"] == f"runs/{resolved['name']}":
         resolved["output"] = ""  # the folder follows the name
+    if values.get("name", "auto") == "auto":
+        resolved["name"] = "auto"  # and the name the teacher
     override(resolved, overrides)
     return parse_config(resolved)
 

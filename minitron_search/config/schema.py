@@ -29,11 +29,30 @@ from minitron_search.config.training import (
 from minitron_search.config.types import Seed, Text, as_list, in_one_line
 from minitron_search.records.paths import SCHEMES, located
 
+MOST_NAME = 80  # characters of a name that is derived
+
+
+def name_after(model: str) -> str:
+    """Return a run's name for a model: the last part of its Hub name, folder or address, as a file may be called.
+
+    What a run calls its student (`best`) says nothing without the run: `tiny/best` is tiny-best. In the Hub's cache
+    the last part is a revision: `models--Qwen--Qwen2.5-0.5B/snapshots/<revision>` is Qwen2.5-0.5B.
+    """
+    parts = [part for part in re.split(r"[/\\]+", model.partition("?")[0]) if part not in ("", ".", "..")]
+    cached = [part.rpartition("--")[2] for part in parts if part.startswith("models--")]
+    last = cached[-1] if cached else parts[-1] if parts else ""
+    if not cached and len(parts) > 1 and re.fullmatch(r"best(-\d+)?", last):
+        last = f"{parts[-2]}-{last}"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last)[:MOST_NAME].strip("-._") or "teacher"
+
 
 class Config(Section):
-    """Every key of a run, resolved and checked."""
+    """Every key of a run, resolved and checked.
 
-    name: Annotated[Text, Field(coerce_numbers_to_str=True, max_length=200)] = "smollm2-135m"
+    name: auto is the last part of teacher.model. output: empty is runs/<name>.
+    """
+
+    name: Annotated[Text, Field(coerce_numbers_to_str=True, max_length=200)] = "auto"
     output: Annotated[str, Field(coerce_numbers_to_str=True, max_length=4096)] = ""
     seed: Seed = 0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -55,7 +74,9 @@ class Config(Section):
     trackers: Annotated[tuple[Literal["wandb", "mlflow"], ...], BeforeValidator(as_list)] = ()  # beside TensorBoard
 
     @model_validator(mode="after")
-    def _output_follows_name(self) -> "Config":
+    def _output_follows_name_and_name_the_teacher(self) -> "Config":
+        if self.name == "auto":
+            object.__setattr__(self, "name", name_after(self.teacher.model))
         if not self.output:
             object.__setattr__(self, "output", f"runs/{self.name}")
         try:
@@ -164,6 +185,11 @@ class Config(Section):
             raise ValueError(f"importance.samples: {samples} of corpus.calibration_samples {most}; "
                              f"valid: at most {most}")  # fmt: skip
         return self
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anything is left to the teacher's configuration (`planning/defaults.py`)."""
+        return self.space.open or self.depth.lengths == "auto"
 
     @property
     def prunes_corrected(self) -> bool:

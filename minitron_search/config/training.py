@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from minitron_search.config.inputs import Section
 from minitron_search.config.types import (
@@ -29,6 +29,8 @@ from minitron_search.config.types import (
     one_or_several,
 )
 from minitron_search.records.metrics import objectives, ranking_objectives
+
+AUTO_RATE = 3e-4  # what `learning_rate: auto` is for the embedded teacher
 
 
 class SearchConfig(Section):
@@ -112,6 +114,8 @@ class DistillationConfig(Section):
         topk: its `topk` most probable tokens, smaller and approximate; off: nothing, every batch asks it live; auto:
         hidden if that takes at most teacher_cache_bytes (auto: a quarter of the free disk, and at most 16 GiB), else
         off.
+    learning_rate: auto is the embedded teacher's; for other teachers what a probe finds best, or a rule by size
+        (`trials.settings`).
     """
 
     loss: Loss = "kld"
@@ -122,7 +126,7 @@ class DistillationConfig(Section):
     intermediate_loss: Literal["mse", "cosine"] = "mse"
     intermediate_layers: Literal["all"] | Annotated[int, BeforeValidator(as_number), Field(ge=1, le=10**4)] = "all"
     embedding: bool = False
-    learning_rate: LearningRate = 3e-4
+    learning_rate: Literal["auto"] | LearningRate = "auto"
     batch_tokens: Annotated[int, BeforeValidator(as_number), Field(ge=1, le=10**9)] = 1_000
     teacher_cache: Annotated[Literal["auto", "hidden", "topk", "off"], BeforeValidator(off_for_false)] = "auto"
     teacher_cache_bytes: AutoCount = "auto"
@@ -170,7 +174,7 @@ class RetrainingConfig(Section):
     """
 
     tokens: Tokens = 32_000
-    learning_rate: LearningRate = 3e-4
+    learning_rate: Literal["auto"] | LearningRate = "auto"  # as distillation.learning_rate
     min_learning_rate: Annotated[Real, Field(ge=0, le=10)] = 1e-5
     warmup_steps: Steps = 4
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -178,10 +182,12 @@ class RetrainingConfig(Section):
 
     @model_validator(mode="after")
     def _rates_fall(self) -> "RetrainingConfig":
-        if self.schedule == "cosine" and self.min_learning_rate > self.learning_rate:
+        auto = self.learning_rate == "auto"
+        peak = AUTO_RATE if auto else float(self.learning_rate)
+        if self.schedule == "cosine" and self.min_learning_rate > peak:
             raise ValueError(f"retraining.min_learning_rate: {self.min_learning_rate:g} is above "
-                             f"retraining.learning_rate {self.learning_rate:g}, from which it falls; valid: at most "
-                             f"{self.learning_rate:g}")  # fmt: skip
+                             f"retraining.learning_rate {f'auto, {peak:g}' if auto else f'{peak:g}'}, from which it "
+                             f"falls; valid: at most {peak:g}")  # fmt: skip
         return self
 
 
@@ -231,10 +237,19 @@ class ResourcesConfig(Section):
     mfu: Annotated[float, BeforeValidator(as_number), Field(gt=0, le=1)] | None = None
     flops_per_second: Annotated[Positive, Field(ge=1, le=1e24)] | None = None
     price_per_hour: Annotated[Real, Field(ge=0, le=1e12)] | None = None
+    _memory: int = PrivateAttr(default=0)  # bytes of a worker, which no configuration gives; 0: not counted
+
+    def with_memory(self, per_worker: int) -> "ResourcesConfig":
+        """Return these resources, of which a worker asks for `per_worker` bytes of memory besides."""
+        sized = self.model_copy()
+        sized._memory = per_worker
+        return sized
 
     def of_worker(self) -> dict[str, float]:
         """Return what one worker asks of Ray, by Ray's names of resources."""
         resources = {"CPU": float(self.cpus_per_worker)}
+        if self._memory:
+            resources["memory"] = float(self._memory)
         if self.gpus_per_worker:
             resources["GPU"] = float(self.gpus_per_worker)
         if self.accelerator_type is not None:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field
 
 from minitron_search.records.paths import at_home, located
 
@@ -45,6 +45,15 @@ def as_list(value: Any) -> Any:
     if isinstance(value, str):
         return [part.strip() for part in value.split(",")]
     return [value] if isinstance(value, int | float) else value
+
+
+def auto_or_list(value: Any) -> Any:
+    """Return `auto` as it is, and anything else as `as_list` does."""
+    return value if value == "auto" else as_list(value)
+
+
+# A list, or `auto`, of which a message is about the one that is meant: beside `Tag("auto")` and `Tag("list")`
+LIST_OR_AUTO = Discriminator(lambda value: "auto" if value == "auto" else "list")
 
 
 def one_or_several(value: Any) -> Any:

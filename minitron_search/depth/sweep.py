@@ -8,7 +8,7 @@ and 8,192 tokens), and a cut's numbers do not depend on which others are compute
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,11 +32,14 @@ CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}  # through a layer at once; a GPU sta
 STREAM_BYTES = 512 * 2**20  # residual streams of one chunk that are alive at once, over all cuts
 
 
-def in_layers(lengths: Iterable[float], depth: int) -> list[int]:
+def in_layers(lengths: Iterable[float] | Literal["auto"], depth: int) -> list[int]:
     """Return `depth.lengths` as numbers of layers, rising: below 1 a length is a fraction of the teacher's `depth`.
 
-    Raises ValueError for a length that leaves no layer.
+    auto: one, two, a quarter and a half of the layers, as far as they leave one. Raises ValueError for a length that
+    leaves no layer.
     """
+    if lengths == "auto":
+        lengths = [length for length in (1, 2, round(depth / 4), depth // 2) if 0 < length < depth] or [1]
     layers = {max(1, round(length * depth)) if length < 1 else int(length) for length in lengths}
     if max(layers) >= depth:
         raise ValueError(f"depth.lengths: {max(layers)} of the teacher's {depth} layers; valid: at most {depth - 1}")

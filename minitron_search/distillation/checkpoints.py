@@ -86,6 +86,21 @@ class CheckpointFolder(NamedTuple):
         if rank == 0 and self.transfer is not None:
             self.transfer.delete(damaged)
 
+    def free(self) -> None:
+        """Delete all checkpoints, on this disk and in storage: nothing will go on from them.
+
+        Whoever is killed in between leaves none that looks whole.
+        """
+        self.files.check()
+        going = self.path.with_name(f".{self.path.name}.going")
+        shutil.rmtree(going, ignore_errors=True)  # left by a process that was killed
+        with suppress(FileNotFoundError):
+            os.rename(self.path, going)
+            shutil.rmtree(going)
+        if self.transfer is not None and self.transfer.travels(self.path):
+            for name in self.transfer.names(self.path):
+                self.transfer.delete(self.path / name)
+
 
 class TrainingState(NamedTuple):
     """What a checkpoint holds of a training, besides the step."""

@@ -15,6 +15,7 @@ from minitron_search.evaluation.paired_scores import Row, Scores, against, by_ar
 from minitron_search.evaluation.statistics import LEVEL, agreement, holm, mean_and_error
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.metrics import METRICS, scored
+from minitron_search.records.summary import against_trims
 
 
 def evidence(run_dir: RunDirectory, objective: str) -> dict[str, Any]:
@@ -24,8 +25,8 @@ def evidence(run_dir: RunDirectory, objective: str) -> dict[str, Any]:
     windows (twin pairs, for a margin) and over seeds, and the paired tests of every metric against the best; seeds: the
     standard deviation between the seeds of one architecture, pooled, and its degrees of freedom; rungs: how well each
     rung's order predicted the next one's, and the last one that of the retrained students; at_chance: whether the
-    teacher is, by metric (null without a teacher); controls: what stands beside the promoted; words: all of it in
-    sentences.
+    teacher is, by metric (null without a teacher); controls: what stands beside the promoted; against_trims: every
+    trained rung and retraining against its untrained trim (`summary.against_trims`); words: all of it in sentences.
     """
     rows = [row for row in run_dir.read_trials() if row["lm_loss"] is not None]
     scores = run_dir.scores()
@@ -40,6 +41,7 @@ def evidence(run_dir: RunDirectory, objective: str) -> dict[str, Any]:
         "rungs": _rung_agreement(search, retrained, scores, objective),
         "at_chance": None if teacher is None else chances(teacher, scores),
         "controls": controls(run_dir, rows, scores),
+        "against_trims": against_trims(rows, scores),
     }
     return {**entries, "words": list(sentences(entries))}
 

@@ -6,6 +6,7 @@ from typing import Any
 from minitron_search.evaluation.controls import CONTROL_NAMES
 from minitron_search.evaluation.statistics import FEWEST_FOR_TAU, LEVEL
 from minitron_search.records.metrics import METRICS
+from minitron_search.records.summary import harm_sentences
 
 Entry = Mapping[str, Any]
 FLIPS_NAMED = 3  # of a rung's flipped pairs, the widest
@@ -18,6 +19,7 @@ def sentences(evidence: Entry) -> Iterable[str]:
     if at_chance:
         yield (f"{' and '.join(at_chance)} {'is' if len(at_chance) == 1 else 'are'} at chance for this teacher: "
                f"reported, but {'ranks' if len(at_chance) == 1 else 'rank'} nothing.")  # fmt: skip
+    yield from harm_sentences(evidence["against_trims"])
     yield from _on_finalists(finalists, objective)
     yield from _on_seeds(finalists, evidence["seeds"], objective)
     yield from (_on_rung(rung, objective) for rung in evidence["rungs"])

@@ -105,17 +105,19 @@ def window_losses(
     return np.concatenate(losses), np.concatenate(divergences)
 
 
-def throughput(model: PreTrainedModel, windows: np.ndarray, precision: str, rows: int = 4) -> float:
-    """Measure the tokens per second of a forward pass, all logits of every position, over `rows` windows; one window
-    warms up."""
-    rows = min(rows, len(windows))
-    ids = torch.from_numpy(windows[:rows].astype(np.int64)).to(model.device)
+def throughput(model: PreTrainedModel, windows: np.ndarray, precision: str, repeats: int) -> tuple[float, float]:
+    """Return the tokens per second of a forward pass over a window, all logits of every position, and its standard
+    error over `repeats` windows; one more, the first, warms up."""
+    ids = torch.from_numpy(windows.astype(np.int64)).to(model.device)
+    wait = torch.cuda.synchronize if ids.is_cuda else lambda: None
+    seconds = []
     with torch.inference_mode(), autocast(precision, model.device):
-        model(ids[:1], use_cache=False)
-        wait = torch.cuda.synchronize if ids.is_cuda else lambda: None
-        wait()
-        began = time.perf_counter()
-        for row in ids:
-            model(row[None], use_cache=False)
-        wait()
-    return ids.numel() / (time.perf_counter() - began)
+        for repeat in range(-1, repeats):
+            wait()
+            began = time.perf_counter()
+            model(ids[repeat % len(ids)][None], use_cache=False)
+            wait()
+            seconds.append(time.perf_counter() - began)
+    timed = np.array(seconds[1:])
+    speed = ids.shape[1] / timed.mean()
+    return float(speed), float(speed * standard_error(timed) / timed.mean())

@@ -119,13 +119,15 @@ def _card_of(readme: Path) -> ModelCardData:
 
 
 def model_card(
-    origin: Origin, trial: Trial, row: Mapping[str, Any], refusals: Mapping[str, str], renamed: str = ""
-) -> str:
+    origin: Origin, trial: Trial, row: Mapping[str, Any], refusals: Mapping[str, str], renamed: str = "",
+    harm: str | None = None,
+) -> str:  # fmt: skip
     """Return the text of the card.
 
     row: the student's row of `trials.parquet`.
-    refusals: by tool, why it refuses the student (`compatibility.refusals`).
+    refusals: by tool, why it refuses the student (`models.engines.refusals`).
     renamed: a sentence about a student of another family than its teacher's (`compatibility.renamed`).
+    harm: a sentence about a student that is not below its untrained trim (`summary.harm_sentence`).
     """
     architecture, settings, teacher = trial.architecture, trial.settings, in_markdown(origin.teacher)
     kept = ", ".join(map(str, architecture.layers))
@@ -133,11 +135,12 @@ def model_card(
     left = "".join(
         f" Not taken over from the teacher's folder: {in_markdown(sentence)}." for sentence in origin.files.left
     )
+    warning = f"\n> **Warning.** {harm}\n" if harm else ""
     return f"""---
 {_front_matter(origin, row).to_yaml()}
 ---
 # {teacher}, pruned and distilled to {row["params"] / 1e6:.1f}M parameters
-
+{warning}
 Made with minitron_search by structured pruning of the teacher {as_code(origin.teacher)} and distillation from {origin.taught_by}
 (the Minitron approach, arXiv:2407.14679 and arXiv:2408.11796). {_licence_sentence(origin)}{left}{renamed and f" {renamed}"}
 

@@ -17,6 +17,7 @@ import numpy as np
 import ray
 import torch
 
+from minitron_search.cluster import session
 from minitron_search.cluster.placement import on_all_cpus
 from minitron_search.cluster.session import slots
 from minitron_search.distillation.correction import LORA_ALPHA, LORA_RANK, merged
@@ -26,7 +27,9 @@ from minitron_search.export import student_folder
 from minitron_search.messages.console import say
 from minitron_search.models.families import sizes, whole
 from minitron_search.pipeline import retraining
+from minitron_search.pipeline.forecast import costs_of
 from minitron_search.pipeline.teacher import cache_outputs, unpermuted_copy
+from minitron_search.planning import memory
 from minitron_search.planning.prepare import Prepared
 from minitron_search.records import cache
 from minitron_search.records.cache import content_id
@@ -48,6 +51,8 @@ def correct_teacher(prepared: Prepared) -> Prepared:
     config, method = prepared.config, correction(prepared.config)
     if method is None or config.teacher.correction.parallel:
         return prepared
+    held = memory.worker(costs_of(prepared), prepared.space.teacher)
+    config = config.model_copy(update={"resources": session.sized(config.resources, held, 0)})
     settings = correction_settings(config, method, prepared.precision)
     gangs = slots(config.resources)
     workers = 1 if config.resources.launcher == "inline" else retraining.gang(config, gangs).workers_per_trial
@@ -56,7 +61,7 @@ def correct_teacher(prepared: Prepared) -> Prepared:
     with cache.lock(folder):
         is_new = not cache.is_whole(folder)
         if is_new:
-            _make(prepared, method, settings, gangs, folder, content)
+            _make(replace(prepared, config=config), method, settings, gangs, folder, content)
             cache.list_contents(folder, folder)
     _announce(prepared, method, folder, is_new)
     corrected = replace(prepared.teacher, folder=folder, fingerprint=fingerprint(folder))

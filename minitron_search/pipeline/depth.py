@@ -53,6 +53,7 @@ def make_job(prepared: Prepared) -> tuple[Job, int]:
     config, pruned = prepared.config, prepared.pruned
     cpus, gpus = config.resources.cpus_per_worker, worker_gpus(config)
     worker = config.resources.model_copy(update={"workers_per_trial": 1, "gpus_per_worker": gpus})
+    worker = worker.with_memory(0)  # a task holds what it is given, `memory_bytes`
     fitting = session.slots(worker)
     workers = fitting if config.depth.workers == "auto" else min(config.depth.workers, fitting)
     element = 2 if prepared.precision == "bfloat16" else 4

@@ -18,6 +18,7 @@ from minitron_search.messages.console import say
 from minitron_search.models import device
 from minitron_search.models.architecture import Architecture
 from minitron_search.models.loading import load_model
+from minitron_search.planning import memory
 from minitron_search.planning.checks import importance_seed
 from minitron_search.planning.prepare import Prepared
 from minitron_search.records import cache
@@ -80,7 +81,8 @@ def _measured(prepared: Prepared, windows: np.ndarray, folder: Path) -> Importan
     """Return the importance of the model in `folder`, measured by tasks on parts of the windows."""
     run_dir, config, precision = prepared.run_dir, prepared.config.importance, prepared.precision
     parts = [windows[first : first + PART] for first in range(0, len(windows), PART)]
-    sums = in_parts(run_dir, _importance, parts, folder, config, precision)
+    held = memory.teacher_task(prepared.pruned.config, method_of(config.method).gradients is not None)
+    sums = in_parts(run_dir, _importance, parts, folder, config, precision, memory=held)
     return on_all_cpus(run_dir, _combined, sums, config, importance_seed(prepared.config), folder)
 
 

@@ -17,7 +17,7 @@ def layer_seeds(prepared: Prepared) -> list[Cut]:
     config, run_dir, drop_block = prepared.config, prepared.run_dir, prepared.config.space.axes.drop_block
     if drop_block is None or drop_block.seeds == "none":
         return []
-    lengths = [length for length in drop_block.lengths if length]
+    lengths = [length for length in drop_block.numbers if length]
     if drop_block.seeds == "sweep":
         blocks = best_blocks(run_dir.read_depth_recommendation(), config.search.ranks_by)
         return [block(start, length) for length, start in blocks.items()]

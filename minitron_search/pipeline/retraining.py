@@ -60,11 +60,16 @@ def _start(
             group.close()
 
     resources = config.resources.of_worker() if inline else {}
-    cpus, gpus = resources.pop("CPU", 0), resources.pop("GPU", 0)
+    cpus, gpus, memory = (resources.pop(name, 0) for name in ("CPU", "GPU", "memory"))
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     place: Any = "DEFAULT" if inline else here  # a task that only waits for a group stays on the driver's node
     task = ray.remote(
-        num_cpus=cpus, num_gpus=gpus, resources=resources, max_retries=TASK_RESTARTS, scheduling_strategy=place
+        num_cpus=cpus,
+        num_gpus=gpus,
+        memory=memory or None,  # type: ignore[arg-type]  # None is its default
+        resources=resources,
+        max_retries=TASK_RESTARTS,
+        scheduling_strategy=place,
     )(placed)
     return task.remote([inputs])  # a list hides the reference from Ray, which would otherwise resolve it
 

@@ -10,9 +10,10 @@ from typing import Any
 import ray
 
 from minitron_search.cluster import session
-from minitron_search.cluster.node_disks import connected, disconnect
+from minitron_search.cluster.node_disks import connected, disconnect, free_checkpoints
 from minitron_search.cluster.placement import on_all_cpus, resolved_precision
 from minitron_search.cluster.tuner import run_search
+from minitron_search.cluster.usage import Usage, watched_usage
 from minitron_search.depth.layer_choice import read_merges
 from minitron_search.evaluation.benchmarks import evaluate_all, models_of
 from minitron_search.evaluation.chance import refuse_at_chance
@@ -26,21 +27,32 @@ from minitron_search.pipeline import retraining
 from minitron_search.pipeline.correction import correct_teacher
 from minitron_search.pipeline.depth import measure_depth
 from minitron_search.pipeline.events import begin, stage
-from minitron_search.pipeline.forecast import costs_of, write_forecast
+from minitron_search.pipeline.forecast import cluster_now, costs_of, foretell_resources, write_forecast
 from minitron_search.pipeline.importance import measure_importance
 from minitron_search.pipeline.latency import hold_to_speed
 from minitron_search.pipeline.layer_seeds import layer_seeds
 from minitron_search.pipeline.teacher import make_trial_inputs
+from minitron_search.planning import memory
 from minitron_search.planning.environment import environment
-from minitron_search.planning.forecast import comparison, intermediate_advice
+from minitron_search.planning.forecast import comparison, intermediate_advice, resources_comparison
 from minitron_search.planning.prepare import Prepared
-from minitron_search.planning.workload import spent
-from minitron_search.records.directory import RunDirectory
-from minitron_search.records.summary import summary_table
+from minitron_search.planning.workload import planned_probe, run_tokens, spent
+from minitron_search.records.directory import RunDirectory, chosen_rate
+from minitron_search.records.summary import against_trims, harm_sentences, say_harm, summary_table
 from minitron_search.search.state import SearchState, make_trial
 from minitron_search.tracking.curves import tracked
-from minitron_search.trials import runner
-from minitron_search.trials.settings import correction_tokens, distillation_settings, retraining_settings, untrained
+from minitron_search.trials import runner, speed
+from minitron_search.trials.learning_rate import probed
+from minitron_search.trials.settings import (
+    RATES,
+    automatic_rates,
+    correction_tokens,
+    distillation_settings,
+    retraining_settings,
+    rule_rate,
+    untrained,
+    with_rate,
+)
 from minitron_search.trials.trial import Trial
 
 
@@ -62,8 +74,12 @@ def run_pipeline(prepared: Prepared, with_forecast: bool = True) -> None:
     disconnect(run_dir)
     run_dir.event("run_finished", seconds=time.monotonic() - began)
     console.print(summary_table(run_dir))
+    for sentence in harm_sentences(against_trims(run_dir.read_trials(), run_dir.scores())):
+        say(f"* {sentence}")
     if compared := comparison(run_dir):
         say(compared)
+    if taken := resources_comparison(run_dir):
+        say(taken)
     say(f"done in {(time.monotonic() - began) / 60:.1f} minutes: {config.output}")
 
 
@@ -74,17 +90,27 @@ def run_stages(prepared: Prepared, with_forecast: bool = True) -> None:
         begin_run(prepared)
     else:
         with session.joined():
-            session.wait_for_place(config.resources)
+            prepared = in_memory(prepared)
+            session.wait_for_place(prepared.config.resources)
             prepared = replace(connected(prepared), precision=resolved_precision(config.precision))
             prepared, speeds = hold_to_speed(prepared)
             begin_run(prepared)
             with session.watched(run_dir), tracked(run_dir, config.name, config.trackers):
-                compute(prepared, speeds, with_forecast)
+                with watched_usage(run_dir) as usage:
+                    compute(prepared, speeds, with_forecast, usage)
     if "report" in config.stages:
         from analysis.report import write_report  # reads the run directory only; Plotly is not needed before
 
         say("report")
         say(f"report: {write_report(run_dir)}")
+
+
+def in_memory(prepared: Prepared) -> Prepared:
+    """Return `prepared`, whose workers ask for the memory that they are counted to hold."""
+    costs, resources = costs_of(prepared), prepared.config.resources
+    held = memory.worker(costs, workers=resources.workers_per_trial)
+    resources = session.sized(resources, held, memory.certain(costs))
+    return replace(prepared, config=prepared.config.model_copy(update={"resources": resources}))
 
 
 def begin_run(prepared: Prepared) -> None:
@@ -98,8 +124,8 @@ def begin_run(prepared: Prepared) -> None:
     shutil.rmtree(run_dir.scratch, ignore_errors=True)  # of a session that was killed
 
 
-def compute(prepared: Prepared, speeds: dict[str, Any], with_forecast: bool) -> None:
-    """Run the stages that need Ray. `speeds`: what was measured for budgets on speed."""
+def compute(prepared: Prepared, speeds: dict[str, Any], with_forecast: bool, usage: Usage) -> None:
+    """Run the stages that need Ray. `speeds`: what was measured for budgets on speed. `usage` is told what is read."""
     config, run_dir = prepared.config, prepared.run_dir
     write_environment(prepared)
     if speeds and not run_dir.latency.exists():
@@ -107,6 +133,7 @@ def compute(prepared: Prepared, speeds: dict[str, Any], with_forecast: bool) -> 
         run_dir.event("latency_measured", seconds=speeds["seconds"], on=speeds["on"])
     if with_forecast:
         write_forecast(prepared)
+        foretell_resources(prepared, cluster_now())
     if correction_tokens(config):
         with stage(run_dir, "correction"):
             prepared = correct_teacher(prepared)
@@ -118,7 +145,7 @@ def compute(prepared: Prepared, speeds: dict[str, Any], with_forecast: bool) -> 
         with stage(run_dir, "depth"):
             measure_depth(prepared)
     if set(config.stages) & {"search", "retrain"}:
-        search_and_retrain(prepared)
+        search_and_retrain(prepared, usage)
 
 
 def write_environment(prepared: Prepared) -> None:
@@ -126,7 +153,7 @@ def write_environment(prepared: Prepared) -> None:
     prepared.run_dir.write_environment({**environment(prepared), "precision": prepared.precision})
 
 
-def search_and_retrain(prepared: Prepared) -> None:
+def search_and_retrain(prepared: Prepared, usage: Usage) -> None:
     """Score the teacher, search, retrain the promoted candidates, and evaluate them."""
     config, run_dir, space = prepared.config, prepared.run_dir, prepared.space
     if advice := intermediate_advice(config, space):
@@ -134,9 +161,13 @@ def search_and_retrain(prepared: Prepared) -> None:
         say(advice)
     seeds = layer_seeds(prepared)
     with stage(run_dir, "teacher"):
-        inputs = ray.put(replace(make_trial_inputs(prepared), merges=read_merges(run_dir)))
+        made = make_trial_inputs(prepared)
+        usage.cached += made.folders()
+        inputs = ray.put(replace(made, merges=read_merges(run_dir)))
         teacher = score_teacher(prepared, inputs)
     refuse_at_chance(run_dir, teacher.id, config.search.objectives)
+    prepared = settle_rates(prepared, inputs)
+    config = prepared.config
     space.anchors += space.largest_without(seeds)
     search = SearchState(run_dir, config, space, distillation_settings(config, prepared.precision))
     best = search_candidates(prepared, search, inputs) if "search" in config.stages else search.best()
@@ -145,9 +176,50 @@ def search_and_retrain(prepared: Prepared) -> None:
             for rank, architecture in enumerate(best, 1):
                 promote(prepared, search, architecture, rank, inputs)
         run_dir.write_evidence(evidence(run_dir, config.search.ranks_by))
-        if config.evaluation.tasks:
-            with stage(run_dir, "evaluation"):
-                evaluate_models(prepared, len(best))
+    measure_speeds(prepared, search, inputs)
+    if "retrain" in config.stages and config.evaluation.tasks:
+        with stage(run_dir, "evaluation"):
+            evaluate_models(prepared, len(best))
+
+
+def settle_rates(prepared: Prepared, inputs: ray.ObjectRef) -> Prepared:
+    """Return the run with a number for every learning rate that is `auto`: the one that it began with, or else the
+    embedded teacher's, a probe's, or the rule's, which is written down and said."""
+    config, run_dir = prepared.config, prepared.run_dir
+    if all(getattr(config, section).learning_rate != "auto" for section in RATES):
+        return prepared
+    found = chosen_rate(run_dir)
+    if found is None:
+        found = choose_rate(prepared, inputs)
+        run_dir.write_learning_rate(found)
+        run_dir.event("learning_rate", **found)
+    say(f"learning rate: {found['rate']:g}, {found['how']}")
+    return replace(prepared, config=with_rate(config, found["rate"]))
+
+
+def choose_rate(prepared: Prepared, inputs: ray.ObjectRef) -> dict[str, Any]:
+    """Return the learning rate, `how` it was chosen, and all that a probe found."""
+    config, space, run_dir = prepared.config, prepared.space, prepared.run_dir
+    rule, probe = rule_rate(config.teacher.model), planned_probe(config)
+    if not automatic_rates(config):
+        return {"rate": rule, "how": "known for the embedded teacher"}
+    if probe is None:
+        return {"rate": rule, "how": "by the teacher's size: this run is too short for a probe, or its students train "
+                "on several workers"}  # fmt: skip
+    settings = distillation_settings(config, prepared.precision)
+    trial = make_trial(space, space.typical(), "probe", settings, seed=config.seed,
+                       initialization=config.distillation.initialization)  # fmt: skip
+    calibration = prepared.corpus.calibration if config.corpus.calibration is None else None
+    with stage(run_dir, "probe"):
+        found = on_all_cpus(run_dir, probed, inputs, trial, probe, rule, calibration)
+    share = (found["trained_tokens"] + found["scored_tokens"] / 3) / run_tokens(config)
+    losses = ", ".join(f"{row['rate']:.2g}: {row['lm_loss']:.3f}" if row["lm_loss"] is not None else
+                       f"{row['rate']:.2g}: diverged" for row in found["rates"])  # fmt: skip
+    say(f"learning rate: LM loss after {found['steps']} steps at {losses}; untrained {found['untrained']:.3f}; "
+        f"{share:.1%} of the run's training")  # fmt: skip
+    how = ("best of a probe's rates after a few steps of one candidate" if found["helped"] else
+           "the lowest of a probe's rates: after a few steps NONE of them was below the untrained trim")  # fmt: skip
+    return {**found, "share": share, "how": how}
 
 
 def score_teacher(prepared: Prepared, inputs: ray.ObjectRef) -> Trial:
@@ -165,10 +237,25 @@ def search_candidates(prepared: Prepared, search: SearchState, inputs: ray.Objec
     config, space = prepared.config, prepared.space
     room = session.Room(config.search.concurrency, config.resources)
     say(f"search: {config.search.trials} of {len(space):,} legal architectures, {room()} trials at once")
+    if (asked := config.search.concurrency) != "auto" and asked > room():
+        say(f"search.concurrency: warning: {asked} is more than the processors and the memory of this machine "
+            f"hold; {room()} run at once; valid: at most {room()}")  # fmt: skip
     if config.search.trials >= len(space):
         say(f"search: the space is small: all {len(space):,} of its architectures are tried")
     with stage(prepared.run_dir, "search", partial(tokens_and_flops, prepared)):
         return run_search(search, inputs, room)
+
+
+def measure_speeds(prepared: Prepared, search: SearchState, inputs: ray.ObjectRef) -> None:
+    """Time every shape of the run that was not timed yet, on a node that has nothing else to do by now."""
+    run_dir, resources = prepared.run_dir, prepared.config.resources
+    if not (shapes := speed.unmeasured(run_dir)):
+        return
+    say(f"speed: {len(shapes)} shapes, one after another")
+    with stage(run_dir, "speed"):
+        arguments = (inputs, shapes, resources.cpus_per_worker)
+        on_all_cpus(run_dir, speed.measure_speeds, *arguments, kind=resources.accelerator_type)
+    search.write_tables(promoted(run_dir))
 
 
 def tokens_and_flops(prepared: Prepared, stage_name: str) -> dict[str, float]:
@@ -200,17 +287,19 @@ def promote(
         except RuntimeError:  # a training that diverged is a row that says so
             search.write_tables(promoted(run_dir))
             raise
-        export(prepared, trial, rank, inputs)
+        export(prepared, trial, rank, inputs, say_harm(run_dir, trial.id, before.id))
+    free_checkpoints(run_dir, [trial.id])  # best/ is whole
     run_dir.event("trial_finished", trial=trial.id, status="complete")
     search.write_tables(promoted(run_dir))
     say(f"retrain: {run_dir.best(rank)}")
 
 
-def export(prepared: Prepared, trial: Trial, rank: int, inputs: ray.ObjectRef) -> None:
-    """Write the retrained student as a stock folder with its model card, on the driver's node."""
+def export(prepared: Prepared, trial: Trial, rank: int, inputs: ray.ObjectRef, harm: str | None) -> None:
+    """Write the retrained student as a stock folder with its model card, on the driver's node. `harm`: what the card
+    says of a student that its training made no better."""
     run_dir = prepared.run_dir
     folder = run_dir.best(rank)
-    on_all_cpus(run_dir, student_folder.export, inputs, trial, prepared.origin, folder)
+    on_all_cpus(run_dir, student_folder.export, inputs, trial, prepared.origin, folder, harm)
     if run_dir.transfer is not None:
         run_dir.transfer.fetch(folder)
 

@@ -22,6 +22,7 @@ from minitron_search.messages.console import say
 from minitron_search.models import device
 from minitron_search.models.loading import load_teacher
 from minitron_search.models.output_head import output_head
+from minitron_search.planning import memory
 from minitron_search.planning.checks import train_request
 from minitron_search.planning.prepare import Model, Prepared, lines_up
 from minitron_search.pruning.rankings import Rankings
@@ -175,7 +176,10 @@ def _build_cache(path: Path, computing: Path, request: Request) -> Built:
     `path` is that of the result: placing this function brings it here, and takes it to storage.
     """
     parts = teacher_cache.parts(request.windows)
-    return teacher_cache.ensure(request, lambda into: in_parts(None, _write_parts, parts, into, computing, request))
+    held = memory.teacher_task(AutoConfig.from_pretrained(computing, trust_remote_code=False), mapped=True)
+    return teacher_cache.ensure(
+        request, lambda into: in_parts(None, _write_parts, parts, into, computing, request, memory=held)
+    )
 
 
 def _mode_and_budget(config: DistillationConfig, train: Request) -> tuple[str, int]:

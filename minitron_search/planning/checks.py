@@ -19,12 +19,13 @@ from minitron_search.losses.divergences import DIVERGENCES, divergence_of, loss_
 from minitron_search.models import device
 from minitron_search.models.families import sizes
 from minitron_search.ownership.owner import check_writable, holds_anything
+from minitron_search.planning import disk
+from minitron_search.planning.defaults import completed
+from minitron_search.planning.workload import Costs
 from minitron_search.records.bucket import bucket_copy
 from minitron_search.records.directory import RunDirectory
-from minitron_search.records.paths import cache_folder, working_folder
-from minitron_search.search.schedule import retrained, search_phases
-from minitron_search.search.space import SearchSpace
-from minitron_search.trials.settings import correction_tokens
+from minitron_search.records.paths import cache_folder
+from minitron_search.trials.settings import RATES
 
 # what a continued run may change
 PLACEMENT = (
@@ -35,10 +36,6 @@ PLACEMENT = (
 
 # Keys that runs begun before they existed lack -> the value by which such a run did what it did
 ADDED = {"retraining.dtype": "float32"}
-
-
-# float32 master, two moments: what one checkpoint holds for every parameter
-CHECKPOINT_BYTES = 12
 
 
 def is_placement(key: str) -> bool:
@@ -89,7 +86,8 @@ def check_output(run_dir: RunDirectory, config: Config, resume: bool) -> None:
         raise ValueError(f"output: {config.output} is not empty and holds no run; valid: a new folder")
     if not resume:
         raise ValueError(f"output: {config.output} holds a run; valid: another folder, or --resume to continue it")
-    begun_with = as_begun(run_dir, loading.parse_config(run_dir.read_config())).dump()  # what it lacks is as it was
+    begun_as = as_begun(run_dir, loading.parse_config(run_dir.read_config()))  # what it lacks is as it was
+    begun_with = completed(begun_as, None)[0].dump()
     changed = [
         line for line in loading.differences(begun_with, as_begun(run_dir, config).dump())
         if not is_placement(line.partition(":")[0])
@@ -100,8 +98,8 @@ def check_output(run_dir: RunDirectory, config: Config, resume: bool) -> None:
 
 
 def as_begun(run_dir: RunDirectory, config: Config) -> Config:
-    """Return the configuration with the values of `ADDED` for the keys that the run in `run_dir` lacks, if they are not
-    given others."""
+    """Return the configuration with the values of `ADDED` for the keys that the run in `run_dir` lacks, and with its
+    learning rates, if they are not given others."""
     if not run_dir.config.exists():
         return config
     there, values = run_dir.read_config(), config.dump()
@@ -110,6 +108,9 @@ def as_begun(run_dir: RunDirectory, config: Config) -> Config:
         section, name = key.split(".")
         if name not in (there.get(section) or {}) and values[section][name] == default[section][name]:
             values[section][name] = value
+    for section in RATES:  # a run begun with a number, before `auto` was the default, or given one, goes on with it
+        if values[section]["learning_rate"] == "auto" and "learning_rate" in (there.get(section) or {}):
+            values[section]["learning_rate"] = there[section]["learning_rate"]
     return loading.parse_config(values)
 
 
@@ -158,30 +159,17 @@ def check_loss(config: Config) -> None:
                          "(also as clm+kld, ...)")  # fmt: skip
 
 
-def check_disk(config: Config, space: SearchSpace) -> None:
-    """Raise ValueError if the disks of the run and of the cache have too little space."""
-    largest = max(space.measures(architecture).params for architecture in space.smallest_and_largest())
-    phases, rungs = search_phases(config, config.search.trials), len(config.search.rungs)
-    first = next(phase for phase in phases if phase.tokens)  # at 0 tokens none has a checkpoint
-    # those beyond the rungs are new trials; the later rungs' are of the first
-    trials = first.trials + sum(phase.trials for phase in phases[rungs:]) if "search" in config.stages else 0
-    students = 2 * retrained(config) if "retrain" in config.stages else 0  # their newest checkpoint and best/
-    needed = CHECKPOINT_BYTES * largest * (trials + students)
-    teacher_bytes = CHECKPOINT_BYTES * space.measures(space.teacher).params
-    if config.teacher.correction.parallel:  # the teacher is in every checkpoint of a student
-        needed += teacher_bytes * (trials + students)
-    corrected = teacher_bytes if correction_tokens(config) else 0  # its checkpoint while it is made, then itself
-    # float32 copies of the teacher: as the Hub has it, permuted, and rotated
-    copies = (3 if method_of(config.importance.method).rotates else 2) * 4 * space.measures(space.teacher).params
-    for name, folder, bytes_needed in (
-        ("output", working_folder(config.output), needed),
-        ("MINITRON_SEARCH_CACHE", cache_folder(), copies + corrected),
-    ):
-        existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-        free = shutil.disk_usage(existing).free
-        if free < bytes_needed:
-            raise ValueError(f"{name}: {existing} has {free / 1e9:.1f} GB free and the run needs about "
-                             f"{bytes_needed / 1e9:.1f} GB; valid: a folder on a larger disk, or fewer "
+def check_disk(costs: Costs, at_once: int) -> None:
+    """Raise ValueError if the disks of the run and of the cache have too little space; `at_once`: trials."""
+    run, caches = disk.places(costs.config)
+    there = sum(file.stat().st_size for file in run.folder.rglob("*") if file.is_file())  # of a run that goes on
+    needed = {run: sum(disk.run_bytes(costs, at_once).values()) - there, caches: sum(disk.cached(costs).values())}
+    shared = len({disk.existing(place.folder).stat().st_dev for place in needed}) == 1
+    for place, size in ({run: sum(needed.values())} if shared else needed).items():
+        folder = disk.existing(place.folder)
+        if (free := shutil.disk_usage(folder).free) < size:
+            raise ValueError(f"{place.name}: {folder} has {free / 1e9:.1f} GB free and the run needs about "
+                             f"{size / 1e9:.1f} GB; valid: a folder on a larger disk, or fewer "
                              "search.trials")  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Forecast what a run costs, stage by stage: tokens, FLOPs, hours, GPU-hours, money; --dry-run prints it."""
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +16,16 @@ from minitron_search.config.schema import Config
 from minitron_search.models.architecture import parameter_count
 from minitron_search.models.device import resolve
 from minitron_search.models.families import sizes_of
+from minitron_search.planning import disk, memory
 from minitron_search.planning.calibration import Speed, measure, stated
-from minitron_search.planning.workload import Costs, Work, option_tokens, workload
+from minitron_search.planning.workload import Costs, Work, option_tokens, planned_probe, workload
 from minitron_search.records.directory import RunDirectory, stage_seconds
+from minitron_search.search.deployable import verdicts
 from minitron_search.search.schedule import gang_workers, search_phases
 from minitron_search.search.space import COORDINATES, SearchSpace
 from minitron_search.teachers.sources import teacher_config
+from minitron_search.trials.learning_rate import MOST_RATES
+from minitron_search.trials.settings import automatic_rates, rule_rate
 
 # Of a worker group, from Ray's asking for it to its first step: processes, imports, the student. Of a trial inside a
 # process of Tune: imports and the student.
@@ -34,16 +39,17 @@ SHALLOW = 2 / 3
 
 
 class Machine(NamedTuple):
-    """The hardware of a run: this machine, or all of a cluster."""
+    """The hardware of a run: this machine, or all of a cluster. `memory`: bytes that workers may have."""
 
     cpus: float
     gpus: float
     nodes: int = 1
+    memory: float = math.inf
 
 
 def this_machine() -> Machine:
     """Return this machine as one node."""
-    return Machine(os.cpu_count() or 1, torch.cuda.device_count())
+    return Machine(os.cpu_count() or 1, torch.cuda.device_count(), memory=memory.reservable())
 
 
 class Forecast(NamedTuple):
@@ -64,11 +70,17 @@ class Forecast(NamedTuple):
     basis: str
 
 
-def dry_run(config: Config, space: SearchSpace, console: Console) -> None:
-    """Print the configuration, the space and the forecast."""
+def dry_run(config: Config, space: SearchSpace, console: Console, derived: Iterable[str] = ()) -> None:
+    """Print the configuration, the space and the forecast. `derived`: lines on values that follow from the teacher."""
     console.print(yaml.safe_dump(config.dump(), sort_keys=False).rstrip(), markup=False)
     smallest, largest = space.smallest_and_largest()
     console.print(f"\nspace: {space.described(config.search.trials)}")
+    for line in derived:
+        console.print(f"derived: {line}", markup=False, highlight=False)
+    if config.distillation.learning_rate == "auto" or config.retraining.learning_rate == "auto":
+        console.print(learning_rate(config), markup=False, highlight=False)
+    for line in deployability(space):
+        console.print(line, markup=False, soft_wrap=True)
     anchors = [("anchor", anchor) for anchor in space.anchors]
     for name, architecture in (("teacher", space.teacher), ("smallest", smallest), ("largest", largest), *anchors):
         counted = space.measures(architecture)
@@ -77,14 +89,71 @@ def dry_run(config: Config, space: SearchSpace, console: Console) -> None:
     precision, machine = resolve(config.precision), this_machine()
     teaching = teaching_config(config, space)
     costs = Costs(config, space, teaching, precision, option_tokens(config.winogrande))
-    at_once = fitting(config, machine) * config.resources.workers_per_trial
+    at_once = fitting(costs, machine) * config.resources.workers_per_trial
     speed = stated(config) or measure(config, costs, teaching.hidden_size, precision, at_once)
     by_stage = forecast(costs, speed, machine)
     console.print(table(by_stage))
     for line in (*explanation(costs, machine), f"time: {speed.basis}"):
         console.print(line, markup=False)
+    for line in in_words(resources(costs, machine)):
+        console.print(line, markup=False)
     if advice := intermediate_advice(config, space):
         console.print(advice)
+
+
+def learning_rate(config: Config) -> str:
+    """Return what `learning_rate: auto` will be."""
+    rate = rule_rate(config.teacher.model)
+    if not automatic_rates(config):
+        return f"learning rate: {rate:g}, known for the embedded teacher"
+    if probe := planned_probe(config):
+        return (f"learning rate: the best that a probe finds in {probe.steps} steps of one candidate at up to "
+                f"{MOST_RATES} rates around {rate:g}, which the teacher's size suggests; {probe.trained_tokens:,} "
+                "tokens")  # fmt: skip
+    return (f"learning rate: {rate:g}, by the teacher's size: the run is too short for a probe, or its students train "
+            "on several workers")  # fmt: skip
+
+
+def deployability(space: SearchSpace) -> list[str]:
+    """Return how many of the architectures in budget each engine takes, and how many `space.deployable` leaves."""
+    lines = [str(verdict) for verdict in verdicts(space.config, space.in_budget)]
+    if space.engines:
+        lines.append(
+            f"space.deployable: {', '.join(space.engines)}: {len(space):,} of {len(space.in_budget):,} are left"
+        )
+    return lines
+
+
+class Resources(NamedTuple):
+    """What a run takes at its peak, and keeps, in bytes by what holds them; of one worker too."""
+
+    memory: dict[str, int]
+    worker: dict[str, int]
+    disk: dict[str, int]
+    kept: dict[str, int]
+
+
+def resources(costs: Costs, machine: Machine) -> Resources:
+    """Return what a run will take of memory and disk."""
+    config, at_once = costs.config, trials_at_once(costs, machine)
+    gang = 1 if config.resources.launcher == "inline" else gang_workers(config, max(1, fitting(costs, machine)))
+    return Resources(
+        memory=memory.run(costs, at_once, gang, int(machine.cpus)),
+        worker=memory.worker(costs, costs.space.typical(), config.resources.workers_per_trial),
+        disk={**disk.run_bytes(costs, at_once), **disk.cached(costs)},
+        kept={**disk.kept(costs), **disk.cached(costs)},
+    )
+
+
+def in_words(taken: Resources) -> list[str]:
+    """Return what a run will take of memory and disk, in lines, beside what is free; a line warns where it is more."""
+    free = memory.free_for_run()
+    lines = [f"memory: {memory.in_words(taken.memory)} at its peak, of {free / 1e9:.1f} GB free; "
+             f"a worker: {memory.in_words(taken.worker)}"]  # fmt: skip
+    if sum(taken.memory.values()) > free:
+        lines.append("memory: warning: that is more than is free; the system may end processes of the run")
+    return [*lines, f"disk: {disk.in_words(taken.disk)} at its peak, unless the cache has some of it already; "
+                    f"{disk.in_words(taken.kept)} stay"]  # fmt: skip
 
 
 def teaching_config(config: Config, space: SearchSpace) -> PretrainedConfig:
@@ -108,33 +177,41 @@ def forecast(costs: Costs, speed: Speed, machine: Machine) -> dict[str, Forecast
     return {name: _stage(name, work, costs, speed, machine) for name, work in workload(costs).items()}
 
 
-def fitting(config: Config, machine: Machine) -> int:
-    """Return how many trials fit `machine` at once."""
-    resources = config.resources
+def fitting(costs: Costs, machine: Machine) -> int:
+    """Return how many trials fit `machine` at once, by its processors, its GPUs and its memory.
+
+    One trial alone is tried whatever memory it is counted to need.
+    """
+    resources = costs.config.resources
     fit = machine.cpus // (resources.workers_per_trial * resources.cpus_per_worker)
     if resources.gpus_per_worker:
         fit = min(fit, machine.gpus // (resources.workers_per_trial * resources.gpus_per_worker))
+    if machine.memory < math.inf and fit > 1:
+        fit = min(fit, max(1, machine.memory // (resources.workers_per_trial * memory.of_worker(costs))))
     return int(fit)
 
 
-def trials_at_once(config: Config, machine: Machine) -> int:
+def trials_at_once(costs: Costs, machine: Machine) -> int:
     """Return how many trials of the search run at once.
 
     If not even one fits `machine`, another machine is meant: as many as `search.concurrency` says, or one.
     """
-    concurrency, fit = config.search.concurrency, fitting(config, machine)
+    config, fit = costs.config, fitting(costs, machine)
+    concurrency = config.search.concurrency
     most = max(1, fit) if concurrency == "auto" else min(concurrency, fit or concurrency)
     return min(most, config.search.trials * config.search.seeds)
 
 
 def _stage(name: str, work: Work, costs: Costs, speed: Speed, machine: Machine) -> Forecast:
     config, resources = costs.config, costs.config.resources
-    at_once = trials_at_once(config, machine) if name == "search" else 1
-    fit = fitting(config, machine)
+    at_once = trials_at_once(costs, machine) if name == "search" else 1
+    fit = fitting(costs, machine)
     if not fit and not speed.stated:  # all of this machine is one worker
         workers = at_once = 1
     elif name == "search":
         workers = at_once * resources.workers_per_trial
+    elif name == "probe":
+        workers = 1
     elif name in ("retrain", "correction"):
         workers = 1 if resources.launcher == "inline" else gang_workers(config, max(1, fit))
     else:
@@ -197,7 +274,7 @@ def explanation(costs: Costs, machine: Machine) -> list[str]:
     if "search" in config.stages:
         phases = search_phases(config, min(config.search.trials, len(costs.space)))
         parts = ", ".join(f"{phase.trials} x {phase.tokens:,} tokens" for phase in phases)
-        lines.append(f"search: {parts}; {trials_at_once(config, machine)} trials at once")
+        lines.append(f"search: {parts}; {trials_at_once(costs, machine)} trials at once")
     teacher = "runs for every batch" if costs.live else "runs once for every window"
     if set(config.stages) & {"search", "retrain"}:
         lines.append(f"teacher: {teacher}; students are of {costs.space.typical()}, the typical size")
@@ -219,3 +296,17 @@ def comparison(run_dir: RunDirectory) -> str | None:
     expected = sum(forecasts[name]["seconds"] for name in stages) / 60
     taken = sum(seconds[name] for name in stages) / 60
     return f"forecast {expected:.1f} min, spent {taken:.1f} min ({', '.join(stages)})"
+
+
+def resources_comparison(run_dir: RunDirectory) -> str | None:
+    """Return `forecast 5.10 GB of disk, taken 4.90 GB; ...`, the peaks over all sessions of a run; None where nothing
+    was watched."""
+    events = run_dir.events()
+    expected = [event for event in events if event["event"] == "resources_forecast"]
+    taken = [event for event in events if event["event"] == "resources_taken"]
+    parts = []
+    for name in ("disk", "memory"):
+        peaks = [max((event[name] for event in found if name in event), default=0) for found in (expected, taken)]
+        if all(peaks):
+            parts.append(f"forecast {peaks[0] / 1e9:.2f} GB of {name}, taken {peaks[1] / 1e9:.2f} GB")
+    return "; ".join(parts) or None

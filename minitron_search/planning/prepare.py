@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
+from minitron_search.config import loading
 from minitron_search.config.schema import Config
 from minitron_search.config.space import Axes, Budget, SpaceConfig, Target
 from minitron_search.config.types import Precision
@@ -22,11 +23,11 @@ from minitron_search.evaluation.lm_eval_tasks import check_data, parse_tasks
 from minitron_search.evaluation.winogrande import check_window
 from minitron_search.export.model_card import Origin, check_card, origin_of, taught_by
 from minitron_search.export.teacher_files import check_tokenizer, stored_dtype
-from minitron_search.importance.methods import trimmed_config
 from minitron_search.messages.console import say
 from minitron_search.messages.failures import reading
 from minitron_search.models.architecture import parameter_count
 from minitron_search.models.device import resolve
+from minitron_search.models.engines import engines_of
 from minitron_search.models.families import family_of, sizes, weights, whole
 from minitron_search.planning.checks import (
     as_begun,
@@ -40,9 +41,14 @@ from minitron_search.planning.checks import (
     check_topk,
     importance_seed,
 )
+from minitron_search.planning.defaults import completed, pruned_config
+from minitron_search.planning.forecast import teaching_config, this_machine, trials_at_once
 from minitron_search.planning.token_ids import check_special_tokens, check_windows
-from minitron_search.records.bucket import bucket_copy
+from minitron_search.planning.workload import Costs
+from minitron_search.records.bucket import bucket_copy, stored_text
 from minitron_search.records.directory import RunDirectory
+from minitron_search.records.paths import is_uri
+from minitron_search.search.deployable import verdicts
 from minitron_search.search.samplers import check_sampler
 from minitron_search.search.space import SearchSpace
 from minitron_search.teachers.sources import checked_fingerprint, load_tokenizer, teacher_config, teacher_folder
@@ -101,6 +107,7 @@ def check_names(config: Config) -> None:
     for one in (
         partial(check_importance, config.importance),
         partial(check_sampler, config.search.sampler, config.search.objectives),
+        partial(engines_of, config.space.deployable),
         partial(check_loss, config),
     ):
         try:
@@ -111,18 +118,40 @@ def check_names(config: Config) -> None:
         raise ValueError("\n".join(wrong))
 
 
+def complete(config: Config, resume: bool) -> tuple[Config, list[str]]:
+    """Return the configuration with nothing left to the teacher, and a line for each value that was derived from it.
+
+    What a run that goes on left to its teacher is what it began with. Raises ValueError as `check` does.
+    """
+    check_names(config)
+    with reading(f"output: {config.output}", "a run directory whose files are whole, or another folder"):
+        begun = _begun(config.output) if resume else None
+    with reading(f"teacher.model: {config.teacher.model!r}", MODEL_ADVICE):
+        return completed(config, begun)
+
+
+def _begun(output: str) -> Config | None:
+    """Return the configuration of the run that is in `output`, here or in storage; None if there is none."""
+    file = RunDirectory(output).config
+    if is_uri(output):
+        text = stored_text(output, file.name)
+    else:
+        text = file.read_text(encoding="utf-8") if file.is_file() else None
+    return loading.parse_config(loading.yaml_values(text, f"output: {file}")) if text is not None else None
+
+
 def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace]:
     """Do the quick checks, which read neither weights nor text; return the pruned model's configuration and the space.
 
     Raises ValueError with the field, its value and a valid alternative.
     """
-    check_names(config)
+    config, _ = complete(config, resume)
     run_dir = RunDirectory(config.output)
     with reading(f"output: {config.output}", "a run directory whose files are whole, or another folder"):
         check_output(run_dir, config, resume)
         check_stages(run_dir, config)
     with reading(f"teacher.model: {config.teacher.model!r}", MODEL_ADVICE):
-        pruned = _pruned_config(config)
+        pruned = pruned_config(config)
         whole(pruned)
         parameter_count(weights(pruned), sizes(pruned))
     with reading("space", "axes and a budget within the teacher's shape"):
@@ -156,6 +185,9 @@ def check_texts(config: Config) -> None:
 
 def prepare(config: Config, resume: bool) -> Prepared:
     """Do all checks and load all inputs. Raises ValueError as `check` does, and if text or disk space is too short."""
+    config, derived = complete(config, resume)
+    for line in derived:
+        say(f"derived: {line}")
     pruned, space = check(config, resume)
     check_texts(config)
     run_dir = RunDirectory(config.output)
@@ -163,7 +195,11 @@ def prepare(config: Config, resume: bool) -> Prepared:
     if bucket := bucket_copy(config.output, run_dir):
         bucket.check_writable()
     log_in(config.trackers)
-    check_disk(config, space)
+    costs = Costs(config, space, teaching_config(config, space), resolve(config.precision), 0)
+    check_disk(costs, trials_at_once(costs, this_machine()))
+    for verdict in verdicts(pruned, space.points) if "search" in config.stages else ():
+        if not verdict.taken.all():
+            say(str(verdict))
     with reading(f"teacher.model: {config.teacher.model!r}", MODEL_ADVICE):
         folder = teacher_folder(config.teacher.model).absolute()
         tokenizer = load_tokenizer(config.teacher.model)
@@ -207,12 +243,6 @@ def _check_same_models(prepared: Prepared) -> None:
             raise ValueError(f"{field}: {model.folder} is not the model that {prepared.config.output} began with: its "
                              f"fingerprint is {model.fingerprint} and was {was['fingerprint']}; valid: that model, or "
                              "another output")  # fmt: skip
-
-
-def _pruned_config(config: Config) -> PretrainedConfig:
-    pruned = teacher_config(config.teacher.model)
-    family_of(pruned)
-    return trimmed_config(config.importance.method, pruned)  # candidates are cut from it, and counted as it is
 
 
 def _check_teachers(config: Config, pruned: PretrainedConfig, distillation_teacher: PretrainedConfig | None) -> None:

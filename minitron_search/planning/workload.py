@@ -21,7 +21,9 @@ from minitron_search.models.families import sizes, sizes_of, weights
 from minitron_search.records.paths import cache_folder
 from minitron_search.search.schedule import batch_tokens, retrained, search_phases, whole_batches
 from minitron_search.search.space import COORDINATES, SearchSpace
-from minitron_search.trials.settings import CONTROLS, correction_tokens
+from minitron_search.trials.learning_rate import MOST_RATES, Probe, probe_of
+from minitron_search.trials.settings import CONTROLS, automatic_rates, correction_tokens
+from minitron_search.trials.speed import REPEATS
 
 # Tokens of an example and of each of its shots once packed, where there is no tokenizer to ask: the embedded questions
 # and the embedded teacher's tokenizer give 14.5, and 122 with 5 shots.
@@ -63,6 +65,7 @@ class Costs:
     def __init__(self, config: Config, space: SearchSpace, teacher: PretrainedConfig, precision: str,
                  option_tokens: int):  # fmt: skip
         self.config, self.space, self.option_tokens = config, space, option_tokens
+        self.teacher_config, self.precision = teacher, precision
         self.length = config.corpus.sequence_length
         self.teacher = forward_flops(weights(teacher), sizes(teacher), self.length)
         self.teacher_head = 2 * teacher.hidden_size * teacher.vocab_size
@@ -87,11 +90,9 @@ class Costs:
         return 0 if settings.teacher_cache == "topk" else self.teacher_head
 
     def scoring(self, student: int) -> int:
-        """Return the FLOPs of a scoring: validation windows with both heads, Winogrande, and the measured speed."""
+        """Return the FLOPs of a scoring: validation windows with both heads, and Winogrande."""
         windows = self.config.corpus.validation_samples
-        timed = min(4, windows) + 1
-        return (windows * self.length * (student + self.teacher_head)
-                + (self.option_tokens + timed * self.length) * student)  # fmt: skip
+        return windows * self.length * (student + self.teacher_head) + self.option_tokens * student
 
 
 def workload(costs: Costs) -> dict[str, Work]:
@@ -110,6 +111,11 @@ def workload(costs: Costs) -> dict[str, Work]:
     if set(config.stages) & {"search", "retrain"}:
         by_stage["teacher"] = _teacher(costs)
     student = costs.student(space.typical())
+    if set(config.stages) & {"search", "retrain"} and (probe := planned_probe(config)):
+        by_stage["probe"] = Work(
+            probe.trained_tokens + probe.scored_tokens, training=probe.trained_tokens * costs.training(student),
+            alone=probe.scored_tokens * student, steps=MOST_RATES * probe.steps,
+        )  # fmt: skip
     if "search" in config.stages:
         phases = search_phases(config, min(config.search.trials, len(space)))
         tokens = sum(phase.trials * phase.tokens for phase in phases)
@@ -124,7 +130,20 @@ def workload(costs: Costs) -> dict[str, Work]:
             tokens, training=tokens * costs.training(student), alone=2 * retrained(config) * costs.scoring(student),
             steps=tokens // batch_tokens(config),
         )  # fmt: skip
+    if set(config.stages) & {"search", "retrain"}:
+        by_stage["speed"] = _speed(costs, student)
     return by_stage
+
+
+def planned_probe(config: Config) -> Probe | None:
+    """Return the probe of the learning rate that a run makes; None where its rates are known, or left to the rule."""
+    return probe_of(config, run_tokens(config)) if automatic_rates(config) else None
+
+
+def run_tokens(config: Config) -> int:
+    """Return the tokens that a whole run trains students on, search and retraining."""
+    searched = sum(phase.trials * phase.tokens for phase in search_phases(config, config.search.trials))
+    return searched + retrained(config) * whole_batches(config, config.retraining.tokens)
 
 
 def runs_live(config: Config, teacher: PretrainedConfig, precision: str) -> bool:
@@ -173,6 +192,13 @@ def _teacher(costs: Costs) -> Work:
         forward=(cached + validation) * (costs.teacher - costs.teacher_head) + heads,
         alone=costs.scoring(costs.student(costs.space.teacher)),
     )
+
+
+def _speed(costs: Costs, student: int) -> Work:
+    """Return the work of timing every shape of the search, and the teacher's, alone; each is trimmed once more."""
+    shapes = min(costs.config.search.trials, len(costs.space)) if "search" in costs.config.stages else 0
+    tokens = (1 + REPEATS) * costs.length
+    return Work((1 + shapes) * tokens, scoring=tokens * (shapes * student + costs.student(costs.space.teacher)))
 
 
 def _depth(costs: Costs) -> Work:

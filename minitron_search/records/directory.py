@@ -2,7 +2,7 @@
 
     config.yaml  environment.json  importance.safetensors  trials.parquet  events.jsonl  study.db
     depth.parquet  depth.json  depth_pieces/  layer_merge.json  latency.json  forecast.json  evidence.json
-    evaluation.json
+    evaluation.json  learning_rate.json
     trials/<id>/ architecture.json, metrics.jsonl, decisions.jsonl, checkpoint/, events.out.tfevents
     best/     report.html
     .lock     .owner     who writes it (ownership.owner)     .damaged/    what was set aside (records.damage)
@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from minitron_search.messages.failures import first_line
-from minitron_search.records.lines import COUNTS
+from minitron_search.records.lines import COUNTS, SPEED
 from minitron_search.records.logs import LOCAL, Files, Log, append_line, read_lines, replace_text
 from minitron_search.records.metrics import score_columns
 from minitron_search.records.paths import working_folder
@@ -42,6 +42,8 @@ AXES = (
     "drop_block_length",
 )
 
+SHAPE = AXES[:5]  # on which the speed depends
+
 # One row per trial and rung. Losses in nats per token, margins in nats per example, seconds of wall time.
 # `status` is the trial's, repeated on each of its rows: a stopped trial is never mistaken for a complete one.
 TRIALS_SCHEMA = pa.schema(
@@ -57,7 +59,10 @@ TRIALS_SCHEMA = pa.schema(
         ("params", pa.int64()),
         ("non_embedding_params", pa.int64()),
         ("memory_bytes", pa.int64()),
-        ("tokens_per_second", pa.float64()),  # of a forward pass, in the run's precision, on the trial's threads
+        # of a forward pass, in the run's precision, on the trial's threads; its error over repeats, null where it was
+        # measured beside other trials, as earlier versions did
+        ("tokens_per_second", pa.float64()),
+        ("tokens_per_second_stderr", pa.float64()),
         ("status", pa.string()),  # running | stopped | complete | failed | promoted
         ("seconds", pa.float64()),  # training and scoring from the rung before to this one
         ("message", pa.string()),  # why a failed trial failed
@@ -105,9 +110,11 @@ class RunDirectory:
         self.evidence = self.root / "evidence.json"
         self.latency = self.root / "latency.json"
         self.forecast = self.root / "forecast.json"
+        self.learning_rate = self.root / "learning_rate.json"
         self.report = self.root / "report.html"
         self.scratch = self.root / ".ray"  # what Ray writes of its own; gone when the run ends
         self._followed: dict[Path, Log] = {}
+        self._speeds: dict[tuple, dict[str, float]] = {}
         self._rungs: dict[tuple[str, int], dict[str, Any]] = {}
 
     def __reduce__(self) -> tuple:
@@ -207,12 +214,25 @@ class RunDirectory:
     def read_latency(self) -> dict[str, Any]:
         return _read_json(self.latency)
 
+    def write_learning_rate(self, found: Mapping[str, Any]) -> None:
+        """Write learning_rate.json: what `auto` became, and every rate that a probe tried."""
+        replace_text(self.learning_rate, json.dumps(found, indent=1))
+
     def write_forecast(self, stages: Mapping[str, Mapping[str, Any]]) -> None:
         """Write what each stage will cost: tokens, flops, seconds, gpus, gpu_seconds, price_per_hour, cost, basis."""
         replace_text(self.forecast, json.dumps(stages, indent=1))
 
     def read_forecast(self) -> dict[str, dict[str, Any]]:
         return _read_json(self.forecast)
+
+    def speeds(self) -> dict[tuple, dict[str, float]]:
+        """Return the columns of `SPEED` of every shape that was measured alone."""
+        log = self._followed.setdefault(self.events_log, Log(self.events_log, self.files))
+        for event in log.new():
+            numbers = (event.get(name) for name in (*SHAPE, *SPEED))
+            if event["event"] == "speed_measured" and all(isinstance(number, float | int) for number in numbers):
+                self._speeds[shape_of(event)] = {name: event[name] for name in SPEED}
+        return dict(self._speeds)
 
     def decide(self, trial: str, rung: int, decision: str) -> None:
         """Record whether a trial may train past a rung: `continue` or `stop`."""
@@ -243,10 +263,11 @@ class RunDirectory:
 
         A row of a trial outside the search (teacher, untrained, retrained) is written when it is complete.
         """
-        messages = messages or {}
+        messages, speeds = messages or {}, self.speeds()
         rows = [
             {
                 **row,
+                **(speeds.get(shape_of(row), {}) if row.get("tokens_per_second") is None else {}),
                 "status": statuses.get(row["trial"], "complete"),
                 "message": messages.get(row["trial"], ""),
             }
@@ -276,6 +297,18 @@ class RunDirectory:
 
     def read_trials(self) -> list[dict[str, Any]]:
         return _read_rows(self.trials_table)
+
+
+def chosen_rate(run_dir: RunDirectory) -> dict[str, Any] | None:
+    """Return which learning rate `auto` became in a run, by its event, or by its file where the event was damaged; None
+    if none has been chosen yet."""
+    said = next((event for event in run_dir.events() if event["event"] == "learning_rate"), None)
+    return said or _read_json(run_dir.learning_rate) or None
+
+
+def shape_of(row: Mapping[str, Any]) -> tuple:
+    """Return what the speed of a row's architecture depends on."""
+    return tuple(row.get(name) for name in SHAPE)
 
 
 def stage_seconds(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:

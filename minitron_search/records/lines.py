@@ -12,9 +12,11 @@ SHAPE = (
     "params", "non_embedding_params", "memory_bytes", "hidden_size", "intermediate_size", "num_attention_heads",
     "num_key_value_heads", "num_hidden_layers", "drop_block_start", "drop_block_length",
 )  # fmt: skip
-NUMBERS = (*(name for name in score_columns() if name not in COUNTS), "bi", "tokens_per_second", "seconds")
+SPEED = ("tokens_per_second", "tokens_per_second_stderr")
+NUMBERS = (*(name for name in score_columns() if name not in COUNTS), "bi", *SPEED, "seconds")
 # What readers take from an event of a kind, besides its time.
 EVENTS: dict[str, tuple[str, ...]] = {
+    "above_trim": ("trial", "message"),
     "promoted": ("architecture",),
     "stage_finished": ("stage",),
     "stage_started": ("stage",),

@@ -127,7 +127,7 @@ def excess(space: SearchSpace, architecture: Architecture) -> dict[str, float]:
     measures = space.measures(architecture)
     bounds = {name: getattr(space.budget, name) for name in type(space.budget).model_fields}
     return {
-        name: abs(getattr(measures, name) - bound.target) / bound.target - bound.tolerance
+        name: abs(getattr(measures, name) - bound.number) / bound.number - bound.tolerance
         for name, bound in bounds.items() if bound is not None and hasattr(measures, name)
     }  # fmt: skip
 

@@ -15,7 +15,9 @@ from transformers import PretrainedConfig
 
 from minitron_search.config.space import Anchor, Axis, SpaceConfig
 from minitron_search.models.architecture import Architecture, memory_bytes, parameter_count
+from minitron_search.models.engines import heads_follow_hidden
 from minitron_search.models.families import family_of, sizes, sizes_of, weights, whole, why_not_expressible
+from minitron_search.search.deployable import deployable, why_not
 from minitron_search.search.latency import LatencyTable, Pass
 
 # The coordinates of a point of the space, in this order; the first five make the shape.
@@ -45,15 +47,16 @@ class Measures:
 class SearchSpace:
     """The legal architectures of a space inside one teacher.
 
-    points: (architectures, 6) int64, columns `COORDINATES`, in lexical order. grid_size: shapes and block starts on the
-    grid before legality and budget. unmeasured: the budgets on speed, which hold nothing back until `within` is given
-    what was measured.
+    points: (architectures, 6) int64, columns `COORDINATES`, in lexical order. in_budget: the same before
+    `space.deployable`. grid_size: shapes and block starts on the grid before legality and budget. unmeasured: the
+    budgets on speed, which hold nothing back until `within` is given what was measured.
 
-    Raises ValueError where an axis exceeds the teacher, no head count is legal, or no shape meets the budget.
+    Raises ValueError where an axis exceeds the teacher, no head count is legal, no shape meets the budget, or the
+    engines of `space.deployable` take none.
     """
 
     def __init__(self, space: SpaceConfig, config: PretrainedConfig):
-        self.config, self.budget = config, space.budget
+        self.config, self.budget, self.engines = config, space.budget, space.deployable
         self.teacher = whole(config)
         self.weights = weights(config)
         depth = self.teacher.num_hidden_layers
@@ -197,15 +200,21 @@ class SearchSpace:
         architectures = []
         for cut in sorted(map(sorted, cuts), key=len):
             legal = np.flatnonzero(self.shapes[:, 4] == len(cut))
-            if len(legal):
-                shape = self.architecture(self.shapes[legal[params[legal].argmax()]].tolist())
-                kept = tuple(layer for layer in range(self.teacher.num_hidden_layers) if layer not in cut)
-                architectures.append(replace(shape, layers=kept))
+            kept = tuple(layer for layer in range(self.teacher.num_hidden_layers) if layer not in cut)
+            for row in legal[np.argsort(-params[legal], kind="stable")].tolist():
+                shape = replace(self.architecture(self.shapes[row].tolist()), layers=kept)
+                if why_not(self.config, shape, self.engines) is None:
+                    architectures.append(shape)
+                    break
         return tuple(architectures)
 
     def measures(self, architecture: Architecture) -> Measures:
         """Return what the budgets bound, for one architecture."""
         return self._measure(sizes_of(self.config, architecture))
+
+    def counted(self) -> Measures:
+        """Return what the budgets bound, of every row of `shapes`."""
+        return self._measures(self.shapes)
 
     def _id(self, row: int) -> str:
         """Return the id of a point's architecture; kept, because making one takes longer than all else of a
@@ -234,17 +243,22 @@ class SearchSpace:
     ) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
         """Return (hidden sizes, pairs of query and key-value heads).
 
-        Where heads make up hidden_size, the one that is left out follows the other.
+        Where heads make up hidden_size, for the family or for an engine of `space.deployable`, the one that is left out
+        follows the other.
         """
         hidden_sizes = self._axis(hidden_size, "hidden_size")
-        if family_of(self.config).head_dim != "derived":
+        if family_of(self.config).head_dim != "derived" and not heads_follow_hidden(self.config, self.engines):
             return hidden_sizes, self._heads(heads, groups)
-        head_dim = sizes(self.config)["head_dim"]
-        counts = tuple(size // head_dim for size in hidden_sizes if size % head_dim == 0)
+        head_dim, full = sizes(self.config)["head_dim"], self.teacher
+        per_group = full.num_attention_heads // full.num_key_value_heads
+        step = head_dim if per_group == 1 else head_dim * full.num_key_value_heads  # a head of every group
+        counts = tuple(size // head_dim for size in hidden_sizes
+                       if size % step == 0 and size // head_dim <= full.num_attention_heads)  # fmt: skip
         if hidden_size and counts and not (heads or groups):
             heads = Axis(choices=counts)
         pairs = self._heads(heads, groups)
-        return hidden_sizes if hidden_size else tuple(sorted({pair[0] * head_dim for pair in pairs})), pairs
+        following = {pair[0] * head_dim for pair in pairs if pair[0] * head_dim <= full.hidden_size}
+        return hidden_sizes if hidden_size or not following else tuple(sorted(following)), pairs
 
     def _heads(self, heads: Axis | None, groups: Axis | None) -> tuple[tuple[int, int], ...]:
         """Return pairs of (query heads, key-value heads): every group that is kept keeps as many of its heads."""
@@ -275,7 +289,7 @@ class SearchSpace:
 
     def _block_lengths(self, space: SpaceConfig) -> tuple[int, ...]:
         depth = self.teacher.num_hidden_layers
-        lengths = tuple(sorted(set(space.axes.drop_block.lengths))) if space.axes.drop_block else (0,)
+        lengths = tuple(sorted(set(space.axes.drop_block.numbers))) if space.axes.drop_block else (0,)
         if lengths[-1] >= depth:
             raise ValueError(f"space.axes.drop_block.lengths: {lengths[-1]} of the teacher's {depth} layers; "
                              f"valid: at most {depth - 1}")  # fmt: skip
@@ -294,7 +308,11 @@ class SearchSpace:
         refusal = self._refusal(hidden_size, heads)
         if refusal:
             raise ValueError(f"space.anchors: {refusal}")
-        return self.architecture((hidden_size, intermediate_size, *heads, length, start))
+        architecture = self.architecture((hidden_size, intermediate_size, *heads, length, start))
+        if refusal := why_not(self.config, architecture, self.engines):
+            raise ValueError(f"space.anchors: {architecture} with space.deployable {', '.join(self.engines)}: "
+                             f"{refusal}; valid: an anchor that these engines take, or other engines")  # fmt: skip
+        return architecture
 
     def _measures(self, shapes: np.ndarray) -> Measures:
         dims = sizes(self.config)
@@ -324,17 +342,18 @@ class SearchSpace:
         for name, values in measured.items():
             bound = getattr(self.budget, name)
             if bound is not None:
-                inside &= np.abs(values - bound.target) <= bound.tolerance * bound.target
+                inside &= np.abs(values - bound.number) <= bound.tolerance * bound.number
                 digits = 2 if name == "latency_ms" else 0
-                ranges.append(f"space.budget.{name}: {bound.target:,.{digits}f} +- {bound.tolerance:.1%} asked, "
+                ranges.append(f"space.budget.{name}: {bound.number:,.{digits}f} +- {bound.tolerance:.1%} asked, "
                               f"{values.min():,.{digits}f} to {values.max():,.{digits}f} reachable")  # fmt: skip
         if not inside.any():
             raise ValueError("no architecture on the axes' grid meets the budget; " + "; ".join(ranges)
                              + "; valid: a target in that range, a wider tolerance, or other axes")  # fmt: skip
-        self.shapes = shapes[inside]
-        self._starts = _start_counts(self.shapes, self.teacher.num_hidden_layers)
+        shapes = shapes[inside]
+        self.in_budget = _with_starts(shapes, _start_counts(shapes, self.teacher.num_hidden_layers))
+        self.points = deployable(self.config, self.in_budget, self.engines)
+        self.shapes, self._starts = _shapes(self.points)
         self._first = np.cumsum(self._starts) - self._starts  # row of each shape's first point
-        self.points = _with_starts(self.shapes, self._starts)
         # nearness counts steps along each axis, so that a step of hidden_size weighs as one of heads
         self._span = np.maximum(self.points.max(0) - self.points.min(0), 1)
         self._columns = np.ascontiguousarray(self.points.T)
@@ -362,6 +381,12 @@ def _with_starts(shapes: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Return every shape with every place where its block may start, (points, 6) int64; 0 where it drops none."""
     starts = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.column_stack([np.repeat(shapes, counts, axis=0), starts]).astype(np.int64)
+
+
+def _shapes(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the shapes of `points`, (shapes, 5), and the number of points of each; both in the order of `points`."""
+    first = np.flatnonzero(np.r_[True, (points[1:, :5] != points[:-1, :5]).any(1)])
+    return points[first, :5], np.diff(np.r_[first, len(points)])
 
 
 def counts(space: SearchSpace, architecture: Architecture) -> dict[str, int | None]:

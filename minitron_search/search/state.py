@@ -41,6 +41,7 @@ class SearchState:
         self.failures: dict[str, str] = {}
         self.decisions: dict[str, dict[int, str]] = {}  # rung -> continue or stop, by trial id
         self.alive: set[str] = set()  # handed out, and not known to have ended
+        self.settled = False  # whether what was stopped stays stopped
         self._events = Log(run_dir.events_log)
         self.rung_tokens = [whole_batches(config, tokens) for tokens in settings.milestones]
         self._read()
@@ -172,7 +173,9 @@ class SearchState:
             proposed = self._proposed()
             self.waiting = [proposed] if proposed else []
         if not self.waiting and not self.alive:
-            self.waiting = self._continued() or self._more_seeds() or self._controls()
+            self.waiting = self._continued()
+            self.settled = self.settled or not self.waiting
+            self.waiting = self.waiting or self._more_seeds() or self._controls()
         if not self.waiting:
             return None
         trial = self.waiting.pop(0)
@@ -180,6 +183,12 @@ class SearchState:
         self.alive.add(trial.id)
         self.run.start_trial(trial.id, trial.describe())
         return trial
+
+    def spent(self) -> set[str]:
+        """Return the trials that no decision brings back: the complete ones, and, once none is continued any more, the
+        stopped ones. One that failed may yet be tried again."""
+        over = ("complete", "stopped") if self.settled else ("complete",)
+        return {trial for trial in self.all_trials() if self.status(trial) in over} - self.alive
 
     def _proposed(self) -> Trial | None:
         last, seeds = next(reversed(self.trials.values()), None), self.config.search.seeds

@@ -22,6 +22,7 @@ import torch
 from huggingface_hub import ModelCardData
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
+from minitron_search.config.space import SpaceConfig
 from minitron_search.models.device import release_memory
 from minitron_search.models.loading import check_loaded
 from minitron_search.models.patches import dequantised
@@ -39,6 +40,18 @@ SHAPE_FIELDS = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "max_position_embeddings",
 )  # fmt: skip
+
+# What is searched by default: the rules for any teacher (`search/default_space.py`) give all of it but the heads, of
+# which they keep every one.
+SPACE = SpaceConfig.model_validate({
+    "budget": {"params": {"target": "90M"}},
+    "axes": {
+        "hidden_size": {"low": 384, "high": 576, "step": 64},
+        "intermediate_size": {"low": 768, "high": 1536, "step": 128},
+        "num_attention_heads": {"choices": [6, 9]},
+        "drop_block": {"lengths": [0, 2, 4, 8]},
+    },
+})  # fmt: skip
 
 log = logging.getLogger(__name__)
 

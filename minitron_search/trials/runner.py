@@ -23,7 +23,7 @@ from minitron_search.distillation.settings import CorrectionSettings, LoopSettin
 from minitron_search.distillation.teacher import TeacherSource, cached_teacher, live_teacher
 from minitron_search.distillation.teacher_cache import CacheReader
 from minitron_search.distillation.training_log import DivergedError
-from minitron_search.evaluation.scoring import Scored, score, throughput
+from minitron_search.evaluation.scoring import Scored, score
 from minitron_search.losses.intermediate import state_map
 from minitron_search.models.device import device, on_device
 from minitron_search.models.loading import load_teacher, random_student, reader
@@ -135,6 +135,8 @@ class _TrialRun:
         rung = self.trial.settings.milestones.index(milestone.tokens)
         if rung not in self.logged:
             self._finish_rung(rung, milestone)
+        elif not self.decided and milestone.step > 0:  # freed when its student was written, which is lost since
+            milestone.save(self.checkpoints.at(milestone.step))
         last = rung == len(self.trial.settings.milestones) - 1
         goes_on = last or not self.decided or wait_for_decision(self.run_dir, self.trial.id, rung)
         self.began = time.monotonic()
@@ -151,7 +153,7 @@ class _TrialRun:
                         saving.result()  # the checkpoint keeps every bit
                     round_weights(milestone.student, self.trial.stored)
                 scored = score_student(self.inputs, milestone.student, self.trial)
-                columns = columns_of(self.inputs, milestone.student, self.trial, scored)
+                columns = columns_of(self.inputs, self.trial, scored)
             if milestone.step > 0:
                 saving.result()
         if self.processes.rank == 0:
@@ -297,15 +299,13 @@ def score_student(inputs: TrialInputs, student: PreTrainedModel, trial: Trial) -
     )
 
 
-def columns_of(inputs: TrialInputs, student: PreTrainedModel, trial: Trial, scored: Scored) -> dict[str, Any]:
-    """Return the columns of `Score`, `bi` and `tokens_per_second`.
+def columns_of(inputs: TrialInputs, trial: Trial, scored: Scored) -> dict[str, Any]:
+    """Return the columns of `Score` and `bi`.
 
     bi: the teacher's block importance of the block that this architecture drops; None where it drops no block.
-    tokens_per_second: of a forward pass in the run's own precision, whatever the score's.
     """
     block = trial.architecture.dropped_block(len(inputs.block_bi) - 1)
     return {
         **asdict(scored.score),
         "bi": None if block is None else float(inputs.block_bi[block[0], sum(block)]),
-        "tokens_per_second": throughput(student, inputs.validation, inputs.precision),
     }

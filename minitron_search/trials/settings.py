@@ -1,10 +1,17 @@
 """From the configuration to the settings of trials: the search's, the controls beside it, the retraining's."""
 
 from dataclasses import replace
+from functools import cache
+from typing import Literal
 
 from minitron_search.config.schema import Config
+from minitron_search.config.training import AUTO_RATE
 from minitron_search.config.types import Precision
 from minitron_search.distillation.settings import LEARNING_RATE, CorrectionSettings, LoopSettings
+from minitron_search.models.architecture import parameter_count
+from minitron_search.models.families import sizes, weights
+from minitron_search.teachers import embedded
+from minitron_search.teachers.sources import teacher_config
 
 # Tokens a process runs through the student at once. On a CPU 512 take 0.2 GiB less than 1,024 and 5% longer (a student
 # of 90M, whose step then peaks at 2.9 GiB).
@@ -13,17 +20,55 @@ WARMUP_STEPS = 4  # of a short distillation, whose first rung may be no more tha
 # Arm -> initialization: the winner's shape without importance, or without the teacher's weights (2408.11796, Figure 6)
 CONTROLS = {"random_pruned": "random_pruned", "random_init": "random"}
 CHECKPOINTS = 8  # during one retraining, besides the last
+# What `learning_rate: auto` is for the embedded teacher, and for any that is no larger; for larger ones the rate falls
+# with their parameters, by a power that fits the two that were tried: Gemma 3 270M does best between 5e-5 and 1.5e-4
+# (docs/results.md), and one of 630M in Qwen's shape is made worse by 3e-4 and better by 3e-5.
+KNOWN_RATE, KNOWN_PARAMETERS, LEAST_RATE = AUTO_RATE, 134_515_008, 1e-5
+POWER = 1.5
+RATES: tuple[Literal["distillation", "retraining"], ...] = ("distillation", "retraining")  # sections that have one
+
+
+def rate_of(config: Config, section: Literal["distillation", "retraining"]) -> float:
+    """Return the learning rate of a section: its number, or, of `auto`, the rule's."""
+    rate = getattr(config, section).learning_rate
+    return rule_rate(config.teacher.model) if rate == "auto" else rate
+
+
+@cache
+def rule_rate(model: str) -> float:
+    """Return the rate of a teacher by its size: it falls with its parameters, from what is known to the least."""
+    if model == embedded.NAME:
+        return KNOWN_RATE
+    config = teacher_config(model)
+    share = KNOWN_PARAMETERS / parameter_count(weights(config), sizes(config))
+    return float(f"{max(LEAST_RATE, KNOWN_RATE * min(1.0, share) ** POWER):.2g}")
+
+
+def automatic_rates(config: Config) -> tuple[Literal["distillation", "retraining"], ...]:
+    """Return the sections whose rate is `auto`, and not yet known, as the embedded teacher's is."""
+    if config.teacher.model == embedded.NAME:
+        return ()
+    return tuple(section for section in RATES if getattr(config, section).learning_rate == "auto")
+
+
+def with_rate(config: Config, rate: float) -> Config:
+    """Return a configuration with a number for every `auto` rate: `rate`, or the embedded teacher's."""
+    number = KNOWN_RATE if config.teacher.model == embedded.NAME else rate
+    auto = [section for section in RATES if getattr(config, section).learning_rate == "auto"]
+    return config.model_copy(update={
+        section: getattr(config, section).model_copy(update={"learning_rate": number}) for section in auto
+    })  # fmt: skip
 
 
 def retraining_settings(config: Config, precision: Precision) -> LoopSettings:
     """Return the settings of a full retraining: the distillation's, with tokens and schedule of its own."""
-    retraining = config.retraining
+    retraining, rate = config.retraining, rate_of(config, "retraining")
     return replace(
         distillation_settings(config, precision),
         total_tokens=retraining.tokens,
         milestones=(retraining.tokens,),
-        learning_rate=retraining.learning_rate,
-        min_learning_rate=retraining.min_learning_rate,
+        learning_rate=rate,
+        min_learning_rate=min(retraining.min_learning_rate, rate),
         warmup_steps=retraining.warmup_steps,
         schedule=retraining.schedule,
         checkpoint_tokens=max(retraining.tokens // CHECKPOINTS, config.distillation.batch_tokens),
@@ -37,7 +82,7 @@ def correction(config: Config) -> CorrectionSettings | None:
         return None
     return CorrectionSettings(
         method=section.method,
-        learning_rate=config.retraining.learning_rate * LEARNING_RATE if peak == "auto" else peak,
+        learning_rate=rate_of(config, "retraining") * LEARNING_RATE if peak == "auto" else peak,
         min_learning_rate=config.retraining.min_learning_rate,
         warmup_steps=None if section.warmup_steps == "auto" else section.warmup_steps,
         seed=config.seed if section.seed is None else section.seed,
@@ -78,7 +123,7 @@ def distillation_settings(config: Config, precision: Precision) -> LoopSettings:
         intermediate_loss=section.intermediate_loss,
         intermediate_layers=section.intermediate_layers,
         embedding=section.embedding,
-        learning_rate=section.learning_rate,
+        learning_rate=rate_of(config, "distillation"),
         batch_tokens=section.batch_tokens,
         micro_batch_tokens=GPU_MICRO_BATCH if config.resources.gpus_per_worker else CPU_MICRO_BATCH,
         warmup_steps=WARMUP_STEPS,

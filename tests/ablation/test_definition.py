@@ -27,7 +27,9 @@ from minitron_search.models.architecture import parameter_count
 from minitron_search.models.families import sizes, sizes_of, weights, whole
 from minitron_search.planning.prepare import Prepared, check
 from minitron_search.records.directory import RunDirectory
+from minitron_search.search.default_space import two_digits
 from minitron_search.search.space import SearchSpace
+from minitron_search.teachers.sources import teacher_config
 from tests import tiny
 from tests.evaluation.test_evidence import WINDOWS, log
 
@@ -210,6 +212,20 @@ def test_arms_of_other_calibration_or_another_teacher_distil_on_the_same_text(lo
     for prepared in made.values():
         assert (prepared.corpus.train == first.train).all() and (prepared.corpus.validation == first.validation).all()
     assert (made["random"].corpus.calibration != first.calibration).any()
+
+
+@pytest.mark.parametrize("budget", [{}, {"budget": {"params": {"target": "80%"}}}])
+def test_a_share_of_the_teachers_is_of_the_one_that_arms_have_in_common(
+    loaded: Loaded, budget: dict[str, Any], tmp_path: Path
+) -> None:
+    """Another teacher of an arm's has another count, and arms are compared at one budget."""
+    tiny.teacher_folder(tmp_path / "wider", intermediate_size=200)
+    found = loaded(space=budget, arms={"one": {}, "two": {"teacher": {"model": str(tmp_path / "wider")}}})
+    one, two = (found.config(arm).space.budget for arm in found.changes)
+    teacher = teacher_config(found.values["teacher"]["model"])
+    params = parameter_count(weights(teacher), sizes(teacher))
+    assert one == two and one.params
+    assert one.params.number == (round(0.8 * params) if budget else two_digits(round(2 * params / 3)))
 
 
 def test_an_arm_may_wait_for_a_run_that_is_made_first(loaded: Loaded, inputs: Path) -> None:

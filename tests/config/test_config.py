@@ -327,6 +327,71 @@ def test_the_output_follows_the_name_unless_it_is_given(tmp_path: Path) -> None:
     assert load_config(str(file), ["--name", "b"]).output == "there"
 
 
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("smollm2-135m", "smollm2-135m"), ("Qwen/Qwen2.5-0.5B", "Qwen2.5-0.5B"), ("./folder/", "folder"),
+        ("/a/my models/one (2)", "one-2"), ("runs/tiny/best", "tiny-best"), ("runs/tiny/best-2", "tiny-best-2"),
+        ("s3://bucket/run/best?region=eu", "run-best"), ("..", "teacher"), ("/models/日本", "teacher"),
+        ("/hub/models--Qwen--Qwen2.5-0.5B/snapshots/0a1b", "Qwen2.5-0.5B"), ("/m/" + "x" * 200, "x" * 80),
+    ],
+)  # fmt: skip
+def test_the_name_follows_the_teacher_as_a_file_may_be_called(model: str, name: str, tmp_path: Path) -> None:
+    loaded = load_config(None, ["--teacher.model", model])
+    assert loaded.name == name and loaded.output == f"runs/{name}"
+    assert load_config(None, ["--teacher.model", model, "--name", "b"]).output == "runs/b"
+    (tmp_path / "run.yaml").write_text("name: a\n")
+    assert load_config(str(tmp_path / "run.yaml"), ["--teacher.model", model]).output == "runs/a"
+
+
+# Budgets of the teacher's, and what is left to it
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("67%", "67%"), ("66.60 %", "66.6%"), (".5%", "0.5%"), ("auto", "auto"), ("90M", 90e6), (1, 1.0), ("1e6", 1e6)],
+)
+def test_a_budget_is_a_number_a_share_of_the_teachers_or_auto(written: Any, read: Any) -> None:
+    for name in ("params", "non_embedding_params", "memory_bytes"):
+        budget = load_config(None, [f"--space.budget.{name}.target", str(written)]).space.budget
+        assert getattr(budget, name).target == read == getattr(parse_config(
+            {"space": {"budget": {name: {"target": written}}}}).space.budget, name).target  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wrong", ["0%", "100%", "250%", "-5%", "%", "x%", "50%%", "1e1000", "nan", "0", "-1", "2e18", ""]
+)
+def test_a_budget_that_makes_no_sense_is_refused(wrong: str) -> None:
+    said = flag_message("--space.budget.params.target", wrong)
+    assert said.startswith("space.budget.params.target: ") and "valid: " in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["latency_ms", "tokens_per_second"])
+@pytest.mark.parametrize("target", ["67%", "auto", None])
+def test_a_budget_on_speed_is_a_number(name: str, target: str | None) -> None:
+    bound = {"tolerance": 0.1} if target is None else {"target": target}
+    assert message({"space": {"budget": {name: bound}}}).startswith(f"space.budget.{name}.target: ")
+
+
+def test_a_flag_for_a_part_leaves_the_other_parts_to_be_derived() -> None:
+    axes = load_config(None, ["--space.axes.hidden_size.low", "448", "--space.axes.drop_block.seeds", "bi"]).space.axes
+    assert axes.hidden_size == Axis(low=448, high="auto", step="auto") and axes.hidden_size.open
+    assert axes.drop_block and axes.drop_block.seeds == "bi" and axes.drop_block.lengths == "auto"
+    over = load_config(None, ["--space.axes.hidden_size.choices", "448,512"]).space.axes.hidden_size
+    assert over == Axis(choices=(448, 512)) and not over.open
+    divided = load_config(None, ["--space.axes.hidden_size.divisor", "32"]).space.axes.hidden_size
+    assert divided == Axis(low="auto", high="auto", divisor=32)
+    tolerance = load_config(None, ["--space.budget.params.tolerance", "0.02"]).space.budget.params
+    assert tolerance and (tolerance.target, tolerance.tolerance) == ("auto", 0.02)
+
+
+def test_auto_in_the_place_of_a_mapping_is_all_of_it() -> None:
+    assert load_config(None, ["--space.axes", "auto", "--space.budget", "auto"]) == Config()
+    one = parse_config({"space": {"axes": {"hidden_size": "auto", "drop_block": "auto"}}}).space.axes
+    assert one.hidden_size == Config().space.axes.hidden_size and one.drop_block == Config().space.axes.drop_block
+    assert one.intermediate_size is None and Config().space.open and Config().is_open
+
+
 # What is written and read again
 
 

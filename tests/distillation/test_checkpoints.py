@@ -12,6 +12,7 @@ import pytest
 from minitron_search.checkpoints.safe_reading import DamagedError
 from minitron_search.distillation.checkpoints import CheckpointFolder
 from minitron_search.records.logs import LocalFiles, LostError
+from minitron_search.records.transfer import NodeTransfer
 from tests.distillation.test_loop import SETTINGS, run
 from tests.tiny import over
 
@@ -71,7 +72,34 @@ def test_a_run_that_was_taken_over_writes_no_checkpoint_and_removes_none(tmp_pat
     shutil.copytree(written, checkpoints.at(6))
     with pytest.raises(LostError, match="taken over"):
         run(dataclasses.replace(SETTINGS, checkpoint_tokens=2 * 64), checkpoints=checkpoints)
-    for harm in (checkpoints.keep_newest, lambda: checkpoints.set_aside(checkpoints.at(6))):
+    for harm in (checkpoints.keep_newest, checkpoints.free, lambda: checkpoints.set_aside(checkpoints.at(6))):
         with pytest.raises(LostError):
             harm()
     assert sorted(path.name for path in checkpoints.path.iterdir()) == ["step-00000003", "step-00000006"]
+
+
+def test_what_is_freed_leaves_none_that_looks_whole_wherever_it_is_killed(
+    tmp_path: Path, written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = tmp_path / "storage"
+    storage.mkdir()
+    transfer = NodeTransfer(storage.as_uri(), tmp_path / "run", run_is_shared=False)
+    checkpoints = CheckpointFolder(tmp_path / "run" / "trials" / "a" / "checkpoint", transfer)
+    for step in (3, 6):
+        shutil.copytree(written, checkpoints.at(step))
+        transfer.put(checkpoints.at(step))
+
+    def killed(folder: Path, **_: object) -> None:
+        if next(Path(folder).glob("**/*.distcp"), None):
+            next(Path(folder).glob("**/*.distcp")).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shutil, "rmtree", killed)
+        checkpoints.free()
+    assert not checkpoints.path.exists(), "and storage still has it whole"
+    assert checkpoints.latest() == checkpoints.at(6)
+    run(resume=checkpoints.at(6))
+    checkpoints.free()
+    assert checkpoints.latest() is None and not list(checkpoints.path.parent.iterdir())
+    checkpoints.free()  # of none

@@ -110,8 +110,7 @@ def test_a_killed_worker_changes_no_number(
     else:
         assert list(taken.values()) == pytest.approx(list(whole.values()), rel=1e-5)
         assert ours[0]["lm_loss"] == pytest.approx(theirs[0]["lm_loss"], rel=1e-5)
-    left = sorted(path.name for path in checkpoints(output, "*"))
-    assert left == [f"step-{STEPS:08d}"]
+    assert not list(checkpoints(output, "*")), "nothing goes on from it"
     AutoModelForCausalLM.from_pretrained(output / "best")
 
 

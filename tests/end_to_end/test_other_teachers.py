@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from minitron_search.cli import main
+from minitron_search.cluster import tuner
 from minitron_search.config.loading import load_config
 from minitron_search.planning.prepare import check, prepare
 from minitron_search.teachers.sources import fingerprint
@@ -90,7 +91,8 @@ def test_a_corrected_teacher_is_pruned_and_made_once(command: Command) -> None:
     assert teacher["lm_loss"] == pytest.approx(first["before"]["lm_loss"], rel=1e-6) and teacher["kl"] > 1e-3
 
 
-def test_in_parallel_end_to_end(command: Command) -> None:
+def test_in_parallel_end_to_end(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuner, "free_checkpoints", lambda run_dir, trials, on_nodes=True: None)
     output = command.folder / "parallel"
     command.main(output, *INLINE, "--teacher.correction.method", "full", "--teacher.correction.parallel", "true",
                  "--teacher.correction.learning_rate", "1e-2", "--stages", "importance,search")  # fmt: skip

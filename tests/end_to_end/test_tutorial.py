@@ -52,6 +52,7 @@ def test_what_the_dry_run_is_said_to_print_is_what_it_prints(tmp_path: Path, mon
     (tmp_path / FILE).write_text(yaml.safe_dump(ASKED))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(forecast, "this_machine", lambda: forecast.Machine(8, 1))
+    monkeypatch.setattr(forecast.memory, "free_for_run", lambda: 240e9)
     (words,) = (shlex.split(line) for line in lines() if "--dry-run" in line)
     flags = [word for word in words[3:] if word not in ("--config", FILE, "--dry-run")]
     config = load_config(FILE, flags)

@@ -286,10 +286,10 @@ def test_a_search_of_one_and_one_that_has_not_begun_say_so(tmp_path: Path) -> No
     run = RunDirectory(tmp_path)
     run.write_trials({})
     assert evidence(run, "kl") == {"objective": "kl", "finalists": [], "seeds": None, "rungs": [], "at_chance": None,
-                                   "controls": [], "words": []}  # fmt: skip
+                                   "controls": [], "against_trims": [], "words": []}  # fmt: skip
     log(run, "search", "a", [np.ones(WINDOWS)])
     run.write_trials({})
-    assert "compared with none" in evidence(run, "kl")["words"][0]
+    assert "compared with none" in evidence(run, "kl")["words"][-1]
 
 
 def test_the_card_shows_what_the_file_says(with_controls: RunDirectory) -> None:

@@ -37,9 +37,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepared(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Prepared]:
     monkeypatch.setenv("MINITRON_SEARCH_CACHE", str(tmp_path / "cache"))
     for stage in (importance_stage, teacher):
-        monkeypatch.setattr(stage, "in_parts", lambda depot, function, parts, *arguments: function(parts, *arguments))
-        monkeypatch.setattr(stage, "on_all_cpus", lambda depot, function, *arguments: function(*arguments))
-    monkeypatch.setattr(teacher, "on_one_node", lambda depot, function, *arguments: function(*arguments))
+        monkeypatch.setattr(
+            stage, "in_parts", lambda run_dir, function, parts, *arguments, memory=0: function(parts, *arguments)
+        )
+        monkeypatch.setattr(stage, "on_all_cpus", lambda run_dir, function, *arguments: function(*arguments))
+    monkeypatch.setattr(teacher, "on_one_node", lambda run_dir, function, *arguments: function(*arguments))
 
     def made(name: str = "run", **importance: Any) -> Prepared:
         given = {

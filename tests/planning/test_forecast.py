@@ -73,10 +73,11 @@ def test_flops_are_the_formulas_on_a_shape_counted_by_hand() -> None:
     costs = costs_of(config_of())
     forward = 2 * (BODY + HEAD) + 2 * 3 * 24 * 16  # and attention: 3 layers, 24 query channels, 16 tokens
     head = 2 * HEAD
-    scoring = 5 * 16 * (forward + head) + (7 + 5 * 16) * forward
+    scoring = 5 * 16 * (forward + head) + 7 * forward
     assert costs.student(whole(tiny.config())) == forward and costs.scoring(forward) == scoring
     found = workload.workload(costs)
-    assert list(found) == ["teacher", "search", "retrain"]
+    assert list(found) == ["teacher", "search", "retrain", "speed"]
+    assert (found["speed"].tokens, found["speed"].flops) == (2 * 9 * 16, 2 * 9 * 16 * forward), "teacher and student"
     assert (found["search"].tokens, found["search"].steps) == (256, 2)
     assert found["search"].flops == 256 * (3 * forward + head) + 2 * scoring
     assert found["retrain"].tokens == 1024, "whole batches"
@@ -230,7 +231,7 @@ def test_as_many_trials_run_at_once_as_fit(
     machine: Machine, resources: dict[str, Any], search: dict[str, Any], expected: int
 ) -> None:
     config = config_of(resources=resources, search={"trials": 4, **search})
-    assert trials_at_once(config, machine) == expected
+    assert trials_at_once(costs_of(config), machine) == expected
 
 
 @pytest.mark.parametrize(("resources", "message"), [
@@ -289,7 +290,7 @@ def test_a_gpu_that_is_not_here_is_not_measured() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     config = config_of(resources={"gpus_per_worker": 1})
-    assert fitting(config, this_machine()) == 0
+    assert fitting(costs_of(config), this_machine()) == 0
     assert "a trial does not fit this machine" in measure(config, costs_of(config), 24, "float32", 0).basis
 
 
@@ -360,7 +361,7 @@ def test_a_run_that_goes_on_keeps_its_forecast_and_adds_what_it_lacks(
     )  # fmt: skip
     forecast_stage.write_forecast(prepared)
     first = prepared.run_dir.read_forecast()
-    assert list(first) == ["teacher", "search", "retrain"] and measured[0][-1] == 4, "workers of one machine"
+    assert list(first) == ["teacher", "search", "retrain", "speed"] and measured[0][-1] == 4, "workers of one machine"
     assert first["search"]["price_per_hour"] == 2, "two machines"
     prepared.config = config_of(resources={"price_per_hour": 9})
     forecast_stage.write_forecast(prepared)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GPTJConfig, GPTJForCausalLM
 
 from minitron_search.cli import main
 from minitron_search.config import loading
+from minitron_search.models.engines import ENGINES, Engine, Rule
 from minitron_search.planning import checks
 from minitron_search.planning.prepare import prepare
 from minitron_search.records.directory import RunDirectory
@@ -88,6 +89,7 @@ def test_the_good_flags_are_good(good: list[str], here: Path, capsys: pytest.Cap
     assert main([*good, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "legal and in budget" in said and "FLOPs" in said and "teacher: hidden 24" in said
+    assert "deployable by vLLM: " in said and "deployable by llama.cpp: " in said
     assert not (here / "run").exists()
     shown = said[: said.index("\nspace: ")]
     assert yaml.safe_load(shown)["search"]["rungs"] == [64, 128]
@@ -104,6 +106,25 @@ def test_several_wrong_keys_are_told_at_once(refused: Refused) -> None:
 
 def test_a_missing_configuration_file(refused: Refused) -> None:
     assert "--config: no file 'nowhere.yaml'" in refused("--config", "nowhere.yaml")
+
+
+def test_an_unknown_engine(refused: Refused) -> None:
+    assert "space.deployable: 'vlm' is not an engine; valid: vllm, llama.cpp" in refused("--space.deployable", "vlm")
+
+
+def test_a_run_that_an_engine_would_not_take_all_of_says_so(
+    good: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def prepared(*flags: str) -> str:
+        prepare(loading.load_config(None, [*good, *flags]), False)
+        return capsys.readouterr().out
+
+    assert "deployable" not in prepared()
+    rule = Rule(("llama", "mistral"), lambda students: students.hidden == 20, "it has no tiles of 20")
+    monkeypatch.setitem(ENGINES, "tiles", Engine("Tiles", (rule,)))
+    assert "deployable by Tiles: 3 of 5; most often it has no tiles of 20" in prepared()
+    assert "deployable" not in prepared("--space.deployable", "tiles")
+    assert "deployable" not in prepared("--stages", "importance")
 
 
 def test_a_budget_that_no_architecture_meets(refused: Refused) -> None:

@@ -53,7 +53,7 @@ assert run_dir.read_trials()[0]["copying_n"] == 16
 found = evidence(run_dir, "copying")
 assert found["finalists"][0]["architecture"] == "good", found
 assert found["finalists"][1]["copying_against_best"]["p_holm"] < 0.05, found
-assert "1 differ from good in copying score on the same windows" in found["words"][0], found
+assert "1 differ from good in copying score on the same windows" in " ".join(found["words"]), found
 run_dir.write_evidence(found)
 console = Console(width=200)
 console.print(summary_table(run_dir))

@@ -27,7 +27,8 @@ COLUMNS = {
     "lm_loss": "double", "lm_loss_stderr": "double", "kl": "double", "winogrande_acc": "double",
     "winogrande_acc_stderr": "double", "winogrande_margin": "double", "winogrande_margin_stderr": "double",
     "bi": "double", "params": "int64", "non_embedding_params": "int64", "memory_bytes": "int64",
-    "tokens_per_second": "double", "status": "string", "seconds": "double", "hidden_size": "int64",
+    "tokens_per_second": "double",
+    "tokens_per_second_stderr": "double", "status": "string", "seconds": "double", "hidden_size": "int64",
     "intermediate_size": "int64", "num_attention_heads": "int64", "num_key_value_heads": "int64",
     "num_hidden_layers": "int64",
 }  # fmt: skip

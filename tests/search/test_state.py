@@ -294,3 +294,16 @@ def test_a_search_whose_trials_all_failed_has_nothing_to_promote(tmp_path: Path)
 def test_what_cannot_be_is_refused_by_name(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         asked(**given)
+
+
+@pytest.mark.parametrize("scheduler", ["halving", "asha"])
+def test_what_no_decision_brings_back_is_known_before_the_end(tmp_path: Path, scheduler: str) -> None:
+    """At every step: a trial that is said to be spent never runs again, and at the end all of them are."""
+    search = search_in(tmp_path, asked(scheduler=scheduler, seeds=1, finalist_seeds=2))
+    driver, spent, early = Driver(search, slots=2), set[str](), 0
+    while driver.step():
+        assert not spent & {trial.id for trial in driver.running}
+        spent |= search.spent()
+        early += bool(spent) and not search.settled
+    assert spent | search.spent() == set(search.all_trials()) and early
+    assert any(search.status(trial) == "stopped" for trial in spent)

@@ -1,0 +1,159 @@
+"""Probe learning rates: train one candidate for a few steps at several rates, and take the one that does best.
+
+It is for `auto`, of a teacher that no rate is known for (`settings.automatic_rates`). Every rate starts from the same
+trim and reads the same windows; its LM loss is taken on calibration windows, which are neither trained on nor what the
+run reports. All of it takes at most `SHARE` of what the run trains; a run of which that is too little for
+`FEWEST_STEPS` has no probe.
+"""
+
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from minitron_search.config.schema import Config
+from minitron_search.distillation import loop
+from minitron_search.distillation.training_log import DivergedError
+from minitron_search.evaluation.statistics import interval
+from minitron_search.losses.output_loss import token_losses
+from minitron_search.models.device import autocast, on_device, release_memory
+from minitron_search.models.families import final_hidden
+from minitron_search.models.output_head import output_head
+from minitron_search.trials.inputs import TrialInputs
+from minitron_search.trials.runner import initial_student, teacher_of
+from minitron_search.trials.trial import Trial
+
+FACTOR = 3.0  # from one rate to the next
+MOST_RATES = 4  # of which the first three are around the rule's
+SHARE = 0.03  # of the run's training tokens, with a scored token counted as a third of a trained one
+JUDGED_SHARE = 0.25  # of that, for scoring
+FEWEST_STEPS, MOST_STEPS = 4, 16
+MOST_JUDGED = 16  # windows
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a probe takes. batch, judged: windows."""
+
+    steps: int
+    batch: int
+    judged: int
+    length: int
+
+    @property
+    def trained_tokens(self) -> int:
+        """The tokens that all rates together train on, at the most."""
+        return MOST_RATES * self.steps * self.batch * self.length
+
+    @property
+    def scored_tokens(self) -> int:
+        """The tokens that are scored, at the most: for every rate, and for the trim."""
+        return (MOST_RATES + 1) * self.judged * self.length
+
+
+def probe_of(config: Config, run_tokens: int) -> Probe | None:
+    """Return the probe that a run which trains on `run_tokens` can pay for; None where it can pay for none, or where
+    one process cannot train a student."""
+    length, resources = config.corpus.sequence_length, config.resources
+    if resources.workers_per_trial > 1 or resources.strategy == "fsdp2":
+        return None
+    windows = SHARE * run_tokens / length / MOST_RATES  # of a rate, in trained windows
+    trained = int((1 - JUDGED_SHARE) * windows)
+    judged = min(MOST_JUDGED, int(3 * JUDGED_SHARE * windows * MOST_RATES / (MOST_RATES + 1)))
+    if trained < FEWEST_STEPS or judged < 2:
+        return None
+    steps = min(MOST_STEPS, trained)
+    own_batch = -(-config.distillation.batch_tokens // length)
+    available = config.corpus.calibration_samples if config.corpus.calibration is None else MOST_JUDGED
+    return Probe(steps, min(own_batch, trained // steps), min(judged, available), length)
+
+
+def probed(
+    inputs: TrialInputs, trial: Trial, probe: Probe, middle: float, calibration: np.ndarray | None
+) -> dict[str, Any]:  # fmt: skip
+    """Return what the probe found: `rate`, every one of `rates` with its loss, whether the best of them `helped`, and
+    what it took. Where none is below the untrained trim, `rate` is the lowest.
+
+    `middle`: the rate to begin with. Then come the ones beside it, and one more on the side where the best of them is,
+    if that is an end. calibration: the windows whose loss is taken, (n, length), of the text that is trained on; None
+    where there are none, for the last train windows, which the probe then does not read.
+    """
+    windows = inputs.train if calibration is None else calibration
+    windows = windows[-probe.judged :]
+    if calibration is None:
+        inputs = replace(inputs, train=inputs.train[: -probe.judged])
+    began, losses = time.monotonic(), dict[float, np.ndarray | None]()
+    torch.set_num_threads(trial.settings.threads or 1)
+    untrained = _loss(on_device(initial_student(inputs, trial, trains=False)).eval(), windows, trial)
+
+    def mean(rate: float) -> float:
+        found = losses[rate]
+        return float("inf") if found is None else float(found.mean())
+
+    waiting = [middle, *_beside(middle)]
+    while waiting:
+        rate = waiting.pop(0)
+        losses[rate] = _trained_loss(inputs, trial, probe, rate, windows)
+        if not waiting and len(losses) < MOST_RATES:
+            best = min(losses, key=mean)
+            waiting = [rate for rate in _beside(best) if not min(losses) <= rate <= max(losses)]
+    best = min(losses, key=mean)
+    helped = mean(best) < untrained.mean()
+    return {
+        "rate": best if helped else min(losses),
+        "helped": bool(helped),
+        "untrained": float(untrained.mean()),
+        "rates": [_row(rate, losses[rate], untrained) for rate in sorted(losses)],
+        **asdict(probe),
+        "architecture": trial.architecture.id,
+        "trained_tokens": len(losses) * probe.steps * probe.batch * probe.length,
+        "scored_tokens": (len(losses) + 1) * windows.size,
+        "seconds": time.monotonic() - began,
+    }
+
+
+def _beside(rate: float) -> tuple[float, float]:
+    """Return the rates next to one, of two digits, as a person would write them."""
+    return float(f"{rate / FACTOR:.2g}"), float(f"{rate * FACTOR:.2g}")
+
+
+def _row(rate: float, losses: np.ndarray | None, untrained: np.ndarray) -> dict[str, float | None]:
+    """Return a rate's LM loss with the 95% interval of its difference from the trim's; None of one that diverged."""
+    if losses is None:
+        return {"rate": rate, "lm_loss": None, "low": None, "high": None}
+    low, high = interval(losses - untrained)
+    return {"rate": rate, "lm_loss": float(losses.mean()), "low": low, "high": high}
+
+
+def _trained_loss(
+    inputs: TrialInputs, trial: Trial, probe: Probe, rate: float, windows: np.ndarray
+) -> np.ndarray | None:  # fmt: skip
+    """Return the LM loss of `windows` after the probe's steps at a rate; None if the training diverges."""
+    tokens = probe.steps * probe.batch * probe.length
+    settings = replace(
+        trial.settings, total_tokens=tokens, milestones=(), checkpoint_tokens=None, learning_rate=rate,
+        batch_tokens=probe.batch * probe.length,
+    )  # fmt: skip
+    asked = replace(trial, settings=settings)
+    student = on_device(initial_student(inputs, asked))
+    try:
+        loop.train(student, inputs.train, settings, teacher_of(inputs, asked))
+    except DivergedError:
+        return None
+    finally:
+        release_memory()
+    losses = _loss(student.eval(), windows, trial)
+    return losses if np.isfinite(losses).all() else None
+
+
+def _loss(student: Any, windows: np.ndarray, trial: Trial) -> np.ndarray:
+    """Return the LM loss of every window: (n,) float64, nats per token."""
+    losses, head = [], output_head(student)
+    with torch.inference_mode(), autocast(trial.settings.precision, student.device):
+        for window in windows:
+            ids = torch.from_numpy(window[None].astype(np.int64)).to(student.device)
+            ce = token_losses(final_hidden(student, ids)[:, :-1].flatten(0, 1), head, ids[:, 1:].flatten()).ce
+            losses.append(float(ce.double().mean()))
+    return np.array(losses)
