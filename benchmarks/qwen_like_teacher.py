@@ -98,7 +98,7 @@ def main() -> None:
 
     train(model, corpus.train, settings, None, log=said, checkpoints=checkpoints, resume=checkpoints.latest())
     print(f"validation: LM loss {lm_loss(model.eval(), corpus):.3f} on {corpus.validation.size:,} tokens, "
-          f"{(time.monotonic() - began) / 60:.1f} minutes of this session: {chosen.folder / 'model'}")  # fmt: skip
+          f"{(time.monotonic() - began) / 60:.1f} minutes of this call: {chosen.folder / 'model'}")  # fmt: skip
     model.to(torch.bfloat16).save_pretrained(chosen.folder / "model")
 
 

@@ -21,7 +21,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest  # noqa: E402
-from filelock import FileLock  # noqa: E402
 
 if TYPE_CHECKING:
     from tests.runs import Command
@@ -74,20 +73,10 @@ def tiny_command(tmp_path_factory: pytest.TempPathFactory) -> "Command":
 
 
 @pytest.fixture(scope="session")
-def finished_run(
-    tiny_command: "Command", tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Path:
-    """A whole unbroken run of `tiny_command` at concurrency 1, inside the Tune trials: to be read only.
-
-    Of all processes that test at once, the first to ask makes it, and the others wait for it.
-    """
-    base = tmp_path_factory.getbasetemp()
-    output = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished"
-    with FileLock(output.with_suffix(".lock")):
-        if not output.with_suffix(".whole").exists():
-            request.getfixturevalue("shared_ray")
-            tiny_command.main(output, "--search.concurrency", "1", "--resources.launcher", "inline")
-            output.with_suffix(".whole").touch()
+def finished_run(tiny_command: "Command", shared_ray: Path) -> Path:
+    """A whole unbroken run of `tiny_command` at concurrency 1, inside the Tune trials: to be read only."""
+    output = tiny_command.folder / "finished"
+    tiny_command.main(output, "--search.concurrency", "1", "--resources.launcher", "inline")
     return output
 
 
