@@ -12,9 +12,11 @@ def test_a_probe_chooses_once_for_the_search_and_the_retraining(
     tiny_command: Command, shared_ray: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(learning_rate, "SHARE", 3.0)  # of a run that trains on a few hundred tokens
+    # five windows: with the four of other tests in the cache, what their teacher is asked would depend on the order
     output = tiny_command.folder / "probed"
     asked = ("--search.concurrency", "1", "--resources.launcher", "inline", "--search.trials", "2",
-             "--search.rungs", "0,256", "--search.controls", "false", "--retraining.tokens", "256")  # fmt: skip
+             "--search.rungs", "0,256", "--search.controls", "false", "--retraining.tokens", "256",
+             "--corpus.validation_samples", "5")  # fmt: skip
     printed = tiny_command.main(output, *asked, "--stages", "importance,search")
     (found,) = events(output, "learning_rate")
     assert f"learning rate: {found['rate']:g}, best of a probe's rates" in " ".join(printed.split())
