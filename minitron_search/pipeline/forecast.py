@@ -10,6 +10,7 @@ from minitron_search.planning.calibration import Speed, measure, stated
 from minitron_search.planning.forecast import Machine, fitting, forecast, in_words, resources
 from minitron_search.planning.prepare import Prepared
 from minitron_search.planning.workload import Costs, workload
+from minitron_search.trials.settings import rule_rate, with_rate
 
 
 def costs_of(prepared: Prepared) -> Costs:
@@ -56,5 +57,7 @@ def _measured(prepared: Prepared, costs: Costs, machine: Machine, node_cpus: int
     """Return the speed of one worker, while as many measure as share a node of `node_cpus` CPUs during the run."""
     config, resources = prepared.config, prepared.config.resources
     at_once = min(node_cpus // resources.cpus_per_worker, fitting(costs, machine) * resources.workers_per_trial)
+    # a number here, where a relative teacher.model is found: a worker has another current folder
+    config = with_rate(config, rule_rate(config.teacher.model))
     arguments = (config, costs, prepared.teacher.config.hidden_size, prepared.precision, at_once)
     return on_all_cpus(prepared.run_dir, measure, *arguments, kind=resources.accelerator_type)
