@@ -15,6 +15,7 @@ from minitron_search.ablation import storage
 from minitron_search.ablation.definition import BEFORE, Ablation, begun, check_arm, check_text, checked
 from minitron_search.ablation.differences import differences, read_arms, shown, write_differences
 from minitron_search.cluster import session
+from minitron_search.cluster.node_disks import free_checkpoints
 from minitron_search.config import loading
 from minitron_search.config.schema import Config
 from minitron_search.messages.console import console, say
@@ -110,7 +111,8 @@ def _run_and_store(ablation: Ablation, place: str, prepared: Prepared, run_one: 
         prepared.run_dir.files = hold.files
         with storage.stored(prepared.run_dir, ablation.address(place), hold.check):
             run_one(prepared)
-            _drop_checkpoints(prepared.run_dir)
+            ended = [trial.name for trial in prepared.run_dir.root.glob("trials/*")]
+            free_checkpoints(prepared.run_dir, ended, on_nodes=False)  # a gigabyte a seed with the smallest teacher
 
 
 def _compare(ablation: Ablation) -> None:
@@ -234,14 +236,6 @@ def _teacher_inputs(config: Config) -> dict[str, Any]:
         "order": ["unpermuted"] if distillation.initialization == "merged" else order,
         "distillation_teacher": distillation.teacher,
     }
-
-
-def _drop_checkpoints(run_dir: RunDirectory) -> None:
-    """Delete the checkpoints of a run that has ended: a gigabyte a seed with the smallest teacher."""
-    for trial in run_dir.root.glob("trials/*"):
-        shutil.rmtree(trial / "checkpoint", ignore_errors=True)
-        if run_dir.transfer is not None:  # those that travelled are in storage, whoever made them
-            run_dir.transfer.clear(f"trials/{trial.name}/checkpoint")
 
 
 def _described(changes: dict) -> str:

@@ -1,6 +1,5 @@
 """What a configuration leaves to its teacher is derived, printed and kept in numbers; what it says is left alone."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,8 @@ from minitron_search.config.schema import Config
 from minitron_search.planning.defaults import completed
 from minitron_search.planning.prepare import complete, prepare
 from minitron_search.records.directory import RunDirectory
-from tests import tiny
 
-Said = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.input_files(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("MINITRON_SEARCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "500")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.fixture

@@ -19,22 +19,9 @@ from minitron_search.planning.prepare import prepare
 from minitron_search.records.directory import RunDirectory
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("here")
 BUDGET = "{params: {target: 12K, tolerance: 0.5}}"
 AXES = "{hidden_size: {low: 16, high: 24, step: 4}, num_attention_heads: {choices: [2, 4]}}"
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.input_files(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("MINITRON_SEARCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "500")
-    monkeypatch.setattr("minitron_search.cluster.session.joined", lambda: pytest.fail("nothing here needs Ray"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture
