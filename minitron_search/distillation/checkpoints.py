@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from minitron_search.checkpoints.safe_reading import DamagedError, read_metadata, read_tensors
+from minitron_search.checkpoints.writing import CheckpointWriter, told_by_the_system
 from minitron_search.distillation.parallel import agreed, first_error, leads_node
 from minitron_search.distillation.settings import LoopSettings
 from minitron_search.distillation.training_log import TrainingLog
@@ -152,7 +153,7 @@ def _save_replica(
     if folder.exists():
         return
     partial = _empty_partial(folder)
-    dcp.save(state.tensors(), checkpoint_id=partial, no_dist=True)
+    dcp.save(state.tensors(), storage_writer=CheckpointWriter(partial), no_dist=True)
     files.check()  # writing may have taken minutes
     _write_state(partial, state, step)
     os.rename(partial, folder)
@@ -169,7 +170,7 @@ def _save_shards(folder: Path, state: TrainingState, step: int, files: Files) ->
     if first:
         _empty_partial(folder)
     dist.barrier()
-    dcp.save(state.tensors(), checkpoint_id=partial, no_dist=False)
+    dcp.save(state.tensors(), storage_writer=CheckpointWriter(partial), no_dist=False)
     files.check()
     if first:
         _write_state(partial, state, step)
@@ -185,7 +186,7 @@ def _save_shards_in_storage(folder: Path, state: TrainingState, step: int, trans
     if first or leads_node():
         _empty_partial(folder)
     dist.barrier()
-    dcp.save(state.tensors(), checkpoint_id=partial, no_dist=False)
+    dcp.save(state.tensors(), storage_writer=CheckpointWriter(partial), no_dist=False)
     if first:
         _write_state(partial, state, step)
     if first or leads_node():
@@ -209,7 +210,8 @@ def _empty_partial(folder: Path) -> Path:
 
 def _write_state(partial: Path, state: TrainingState, step: int) -> None:
     if state.correction is not None:
-        torch.save(state.correction.state_dict(), partial / "teacher.pt")
+        with told_by_the_system(), open(partial / "teacher.pt", "wb") as file:
+            torch.save(state.correction.state_dict(), file)
     content = {
         "step": step,
         "first_losses": state.losses.first,

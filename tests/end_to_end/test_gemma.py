@@ -79,7 +79,9 @@ def validation(gemma: str) -> np.ndarray:
 
 
 def test_the_sweep_is_a_plain_forward_without_the_block(gemma: str, output: Path) -> None:
-    found = {row["start"]: row["value"] for row in RunDirectory(str(output)).read_depth() if row["length"] == 6}
+    found = {
+        row["start"]: row["value"] for row in RunDirectory(str(output)).read_depth() if row["kind"] == "contiguous"
+    }
     start = min(found, key=lambda at: found[at])
     model = AutoModelForCausalLM.from_pretrained(gemma, dtype=torch.float32).eval()
     kept = [layer for layer in range(18) if not start <= layer < start + 6]
