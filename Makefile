@@ -10,15 +10,14 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 run: $(VENV)/.installed
 	$(BIN)/python -m minitron_search.run $(ARGS)
 
-# Two passes, a file to a process, so that fixtures are made once: the quick tests, which keep every core busy; then the
-# slow ones, two at a time, the folders that take longest first, so that no core is idle at the end.
+# A file to a process, so that fixtures are made once; the files that take longest first, so that no core is idle at the
+# end.
 test: $(VENV)/.installed
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not hosts" \
-	  $$(grep -rl --include='test_*.py' mark.slow tests/end_to_end tests/teachers tests/depth tests | awk '!seen[$$0]++')
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not hosts" \
+	  $$(grep -rl --include='test_*.py' mark.slow tests/end_to_end tests/teachers tests/depth tests | awk '!seen[$$0]++') tests
 endif
 
 # ray up and ray job submit on two hosts made of namespaces, which lose power: eight minutes, most of them spent waiting
