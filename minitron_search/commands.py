@@ -27,7 +27,7 @@ from minitron_search.pipeline.latency import held_here
 from minitron_search.pipeline.stages import run_pipeline
 from minitron_search.planning.checks import check_stages, is_placement
 from minitron_search.planning.forecast import dry_run
-from minitron_search.planning.prepare import check, check_texts, complete, prepare
+from minitron_search.planning.prepare import check_completed, check_texts, complete, prepare
 from minitron_search.records.bucket import bucket_copy
 from minitron_search.records.damage import mend
 from minitron_search.records.directory import ABLATION_FILE, RunDirectory
@@ -57,7 +57,7 @@ def search(config: Config, resume: bool, hold: Hold) -> int:
 def forecast(config: Config, resume: bool) -> int:
     """Print what a run would do and cost, and spend nothing."""
     config, derived = complete(config, resume)
-    _, space = check(config, resume)
+    _, space = check_completed(config, resume)
     try:
         check_texts(config)
     except ValueError as error:

@@ -13,7 +13,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from minitron_search.cluster.remote_logs import keep_files
 from minitron_search.cluster.session import UnfitError, blind_node
 from minitron_search.distillation.checkpoints import CheckpointFolder
-from minitron_search.planning.prepare import Model, Prepared
+from minitron_search.planning.models import Model
+from minitron_search.planning.prepare import Prepared
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.logs import LocalFiles
 from minitron_search.records.paths import cache_folder, is_uri

@@ -24,7 +24,7 @@ from minitron_search.messages.console import say
 from minitron_search.models.architecture import Architecture
 from minitron_search.records.damage import CheckpointDamage
 from minitron_search.records.directory import FINISHED
-from minitron_search.records.summary import against_trims, harm_sentences, say_harm
+from minitron_search.records.summary import harm_of, say_harm
 from minitron_search.search.schedule import search_phases
 from minitron_search.search.state import SearchState
 from minitron_search.search.study import LiveStudy
@@ -97,7 +97,7 @@ def _promote_the_best(search: SearchState, study: LiveStudy) -> list[Architectur
         search.run.event("promoted", architecture=architecture.id)
     search.write_tables(promoted)
     search.run.write_evidence(evidence(search.run, search.config.search.ranks_by))
-    for sentence in harm_sentences(against_trims(search.run.read_trials(), search.run.scores())):
+    for sentence in harm_of(search.run):
         say(f"search: {sentence}")
     study.refresh(search.observed(), at_once=True)
     return best

@@ -105,6 +105,18 @@ def window_losses(
     return np.concatenate(losses), np.concatenate(divergences)
 
 
+def lm_losses(model: PreTrainedModel, windows: np.ndarray, precision: str) -> np.ndarray:
+    """Return the mean LM loss of every window, (n,) float64, nats per token, of `windows` (n, length)."""
+    losses, head = [], output_head(model)
+    with torch.inference_mode(), autocast(precision, model.device):
+        for first in range(0, len(windows), ROWS_AT_ONCE):
+            ids = torch.from_numpy(windows[first : first + ROWS_AT_ONCE].astype(np.int64)).to(model.device)
+            hidden = final_hidden(model, ids).flatten(0, 1)
+            ce = token_losses(hidden, head, next_tokens(ids).flatten()).ce
+            losses.append(ce.view_as(ids)[:, :-1].double().mean(1).cpu().numpy())
+    return np.concatenate(losses)
+
+
 def throughput(model: PreTrainedModel, windows: np.ndarray, precision: str, repeats: int) -> tuple[float, float]:
     """Return the tokens per second of a forward pass over a window, all logits of every position, and its standard
     error over `repeats` windows; one more, the first, warms up."""

@@ -27,7 +27,7 @@ TOKENS_AT_ONCE = 1024  # of whole windows, at least one: the residual stream bef
 ORDER = "ranking_"  # prefix of a composed ranking's tensors in the file
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Importance:
     """Scores of every width element, and BI of every block.
 
@@ -54,6 +54,13 @@ class Importance:
     def layer_bi(self) -> Tensor:
         """Return the BI of each layer alone, (layers,)."""
         return torch.diagonal(self.block_bi, offset=1)
+
+    def __repr__(self) -> str:
+        layers, neurons = self.mlp.shape
+        bi = self.layer_bi()
+        return (f"importance of {len(self.hidden)} hidden channels, {neurons} neurons and {self.heads.shape[1]} heads "
+                f"in {layers} layers; BI of a layer {bi.min():.3f} (layer {bi.argmin()}) to {bi.max():.3f} "
+                f"(layer {bi.argmax()})")  # fmt: skip
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything by its name in the file."""

@@ -24,7 +24,8 @@ from minitron_search.models.loading import load_teacher
 from minitron_search.models.output_head import output_head
 from minitron_search.planning import memory
 from minitron_search.planning.checks import train_request
-from minitron_search.planning.prepare import Model, Prepared, lines_up
+from minitron_search.planning.models import Model, lines_up
+from minitron_search.planning.prepare import Prepared
 from minitron_search.pruning.rankings import Rankings
 from minitron_search.pruning.trimming import permute_teacher
 from minitron_search.records import cache

@@ -12,10 +12,12 @@ import psutil
 import torch
 from transformers import PretrainedConfig
 
+from minitron_search.depth.sweep import CHUNK_TOKENS as SWEPT_AT_ONCE
+from minitron_search.depth.sweep import STREAM_BYTES, blocks, in_layers
 from minitron_search.distillation.teacher_cache import FORWARD_TOKENS
 from minitron_search.losses.output_loss import CHUNK_TOKENS, CPU_TILE_TOKENS
 from minitron_search.models.architecture import Architecture, parameter_count
-from minitron_search.models.families import sizes, sizes_of, weights
+from minitron_search.models.families import sizes, sizes_of, vocabulary_tables, weights
 from minitron_search.planning.workload import Costs
 from minitron_search.search.schedule import batch_tokens
 from minitron_search.trials.settings import distillation_settings
@@ -174,6 +176,26 @@ def teacher_task(teacher: PretrainedConfig, gradients: bool = False, mapped: boo
     return WORKER + held + passed + (4 * dims["vocab"] * CHUNK_TOKENS if gradients else 0)
 
 
+def sweep_task(costs: Costs) -> int:
+    """Return the bytes of a task of the depth sweep: the teacher where it is not stored in the dtype of the products,
+    the residual streams of a chunk's cuts, and its logits in a tile of float32."""
+    if costs.config.resources.gpus_per_worker:
+        return WORKER
+    teacher, corpus, depth = costs.space.config, costs.config.corpus, costs.config.depth
+    dims, element = sizes(teacher), 2 if costs.precision == "bfloat16" else 4
+    tables = vocabulary_tables(weights(teacher))
+    inside = parameter_count(weights(teacher), dims, embeddings=False)
+    at_once = inside // dims["layers"] if depth.weights == "streamed" else inside
+    copied = at_once + len(tables) * dims["vocab"] * dims["hidden"]
+    held = 0 if teacher.dtype == (torch.bfloat16 if element == 2 else torch.float32) else element * copied
+    held = max(held, 8 * parameter_count(weights(teacher), dims)) if "taylor" in depth.metrics else held
+    chunk = min(SWEPT_AT_ONCE["cpu"], corpus.validation_samples * corpus.sequence_length)
+    cuts = len(blocks(in_layers(depth.lengths, dims["layers"]), dims["layers"])) + dims["layers"]
+    streams = min(STREAM_BYTES, cuts * chunk * dims["hidden"] * 4)
+    logits = dims["vocab"] * (min(chunk, CHUNK_TOKENS) * element + 6 * CPU_TILE_TOKENS * 4)
+    return WORKER + held + streams + logits
+
+
 def run(costs: Costs, at_once: int, gang: int, tasks: int) -> dict[str, int]:
     """Return what the processes of a run hold at its peak, by kind.
 
@@ -182,6 +204,9 @@ def run(costs: Costs, at_once: int, gang: int, tasks: int) -> dict[str, int]:
     config, typical = costs.config, costs.space.typical()
     of_trial = config.resources.workers_per_trial
     kinds = {f"{tasks} tasks with the teacher": tasks * teacher_task(costs.space.config, mapped=True)}
+    if "depth" in config.stages:
+        swept = tasks if config.depth.workers == "auto" else min(tasks, config.depth.workers)
+        kinds[f"{swept} tasks of the depth sweep"] = swept * sweep_task(costs)
     if "search" in config.stages:
         one = sum(worker(costs, typical, of_trial).values())
         kinds[f"{at_once * of_trial} workers of the search"] = at_once * of_trial * one

@@ -1,13 +1,11 @@
 """Find everything that can be wrong, before Ray starts and before anything is written, and load a run's inputs."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from minitron_search.config import loading
 from minitron_search.config.schema import Config
@@ -28,7 +26,7 @@ from minitron_search.messages.failures import reading
 from minitron_search.models.architecture import parameter_count
 from minitron_search.models.device import resolve
 from minitron_search.models.engines import engines_of
-from minitron_search.models.families import family_of, sizes, weights, whole
+from minitron_search.models.families import sizes, weights, whole
 from minitron_search.planning.checks import (
     as_begun,
     check_compiler,
@@ -43,6 +41,13 @@ from minitron_search.planning.checks import (
 )
 from minitron_search.planning.defaults import completed, pruned_config
 from minitron_search.planning.forecast import teaching_config, this_machine, trials_at_once
+from minitron_search.planning.models import (
+    MODEL_ADVICE,
+    Model,
+    blaming,
+    distillation_teacher,
+    distillation_teacher_config,
+)
 from minitron_search.planning.token_ids import check_special_tokens, check_windows
 from minitron_search.planning.workload import Costs
 from minitron_search.records.bucket import bucket_copy, stored_text
@@ -56,17 +61,7 @@ from minitron_search.tracking.trackers import check_installed, log_in
 from minitron_search.trials.settings import correction_tokens
 
 QUESTION_ADVICE = "embedded, or a .jsonl file of questions in Winogrande's format"
-MODEL_ADVICE = "a folder whose files are as save_pretrained of transformers 5 writes them"
 TASK_ADVICE = "tasks of lm-eval, as winogrande:5, or YAML files like theirs (docs/evaluation.md)"
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model of the run: its stock folder, its configuration, and the content id of both."""
-
-    folder: Path
-    config: PretrainedConfig
-    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -145,7 +140,11 @@ def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace]:
 
     Raises ValueError with the field, its value and a valid alternative.
     """
-    config, _ = complete(config, resume)
+    return check_completed(complete(config, resume)[0], resume)
+
+
+def check_completed(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace]:
+    """Do as `check` does, of a configuration that leaves nothing to the teacher."""
     run_dir = RunDirectory(config.output)
     with reading(f"output: {config.output}", "a run directory whose files are whole, or another folder"):
         check_output(run_dir, config, resume)
@@ -158,7 +157,7 @@ def check(config: Config, resume: bool) -> tuple[PretrainedConfig, SearchSpace]:
         space = _space(config, pruned)
     if "depth" in config.stages:
         in_layers(config.depth.lengths, pruned.num_hidden_layers)
-    _check_teachers(config, pruned, _distillation_teacher_config(config, pruned))
+    _check_teachers(config, pruned, distillation_teacher_config(config, pruned))
     _check_evaluation(config)
     check_installed(config.trackers)
     check_topk(config, pruned)
@@ -188,7 +187,7 @@ def prepare(config: Config, resume: bool) -> Prepared:
     config, derived = complete(config, resume)
     for line in derived:
         say(f"derived: {line}")
-    pruned, space = check(config, resume)
+    pruned, space = check_completed(config, resume)
     check_texts(config)
     run_dir = RunDirectory(config.output)
     config = as_begun(run_dir, config)
@@ -224,7 +223,7 @@ def prepare(config: Config, resume: bool) -> Prepared:
         packed=packed,
         origin=origin,
         stored=stored_dtype(folder, pruned) if config.retraining.dtype == "auto" else config.retraining.dtype,
-        distillation_teacher=_distillation_teacher(config, tokenizer, pruned.vocab_size),
+        distillation_teacher=distillation_teacher(config, tokenizer, pruned.vocab_size),
     )
     _check_same_models(prepared)
     return prepared
@@ -261,14 +260,14 @@ def _check_evaluation(config: Config) -> None:
     with reading(f"evaluation.tasks: {', '.join(config.evaluation.tasks)}", TASK_ADVICE):
         parse_tasks(config.evaluation.tasks)
     for reference in config.evaluation.references:
-        with _blaming("evaluation.references"):
+        with blaming("evaluation.references"):
             teacher_config(reference)
 
 
 def _fetch_evaluation(config: Config) -> None:
     """Load the evaluation's data and reference models now: what is missing is found before the run begins."""
     for reference in config.evaluation.references:
-        with _blaming("evaluation.references"):
+        with blaming("evaluation.references"):
             checked_fingerprint(reference, teacher_folder(reference))
     check_data(parse_tasks(config.evaluation.tasks))
 
@@ -309,72 +308,6 @@ def _corpus(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int)
         calibration=config.corpus.calibration,
         vocab_size=vocab_size,
     )
-
-
-def lines_up(one: PretrainedConfig, other: PretrainedConfig) -> bool:
-    """Return whether two models have every axis alike, so that one order of elements permutes both."""
-    return one.model_type == other.model_type and whole(one) == whole(other)
-
-
-def _distillation_teacher_config(config: Config, pruned: PretrainedConfig) -> PretrainedConfig | None:
-    """Return the configuration of `distillation.teacher`, None unless one is given.
-
-    Raises ValueError if that model cannot teach students of the pruned one.
-    """
-    name = config.distillation.teacher
-    if name is None:
-        return None
-    with _blaming("distillation.teacher"):
-        other = teacher_config(name)
-        family_of(other)
-    if other.vocab_size < pruned.vocab_size:
-        raise ValueError(f"distillation.teacher: {name!r} has a vocabulary of {other.vocab_size:,} and teacher.model "
-                         f"{config.teacher.model!r} one of {pruned.vocab_size:,}, of which it would say nothing of the "
-                         "last; valid: a model with the same tokenizer and at least as many rows, such as the one that "
-                         "teacher.model was pruned from")  # fmt: skip
-    if config.distillation.intermediate and not lines_up(pruned, other):
-        raise ValueError(f"distillation.intermediate: {config.distillation.intermediate} compares states channel by "
-                         f"channel, and distillation.teacher {name!r} has another shape than teacher.model "
-                         f"{config.teacher.model!r}; valid: 0, or a teacher of the same shape")  # fmt: skip
-    return other
-
-
-def _distillation_teacher(config: Config, tokenizer: PreTrainedTokenizerBase, rows: int) -> Model | None:
-    """Return the model of `distillation.teacher`, None unless one is given.
-
-    Raises ValueError if its tokenizer gives the pruned model's token ids to other words, or if the rows that it has
-    beyond the `rows` of the pruned model are more than padding.
-    """
-    name = config.distillation.teacher
-    if name is None:
-        return None
-    with _blaming("distillation.teacher"):
-        folder, own = teacher_folder(name).absolute(), load_tokenizer(name).get_vocab()
-        content = checked_fingerprint(name, folder)
-    ours = tokenizer.get_vocab()
-    if own != ours:
-        token = min(word for word in own.keys() | ours.keys() if own.get(word) != ours.get(word))
-        raise ValueError(f"distillation.teacher: {name!r} has another vocabulary than teacher.model "
-                         f"{config.teacher.model!r}: {token!r} is its token {own.get(token)} and the other's "
-                         f"{ours.get(token)}; valid: a model with the same tokenizer, such as the one that "
-                         "teacher.model was pruned from")  # fmt: skip
-    beyond = [token for token, number in ours.items() if number >= rows]
-    teacher = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if beyond and teacher.vocab_size > rows:
-        raise ValueError(f"distillation.teacher: {name!r} has {teacher.vocab_size:,} rows and teacher.model "
-                         f"{config.teacher.model!r} {rows:,}, and {min(beyond)!r} is a token of the rows between; "
-                         "valid: a model whose other rows are padding alone")  # fmt: skip
-    return Model(folder, teacher, content)
-
-
-@contextmanager
-def _blaming(key: str) -> Iterator[None]:
-    """While the block runs, let errors about a model name `key`, which holds it here, instead of teacher.model."""
-    try:
-        with reading(key, MODEL_ADVICE):
-            yield
-    except ValueError as error:
-        raise ValueError(str(error).replace("teacher.model", key)) from error
 
 
 def _space(config: Config, teacher: PretrainedConfig) -> SearchSpace:

@@ -130,6 +130,11 @@ def say_harm(run_dir: RunDirectory, trial: str, trim: str) -> str | None:
     return sentence
 
 
+def harm_of(run_dir: RunDirectory) -> list[str]:
+    """Return `harm_sentences` of a run as it is now."""
+    return harm_sentences(against_trims(run_dir.read_trials(), run_dir.scores()))
+
+
 def harm_sentences(tests: Sequence[Row]) -> list[str]:
     """Return what there is to say of `against_trims`; nothing where every student is better than its trim, and that it
     is not known where nothing was scored untrained.

@@ -16,11 +16,9 @@ import torch
 from minitron_search.config.schema import Config
 from minitron_search.distillation import loop
 from minitron_search.distillation.training_log import DivergedError
+from minitron_search.evaluation.scoring import lm_losses
 from minitron_search.evaluation.statistics import interval
-from minitron_search.losses.output_loss import token_losses
-from minitron_search.models.device import autocast, on_device, release_memory
-from minitron_search.models.families import final_hidden
-from minitron_search.models.output_head import output_head
+from minitron_search.models.device import on_device, release_memory
 from minitron_search.trials.inputs import TrialInputs
 from minitron_search.trials.runner import initial_student, teacher_of
 from minitron_search.trials.trial import Trial
@@ -86,7 +84,8 @@ def probed(
         inputs = replace(inputs, train=inputs.train[: -probe.judged])
     began, losses = time.monotonic(), dict[float, np.ndarray | None]()
     torch.set_num_threads(trial.settings.threads or 1)
-    untrained = _loss(on_device(initial_student(inputs, trial, trains=False)).eval(), windows, trial)
+    precision = trial.settings.precision
+    untrained = lm_losses(on_device(initial_student(inputs, trial, trains=False)).eval(), windows, precision)
 
     def mean(rate: float) -> float:
         found = losses[rate]
@@ -144,16 +143,5 @@ def _trained_loss(
         return None
     finally:
         release_memory()
-    losses = _loss(student.eval(), windows, trial)
+    losses = lm_losses(student.eval(), windows, trial.settings.precision)
     return losses if np.isfinite(losses).all() else None
-
-
-def _loss(student: Any, windows: np.ndarray, trial: Trial) -> np.ndarray:
-    """Return the LM loss of every window: (n,) float64, nats per token."""
-    losses, head = [], output_head(student)
-    with torch.inference_mode(), autocast(trial.settings.precision, student.device):
-        for window in windows:
-            ids = torch.from_numpy(window[None].astype(np.int64)).to(student.device)
-            ce = token_losses(final_hidden(student, ids)[:, :-1].flatten(0, 1), head, ids[:, 1:].flatten()).ce
-            losses.append(float(ce.double().mean()))
-    return np.array(losses)

@@ -40,8 +40,12 @@ def rule_rate(model: str) -> float:
     if model == embedded.NAME:
         return KNOWN_RATE
     config = teacher_config(model)
-    share = KNOWN_PARAMETERS / parameter_count(weights(config), sizes(config))
-    return float(f"{max(LEAST_RATE, KNOWN_RATE * min(1.0, share) ** POWER):.2g}")
+    return rate_by_size(parameter_count(weights(config), sizes(config)))
+
+
+def rate_by_size(params: int) -> float:
+    """Return the rule's rate for a teacher of so many parameters, two digits."""
+    return float(f"{max(LEAST_RATE, KNOWN_RATE * min(1.0, KNOWN_PARAMETERS / params) ** POWER):.2g}")
 
 
 def automatic_rates(config: Config) -> tuple[Literal["distillation", "retraining"], ...]:

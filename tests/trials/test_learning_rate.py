@@ -103,7 +103,7 @@ def probing(monkeypatch: pytest.MonkeyPatch, losses: dict[float, Any], middle: f
 
     monkeypatch.setattr(learning_rate, "initial_student", lambda *_, **__: Student())
     monkeypatch.setattr(learning_rate, "on_device", lambda student: student)
-    monkeypatch.setattr(learning_rate, "_loss", lambda student, windows, trial: np.full(len(windows), 5.0))
+    monkeypatch.setattr(learning_rate, "lm_losses", lambda student, windows, precision: np.full(len(windows), 5.0))
     monkeypatch.setattr(learning_rate, "_trained_loss", trained)
     fake: Any = Fake
     return probed(fake, fake, Probe(4, 1, 4, 8), middle, np.zeros((9, 8), np.int32))
