@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import ray
 
+from minitron_search.architecture_search.state import SearchState, make_trial
 from minitron_search.cluster import session
 from minitron_search.cluster.placement import resolved_precision
 from minitron_search.config import loading
@@ -20,7 +21,6 @@ from minitron_search.pipeline.correction import correct_teacher
 from minitron_search.pipeline.teacher import make_trial_inputs
 from minitron_search.planning.prepare import prepare
 from minitron_search.records.directory import RunDirectory, chosen_rate
-from minitron_search.search.state import SearchState, make_trial
 from minitron_search.trials.settings import distillation_settings, retraining_settings, with_rate
 
 

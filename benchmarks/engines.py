@@ -33,6 +33,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
 from benchmarks import engine_runner
+from minitron_search.architecture_search.space import SearchSpace
 from minitron_search.config.loading import parse_config
 from minitron_search.export.compatibility import complete
 from minitron_search.export.student_folder import write_folder
@@ -41,7 +42,6 @@ from minitron_search.models.architecture import Architecture
 from minitron_search.models.engines import ENGINES, Rule, refusals
 from minitron_search.models.families import student_config, whole
 from minitron_search.pruning.trimming import trim
-from minitron_search.search.space import SearchSpace
 from minitron_search.teachers.sources import teacher_folder
 
 FAMILIES = ("llama", "qwen2", "gemma3_text")

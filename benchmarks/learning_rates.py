@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.document import replaced
 from benchmarks.importance_table import lm_loss, shape_within
+from minitron_search.architecture_search.state import make_trial
 from minitron_search.config.inputs import ImportanceConfig
 from minitron_search.config.loading import parse_config
 from minitron_search.data.corpus import Corpus, load_corpus
@@ -46,7 +47,6 @@ from minitron_search.models.loading import load_teacher
 from minitron_search.models.output_head import output_head
 from minitron_search.pruning.trimming import permute_teacher, trim
 from minitron_search.records.directory import replace_text
-from minitron_search.search.state import make_trial
 from minitron_search.teachers.sources import fingerprint, load_tokenizer, teacher_folder
 from minitron_search.trials.inputs import TrialInputs
 from minitron_search.trials.learning_rate import probe_of, probed

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
+from minitron_search.architecture_search.samplers import Observation, propose
+from minitron_search.architecture_search.space import SearchSpace
 from minitron_search.config.loading import load_config
 from minitron_search.config.space import Budget
 from minitron_search.models.architecture import Architecture
 from minitron_search.models.families import student_config
 from minitron_search.planning.prepare import check
-from minitron_search.search.samplers import Observation, propose
-from minitron_search.search.space import SearchSpace
 
 RECIPES = Path(__file__).parents[1] / "search_spaces"
 SAMPLE = 25  # architectures built, of each recipe and sampler

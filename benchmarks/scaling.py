@@ -34,6 +34,8 @@ import psutil
 import ray
 from ray.cluster_utils import Cluster
 
+from minitron_search.architecture_search.space import SearchSpace
+from minitron_search.architecture_search.state import SearchState
 from minitron_search.cluster import launchers, tuner
 from minitron_search.cluster.remote_logs import keep_files
 from minitron_search.cluster.session import ENVIRONMENT
@@ -41,8 +43,6 @@ from minitron_search.config import loading
 from minitron_search.config import schema as configuration
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.metrics import METRICS, scored
-from minitron_search.search.space import SearchSpace
-from minitron_search.search.state import SearchState
 from minitron_search.trials.settings import distillation_settings
 from minitron_search.trials.trial import Trial
 from tests import tiny

@@ -40,6 +40,8 @@ import pyarrow as pa
 import ray
 
 from benchmarks.document import replaced
+from minitron_search.architecture_search.space import SearchSpace
+from minitron_search.architecture_search.state import make_trial
 from minitron_search.cluster import session
 from minitron_search.cluster.placement import resolved_precision
 from minitron_search.config.schema import Config
@@ -50,8 +52,6 @@ from minitron_search.pipeline.importance import measure_importance
 from minitron_search.pipeline.teacher import make_trial_inputs
 from minitron_search.planning.prepare import Prepared, prepare
 from minitron_search.records.directory import RunDirectory, replace_text, write_table
-from minitron_search.search.space import SearchSpace
-from minitron_search.search.state import make_trial
 from minitron_search.trials.settings import retraining_settings, untrained
 from minitron_search.trials.trial import Trial
 

@@ -34,6 +34,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from minitron_search.ablation.shapes import shaped
+from minitron_search.architecture_search.space import SearchSpace
 from minitron_search.config.loading import parse_config
 from minitron_search.config.schema import Config
 from minitron_search.messages.console import console, say
@@ -41,7 +42,6 @@ from minitron_search.models import device as precision
 from minitron_search.models.architecture import Architecture, parameter_count
 from minitron_search.models.families import sizes_of, student_config, weights, whole
 from minitron_search.records.directory import write_table
-from minitron_search.search.space import SearchSpace
 from minitron_search.teachers.sources import teacher_config
 
 SCHEMA = pa.schema([

@@ -6,6 +6,8 @@ In a notebook: `import minitron_search as ms`, then `ms.load`, `ms.corpus`, `ms.
 
 from typing import TYPE_CHECKING, Any
 
+from minitron_search.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from minitron_search.api import corpus as corpus
     from minitron_search.api import distill as distill
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
     from minitron_search.api import search as search
     from minitron_search.api import sweep_depth as sweep_depth
     from minitron_search.api import trim as trim
-
-__version__ = "0.1.0"
 
 NOTEBOOK = (
     "corpus", "distill", "load", "measure_importance", "open_run", "prune", "score", "search", "sweep_depth", "trim",

@@ -24,14 +24,14 @@ from typing import Any
 import numpy as np
 
 from minitron_search.ablation.shapes import in_numbers, shaped
+from minitron_search.architecture_search.schedule import whole_batches
+from minitron_search.architecture_search.space import SearchSpace
 from minitron_search.config import loading
 from minitron_search.config.schema import Config
 from minitron_search.planning.prepare import Prepared, check, check_names, complete
 from minitron_search.records.bucket import bucket_copy
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.paths import at_home, inside, is_uri, working_folder
-from minitron_search.search.schedule import whole_batches
-from minitron_search.search.space import SearchSpace
 from minitron_search.teachers.sources import is_stored
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")

@@ -14,6 +14,7 @@ from rich.table import Table
 from minitron_search.ablation import storage
 from minitron_search.ablation.definition import BEFORE, Ablation, begun, check_arm, check_text, checked
 from minitron_search.ablation.differences import differences, read_arms, shown, write_differences
+from minitron_search.architecture_search.space import SearchSpace
 from minitron_search.cluster import session
 from minitron_search.cluster.node_disks import free_checkpoints
 from minitron_search.config import loading
@@ -27,7 +28,6 @@ from minitron_search.planning.prepare import Prepared, prepare
 from minitron_search.planning.workload import Costs, option_tokens
 from minitron_search.records.damage import mend
 from minitron_search.records.directory import ABLATION_FILE, RunDirectory, chosen_rate, replace_text
-from minitron_search.search.space import SearchSpace
 from minitron_search.trials.settings import automatic_rates
 
 

@@ -6,14 +6,14 @@ from typing import Any, get_args
 
 from transformers import PretrainedConfig
 
+from minitron_search.architecture_search.default_space import shares
+from minitron_search.architecture_search.space import SearchSpace
 from minitron_search.config import loading
 from minitron_search.config.schema import Config
 from minitron_search.config.space import Anchor, Axes, Axis, DropBlock, SpaceConfig
 from minitron_search.importance.methods import trimmed_config
 from minitron_search.models.families import whole
 from minitron_search.planning.defaults import budget_of
-from minitron_search.search.default_space import shares
-from minitron_search.search.space import SearchSpace
 from minitron_search.teachers.sources import teacher_config
 
 # the largest steps that come near a budget: a percent of the parameters of the smallest teachers

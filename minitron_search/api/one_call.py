@@ -10,13 +10,13 @@ from minitron_search.api.model import Model, load
 from minitron_search.api.pruning import measure_importance, trim
 from minitron_search.api.shape import Shape
 from minitron_search.api.text import corpus
+from minitron_search.architecture_search.default_space import derived
+from minitron_search.architecture_search.samplers import Observation, propose
+from minitron_search.architecture_search.space import SearchSpace
 from minitron_search.config.space import Budget, SpaceConfig, Target
 from minitron_search.evaluation.scoring import lm_losses
 from minitron_search.evaluation.statistics import mean_and_error
 from minitron_search.models.device import resolve
-from minitron_search.search.default_space import derived
-from minitron_search.search.samplers import Observation, propose
-from minitron_search.search.space import SearchSpace
 
 
 def prune(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from minitron_search.search.state import SearchState
+from minitron_search.architecture_search.state import SearchState
 from minitron_search.trials.trial import Trial
 
 

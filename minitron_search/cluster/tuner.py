@@ -12,6 +12,9 @@ from ray import tune
 from ray.tune.error import TuneError
 from ray.tune.search import Searcher
 
+from minitron_search.architecture_search.schedule import search_phases
+from minitron_search.architecture_search.state import SearchState
+from minitron_search.architecture_search.study import LiveStudy
 from minitron_search.cluster import session
 from minitron_search.cluster.launchers import tune_function
 from minitron_search.cluster.node_disks import free_checkpoints
@@ -25,9 +28,6 @@ from minitron_search.models.architecture import Architecture
 from minitron_search.records.damage import CheckpointDamage
 from minitron_search.records.directory import FINISHED
 from minitron_search.records.summary import harm_of, say_harm
-from minitron_search.search.schedule import search_phases
-from minitron_search.search.state import SearchState
-from minitron_search.search.study import LiveStudy
 from minitron_search.trials.trial import Trial
 
 TRIAL_RESTARTS = 1  # of a trial whose process died

@@ -1,6 +1,7 @@
 """The section that says what is searched: budget, axes, anchors.
 
-What is `auto` follows from the teacher (`search/default_space.py`); a run's configuration holds it in numbers.
+What is `auto` follows from the teacher (`architecture_search/default_space.py`); a run's configuration holds it in
+numbers.
 """
 
 import math

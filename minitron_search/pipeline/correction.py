@@ -17,6 +17,7 @@ import numpy as np
 import ray
 import torch
 
+from minitron_search.architecture_search.state import make_trial
 from minitron_search.cluster import session
 from minitron_search.cluster.placement import on_all_cpus
 from minitron_search.cluster.session import slots
@@ -35,7 +36,6 @@ from minitron_search.records import cache
 from minitron_search.records.cache import content_id
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.metrics import score_columns
-from minitron_search.search.state import make_trial
 from minitron_search.teachers.sources import fingerprint
 from minitron_search.trials.inputs import TrialInputs
 from minitron_search.trials.settings import correction, correction_settings

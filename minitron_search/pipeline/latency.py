@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
+from minitron_search.architecture_search.latency import LatencyTable, Pass, measure
+from minitron_search.architecture_search.space import SearchSpace
 from minitron_search.cluster.placement import on_all_cpus
 from minitron_search.cluster.session import UnfitError
 from minitron_search.config.schema import Config
@@ -21,8 +23,6 @@ from minitron_search.models.architecture import Architecture
 from minitron_search.models.device import resolve
 from minitron_search.planning.prepare import Prepared
 from minitron_search.records.directory import RunDirectory
-from minitron_search.search.latency import LatencyTable, Pass, measure
-from minitron_search.search.space import SearchSpace
 
 
 def hold_to_speed(prepared: Prepared) -> tuple[Prepared, dict[str, Any]]:

@@ -5,13 +5,13 @@ from typing import Any
 
 import ray
 
+from minitron_search.architecture_search.state import make_trial
 from minitron_search.cluster.placement import on_all_cpus
 from minitron_search.messages.console import say
 from minitron_search.pipeline.events import stage
 from minitron_search.planning.prepare import Prepared
 from minitron_search.planning.workload import planned_probe, run_tokens
 from minitron_search.records.directory import chosen_rate
-from minitron_search.search.state import make_trial
 from minitron_search.trials.learning_rate import probed
 from minitron_search.trials.settings import RATES, automatic_rates, distillation_settings, rule_rate, with_rate
 

@@ -5,13 +5,13 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from minitron_search.architecture_search.schedule import gang_workers
 from minitron_search.cluster.worker_groups import WorkerGroup
 from minitron_search.config.schema import Config
 from minitron_search.config.training import ResourcesConfig
 from minitron_search.messages.console import say
 from minitron_search.records.damage import CheckpointDamage
 from minitron_search.records.directory import RunDirectory
-from minitron_search.search.schedule import gang_workers
 from minitron_search.trials.runner import run_to_end
 from minitron_search.trials.trial import Trial
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from minitron_search.architecture_search.state import SearchState, make_trial
 from minitron_search.cluster import session
 from minitron_search.cluster.node_disks import connected, disconnect, free_checkpoints
 from minitron_search.cluster.placement import on_all_cpus, resolved_precision
@@ -40,7 +41,6 @@ from minitron_search.planning.prepare import Prepared
 from minitron_search.planning.workload import spent
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.summary import harm_of, say_harm, summary_table
-from minitron_search.search.state import SearchState, make_trial
 from minitron_search.tracking.curves import tracked
 from minitron_search.trials import runner, speed
 from minitron_search.trials.settings import (

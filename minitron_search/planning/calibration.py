@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from minitron_search.architecture_search.schedule import batch_tokens
 from minitron_search.config.schema import Config
 from minitron_search.config.types import Precision
 from minitron_search.distillation.loop import make_optimizer
@@ -31,7 +32,6 @@ from minitron_search.models.families import final_hidden, sizes_of
 from minitron_search.models.loading import random_student
 from minitron_search.models.output_head import OutputHead, output_head
 from minitron_search.planning.workload import Costs
-from minitron_search.search.schedule import batch_tokens
 from minitron_search.trials.settings import distillation_settings
 
 # Of a large matrix product's speed that distilling SmolLM2 reaches here: 0.45 to 0.6 on two cores.

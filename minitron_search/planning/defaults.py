@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 from transformers import PretrainedConfig
 
+from minitron_search.architecture_search.default_space import counts_of, derived, in_numbers, shares, two_digits
 from minitron_search.config import loading
 from minitron_search.config.schema import Config, name_after
 from minitron_search.config.space import Axes, Axis, Budget, DropBlock
 from minitron_search.depth.sweep import in_layers
 from minitron_search.importance.methods import trimmed_config
 from minitron_search.models.families import family_of, sizes, whole
-from minitron_search.search.default_space import counts_of, derived, in_numbers, shares, two_digits
 from minitron_search.teachers import embedded
 from minitron_search.teachers.sources import teacher_config
 

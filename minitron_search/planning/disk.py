@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from minitron_search.architecture_search.schedule import batch_tokens, retrained, search_phases
 from minitron_search.config.schema import Config
 from minitron_search.distillation.teacher_cache import DTYPES
 from minitron_search.importance.methods import method_of
@@ -13,7 +14,6 @@ from minitron_search.models.architecture import parameter_count
 from minitron_search.models.families import sizes, weights
 from minitron_search.planning.workload import Costs, train_tokens
 from minitron_search.records.paths import cache_folder, working_folder
-from minitron_search.search.schedule import batch_tokens, retrained, search_phases
 from minitron_search.trials.settings import correction_tokens, retraining_settings
 
 CHECKPOINT_BYTES = 12  # of a parameter: float32, two moments

@@ -8,8 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from minitron_search import __version__
 from minitron_search.planning.prepare import Prepared
+from minitron_search.version import __version__
 
 VERSIONS = ("torch", "transformers", "ray", "optuna", "numpy", "datasets", "lm_eval")
 

@@ -12,6 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PretrainedConfig
 
+from minitron_search.architecture_search.deployable import verdicts
+from minitron_search.architecture_search.schedule import gang_workers, search_phases
+from minitron_search.architecture_search.space import COORDINATES, SearchSpace
 from minitron_search.config.schema import Config
 from minitron_search.models.architecture import parameter_count
 from minitron_search.models.device import resolve
@@ -20,9 +23,6 @@ from minitron_search.planning import disk, memory
 from minitron_search.planning.calibration import Speed, measure, stated
 from minitron_search.planning.workload import Costs, Work, option_tokens, planned_probe, workload
 from minitron_search.records.directory import RunDirectory, stage_seconds
-from minitron_search.search.deployable import verdicts
-from minitron_search.search.schedule import gang_workers, search_phases
-from minitron_search.search.space import COORDINATES, SearchSpace
 from minitron_search.teachers.sources import teacher_config
 from minitron_search.trials.learning_rate import MOST_RATES
 from minitron_search.trials.settings import automatic_rates, rule_rate

@@ -12,6 +12,7 @@ import psutil
 import torch
 from transformers import PretrainedConfig
 
+from minitron_search.architecture_search.schedule import batch_tokens
 from minitron_search.depth.sweep import CHUNK_TOKENS as SWEPT_AT_ONCE
 from minitron_search.depth.sweep import STREAM_BYTES, blocks, in_layers
 from minitron_search.distillation.teacher_cache import FORWARD_TOKENS
@@ -19,7 +20,6 @@ from minitron_search.losses.output_loss import CHUNK_TOKENS, CPU_TILE_TOKENS
 from minitron_search.models.architecture import Architecture, parameter_count
 from minitron_search.models.families import sizes, sizes_of, vocabulary_tables, weights
 from minitron_search.planning.workload import Costs
-from minitron_search.search.schedule import batch_tokens
 from minitron_search.trials.settings import distillation_settings
 
 # Measured on two cores, SmolLM2 as the teacher, students of 91M.

@@ -7,6 +7,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
+from minitron_search.architecture_search.deployable import verdicts
+from minitron_search.architecture_search.samplers import check_sampler
+from minitron_search.architecture_search.space import SearchSpace
 from minitron_search.config import loading
 from minitron_search.config.schema import Config
 from minitron_search.config.space import Axes, Budget, SpaceConfig, Target
@@ -53,9 +56,6 @@ from minitron_search.planning.workload import Costs
 from minitron_search.records.bucket import bucket_copy, stored_text
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.paths import is_uri
-from minitron_search.search.deployable import verdicts
-from minitron_search.search.samplers import check_sampler
-from minitron_search.search.space import SearchSpace
 from minitron_search.teachers.sources import checked_fingerprint, load_tokenizer, teacher_config, teacher_folder
 from minitron_search.tracking.trackers import check_installed, log_in
 from minitron_search.trials.settings import correction_tokens

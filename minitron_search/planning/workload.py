@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from minitron_search.architecture_search.schedule import batch_tokens, retrained, search_phases, whole_batches
+from minitron_search.architecture_search.space import COORDINATES, SearchSpace
 from minitron_search.config.inputs import WinograndeConfig
 from minitron_search.config.schema import Config
 from minitron_search.data.winogrande import HUB, load_examples
@@ -19,8 +21,6 @@ from minitron_search.importance.methods import method_of
 from minitron_search.models.architecture import Architecture, forward_flops
 from minitron_search.models.families import sizes, sizes_of, weights
 from minitron_search.records.paths import cache_folder
-from minitron_search.search.schedule import batch_tokens, retrained, search_phases, whole_batches
-from minitron_search.search.space import COORDINATES, SearchSpace
 from minitron_search.trials.learning_rate import MOST_RATES, Probe, probe_of
 from minitron_search.trials.settings import CONTROLS, automatic_rates, correction_tokens
 from minitron_search.trials.speed import REPEATS

@@ -41,8 +41,8 @@ SHAPE_FIELDS = (
     "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "max_position_embeddings",
 )  # fmt: skip
 
-# What is searched by default: the rules for any teacher (`search/default_space.py`) give all of it but the heads, of
-# which they keep every one.
+# What is searched by default: the rules for any teacher (`architecture_search/default_space.py`) give all of it but the
+# heads, of which they keep every one.
 SPACE = SpaceConfig.model_validate({
     "budget": {"params": {"target": "90M"}},
     "axes": {

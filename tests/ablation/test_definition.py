@@ -18,6 +18,8 @@ from minitron_search.ablation.definition import Ablation, checked, load
 from minitron_search.ablation.differences import differences, read_arms, shown, write_differences
 from minitron_search.ablation.runner import prepare_ablation, run_ablation
 from minitron_search.ablation.shapes import shaped
+from minitron_search.architecture_search.default_space import two_digits
+from minitron_search.architecture_search.space import SearchSpace
 from minitron_search.cli import main
 from minitron_search.cluster.session import UnfitError
 from minitron_search.config.loading import is_ablation, parse_config
@@ -27,8 +29,6 @@ from minitron_search.models.architecture import parameter_count
 from minitron_search.models.families import sizes, sizes_of, weights, whole
 from minitron_search.planning.prepare import Prepared, check
 from minitron_search.records.directory import RunDirectory
-from minitron_search.search.default_space import two_digits
-from minitron_search.search.space import SearchSpace
 from minitron_search.teachers.sources import teacher_config
 from tests import tiny
 from tests.evaluation.test_evidence import WINDOWS, log

@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from minitron_search.architecture_search.samplers import propose
+from minitron_search.architecture_search.space import counts
 from minitron_search.config.loading import parse_config
 from minitron_search.depth.layer_choice import (
     least_block,
@@ -25,12 +27,10 @@ from minitron_search.pruning import laco
 from minitron_search.pruning.laco import C, collapsed, merged_model
 from minitron_search.pruning.trimming import trim
 from minitron_search.records.directory import RunDirectory
-from minitron_search.search.samplers import propose
-from minitron_search.search.space import counts
 from minitron_search.trials.runner import initial_student
 from tests import tiny
+from tests.architecture_search.test_samplers import space
 from tests.materials import materials, trial
-from tests.search.test_samplers import space
 
 UNTRAINED = LoopSettings(total_tokens=0, threads=1)
 

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from minitron_search.architecture_search.space import SearchSpace
 from minitron_search.config.loading import parse_config
 from minitron_search.depth.recommendation import best_blocks, recommendation
 from minitron_search.depth.sweep import TEACHER, Values, block
 from minitron_search.evaluation.statistics import paired
-from minitron_search.search.space import SearchSpace
 from tests import tiny
 
 

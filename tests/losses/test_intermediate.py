@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from minitron_search.architecture_search.space import SearchSpace
 from minitron_search.config import loading
 from minitron_search.config.schema import Config
 from minitron_search.distillation.loop import LoopSettings, Milestone, train
@@ -24,7 +25,6 @@ from minitron_search.models.architecture import Architecture
 from minitron_search.models.families import decoder_layers, family_of, whole
 from minitron_search.planning.forecast import intermediate_advice
 from minitron_search.pruning.trimming import trim
-from minitron_search.search.space import SearchSpace
 from minitron_search.trials.runner import run_trial
 from minitron_search.trials.settings import distillation_settings
 from tests import tiny

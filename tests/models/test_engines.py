@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 from transformers import PretrainedConfig
 
+from minitron_search.architecture_search.deployable import verdicts
+from minitron_search.architecture_search.space import SearchSpace
 from minitron_search.config.loading import parse_config
 from minitron_search.config.schema import Config
 from minitron_search.models.engines import ENGINES, engines_of, judge, refusals, student_of
 from minitron_search.models.families import student_config, whole
 from minitron_search.planning.defaults import completed
-from minitron_search.search.deployable import verdicts
-from minitron_search.search.space import SearchSpace
 from minitron_search.teachers.sources import teacher_config
 from tests import tiny
 

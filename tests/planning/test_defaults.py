@@ -53,8 +53,8 @@ def test_a_run_keeps_numbers_and_goes_on_with_them(
     run = RunDirectory("runs/teacher")
     run.write_config(prepared.config.dump())
     assert "auto" not in yaml.safe_dump(run.read_config()["space"])
-    monkeypatch.setattr("minitron_search.search.default_space.SHARE", 0.5)
-    monkeypatch.setattr("minitron_search.search.default_space.MLP_STEPS", 3)
+    monkeypatch.setattr("minitron_search.architecture_search.default_space.SHARE", 0.5)
+    monkeypatch.setattr("minitron_search.architecture_search.default_space.MLP_STEPS", 3)
     capsys.readouterr()
     assert complete(load_config(None, teacher), resume=False)[0].space != prepared.config.space
     again, lines = complete(load_config(None, teacher), resume=True)

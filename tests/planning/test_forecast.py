@@ -10,6 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from minitron_search.architecture_search.schedule import search_phases, search_tokens, whole_batches
+from minitron_search.architecture_search.space import SearchSpace
 from minitron_search.config import loading
 from minitron_search.config.schema import Config
 from minitron_search.models.families import whole
@@ -31,8 +33,6 @@ from minitron_search.planning.forecast import (
 )
 from minitron_search.planning.workload import Costs
 from minitron_search.records.directory import RunDirectory, stage_seconds
-from minitron_search.search.schedule import search_phases, search_tokens, whole_batches
-from minitron_search.search.space import SearchSpace
 from tests import tiny
 
 CPUS = Machine(cpus=2, gpus=0)

@@ -8,6 +8,7 @@ import psutil
 import pytest
 from transformers import Gemma3TextConfig, Qwen2Config
 
+from minitron_search.architecture_search.space import SearchSpace
 from minitron_search.cluster import placement, session, tuner
 from minitron_search.cluster.session import Room, UnfitError, sized, slots
 from minitron_search.config import loading
@@ -15,7 +16,6 @@ from minitron_search.config.training import ResourcesConfig
 from minitron_search.planning import memory
 from minitron_search.planning.forecast import Machine, fitting, trials_at_once
 from minitron_search.planning.workload import Costs
-from minitron_search.search.space import SearchSpace
 
 GB = 10**9
 

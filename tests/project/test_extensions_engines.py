@@ -2,11 +2,11 @@
 
 import pytest
 
+from minitron_search.architecture_search.space import SearchSpace
 from minitron_search.config.loading import parse_config
 from minitron_search.models.engines import ENGINES, Engine, Rule, refusals
 from minitron_search.models.families import student_config
 from minitron_search.planning.forecast import deployability
-from minitron_search.search.space import SearchSpace
 from tests import tiny
 
 ODD = Rule(("llama", "mistral"), lambda students: students.hidden % 16 != 0, "its tiles are 16 wide", ", not {hidden}")

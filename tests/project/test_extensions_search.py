@@ -12,11 +12,11 @@ from analysis.page.card import Card
 from analysis.report import write_report
 from analysis.run_cards import CARDS
 from analysis.run_data import RunData
+from minitron_search.architecture_search.samplers import SAMPLERS, Observation, check_sampler
+from minitron_search.architecture_search.space import SearchSpace
 from minitron_search.models.architecture import Architecture
 from minitron_search.records.directory import RunDirectory
-from minitron_search.search.samplers import SAMPLERS, Observation, check_sampler
-from minitron_search.search.space import SearchSpace
-from tests.search.test_state import Driver, asked, search_in
+from tests.architecture_search.test_state import Driver, asked, search_in
 
 OLD_RUN = Path(__file__).parents[1] / "fixtures" / "old_run" / "finished"
 

@@ -9,11 +9,11 @@ import pytest
 
 from analysis.cards.health import health_info
 from analysis.run_data import load_run
+from minitron_search.architecture_search.space import SearchSpace
 from minitron_search.config.loading import load_config, parse_config
 from minitron_search.planning.forecast import learning_rate as learning_rate_said
 from minitron_search.planning.workload import Costs, planned_probe, run_tokens, workload
 from minitron_search.records.directory import RunDirectory
-from minitron_search.search.space import SearchSpace
 from minitron_search.teachers import embedded
 from minitron_search.trials import learning_rate, settings
 from minitron_search.trials.learning_rate import MOST_RATES, SHARE, Probe, probe_of, probed

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from transformers import PretrainedConfig
 
+from minitron_search.architecture_search.latency import LatencyTable
+from minitron_search.architecture_search.space import SearchSpace
 from minitron_search.config.loading import parse_config
 from minitron_search.models.engines import refusals
 from minitron_search.models.families import student_config
-from minitron_search.search.latency import LatencyTable
-from minitron_search.search.space import SearchSpace
 from tests import tiny
 
 BOTH = ["vllm", "llama.cpp"]

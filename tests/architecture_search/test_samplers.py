@@ -7,10 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minitron_search.config.loading import parse_config
-from minitron_search.models.architecture import Architecture
-from minitron_search.search import samplers
-from minitron_search.search.samplers import (
+from minitron_search.architecture_search import samplers
+from minitron_search.architecture_search.samplers import (
     POPULATION,
     STARTUP,
     Observation,
@@ -21,7 +19,9 @@ from minitron_search.search.samplers import (
     promotable,
     propose,
 )
-from minitron_search.search.space import SearchSpace
+from minitron_search.architecture_search.space import SearchSpace
+from minitron_search.config.loading import parse_config
+from minitron_search.models.architecture import Architecture
 from tests import tiny
 
 TEACHER = tiny.config(hidden_size=24, num_attention_heads=6, num_key_value_heads=2, num_hidden_layers=6)

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from transformers import PretrainedConfig
 
+from minitron_search.architecture_search.deployable import deployable, why_not
+from minitron_search.architecture_search.latency import LatencyTable, Pass
 from minitron_search.config.space import Anchor, Axis, SpaceConfig
 from minitron_search.models.architecture import Architecture, memory_bytes, parameter_count
 from minitron_search.models.engines import heads_follow_hidden
 from minitron_search.models.families import family_of, sizes, sizes_of, weights, whole, why_not_expressible
-from minitron_search.search.deployable import deployable, why_not
-from minitron_search.search.latency import LatencyTable, Pass
 
 # The coordinates of a point of the space, in this order; the first five make the shape.
 COORDINATES = (

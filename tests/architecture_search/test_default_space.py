@@ -6,10 +6,7 @@ import numpy as np
 import pytest
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from minitron_search.config.loading import parse_config
-from minitron_search.config.space import SpaceConfig
-from minitron_search.models.families import family_of, is_expressible, sizes, whole
-from minitron_search.search.default_space import (
+from minitron_search.architecture_search.default_space import (
     ENOUGH_POINTS,
     HEADS_KEPT,
     counts_of,
@@ -18,7 +15,10 @@ from minitron_search.search.default_space import (
     shares,
     two_digits,
 )
-from minitron_search.search.space import SearchSpace
+from minitron_search.architecture_search.space import SearchSpace
+from minitron_search.config.loading import parse_config
+from minitron_search.config.space import SpaceConfig
+from minitron_search.models.families import family_of, is_expressible, sizes, whole
 from minitron_search.teachers import embedded
 from tests import tiny
 

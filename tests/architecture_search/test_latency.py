@@ -8,14 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from minitron_search.cluster.session import UnfitError
-from minitron_search.config.loading import parse_config
-from minitron_search.models.architecture import Architecture
-from minitron_search.models.families import is_expressible, whole
-from minitron_search.pipeline import latency as latency_stage
-from minitron_search.records.directory import RunDirectory
-from minitron_search.search import latency
-from minitron_search.search.latency import (
+from minitron_search.architecture_search import latency
+from minitron_search.architecture_search.latency import (
     HIDDEN_SIZES,
     INTERMEDIATE_SIZES,
     LatencyTable,
@@ -25,7 +19,13 @@ from minitron_search.search.latency import (
     models_of,
     table_of,
 )
-from minitron_search.search.space import SearchSpace
+from minitron_search.architecture_search.space import SearchSpace
+from minitron_search.cluster.session import UnfitError
+from minitron_search.config.loading import parse_config
+from minitron_search.models.architecture import Architecture
+from minitron_search.models.families import is_expressible, whole
+from minitron_search.pipeline import latency as latency_stage
+from minitron_search.records.directory import RunDirectory
 from tests import tiny
 
 TEACHER = tiny.config(hidden_size=24, num_attention_heads=6, num_key_value_heads=2, num_hidden_layers=5)

@@ -15,9 +15,9 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.pool import StaticPool
 
+from minitron_search.architecture_search.samplers import Observation, distributions_of, excess
+from minitron_search.architecture_search.space import SearchSpace
 from minitron_search.records.metrics import METRICS
-from minitron_search.search.samplers import Observation, distributions_of, excess
-from minitron_search.search.space import SearchSpace
 
 SHARE = 0.02  # of the time that a refresh may take; one that took a second is followed by none for fifty
 PATIENCE = 1.0  # seconds to wait for a reader in the middle of a read

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from minitron_search.architecture_search.space import SearchSpace
+from minitron_search.architecture_search.state import CONTROLS, SearchState
 from minitron_search.cluster.schedulers import rung_scheduler
 from minitron_search.config import loading
 from minitron_search.config.schema import Config
 from minitron_search.records.directory import RunDirectory
-from minitron_search.search.space import SearchSpace
-from minitron_search.search.state import CONTROLS, SearchState
 from minitron_search.trials.settings import distillation_settings
 from minitron_search.trials.trial import Trial
 from tests import tiny

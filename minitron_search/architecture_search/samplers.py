@@ -16,8 +16,8 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIIISampler, NSGAIISampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
+from minitron_search.architecture_search.space import COORDINATES, SearchSpace
 from minitron_search.models.architecture import Architecture
-from minitron_search.search.space import COORDINATES, SearchSpace
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 # multivariate sampling has been Optuna's "experimental" feature since 2.2, its GP since 3.6

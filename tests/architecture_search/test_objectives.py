@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from minitron_search.architecture_search.samplers import check_sampler
 from minitron_search.config.loading import load_config, parse_config
-from minitron_search.search.samplers import check_sampler
 from tests.tiny import over
 
 

@@ -15,10 +15,10 @@ import numpy as np
 from pydantic import ValidationError
 from transformers import PretrainedConfig
 
+from minitron_search.architecture_search.space import COUNTED, SearchSpace
 from minitron_search.config.space import Axes, Axis, Budget, DropBlock, SpaceConfig, Target
 from minitron_search.models.architecture import memory_bytes, parameter_count
 from minitron_search.models.families import family_of, is_expressible, sizes, weights, whole
-from minitron_search.search.space import COUNTED, SearchSpace
 
 SHARE = Fraction(2, 3)  # of the teacher: what a budget that nobody gave asks for
 

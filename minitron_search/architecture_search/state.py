@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from minitron_search.architecture_search.samplers import Observation, promotable, propose
+from minitron_search.architecture_search.schedule import halving, search_tokens, whole_batches
+from minitron_search.architecture_search.space import SearchSpace, counts
 from minitron_search.config.schema import Config
 from minitron_search.config.types import Precision
 from minitron_search.distillation.settings import LoopSettings
@@ -17,9 +20,6 @@ from minitron_search.evaluation.evidence import not_worse
 from minitron_search.models.architecture import Architecture
 from minitron_search.records.directory import TRIALS_SCHEMA, Log, RunDirectory
 from minitron_search.records.metrics import METRICS
-from minitron_search.search.samplers import Observation, promotable, propose
-from minitron_search.search.schedule import halving, search_tokens, whole_batches
-from minitron_search.search.space import SearchSpace, counts
 from minitron_search.trials.settings import CONTROLS
 from minitron_search.trials.trial import Trial
 

@@ -10,10 +10,10 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from minitron_search.search import study as module
-from minitron_search.search.samplers import Observation
-from minitron_search.search.study import LiveStudy
-from tests.search.test_samplers import observe, searched, space
+from minitron_search.architecture_search import study as module
+from minitron_search.architecture_search.samplers import Observation
+from minitron_search.architecture_search.study import LiveStudy
+from tests.architecture_search.test_samplers import observe, searched, space
 
 ONE, TWO = ("lm_loss",), ("winogrande_margin", "params")
 STATES = {"complete": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "running": TrialState.RUNNING,

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from minitron_search.architecture_search.samplers import Observation, propose
+from minitron_search.architecture_search.space import COORDINATES, SearchSpace
 from minitron_search.config.loading import parse_config
 from minitron_search.config.space import SpaceConfig
 from minitron_search.models.architecture import Architecture
 from minitron_search.models.families import is_expressible, sizes, student_config, whole
-from minitron_search.search.samplers import Observation, propose
-from minitron_search.search.space import COORDINATES, SearchSpace
 from tests import tiny
 
 TEACHER = tiny.config(hidden_size=24, num_attention_heads=6, num_key_value_heads=2, num_hidden_layers=5)
