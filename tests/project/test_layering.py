@@ -12,8 +12,8 @@ from tests.runs import ROOT
 # Lowest first: a package imports from those before it and from itself.
 ORDER = (
     "version", "messages", "records", "ownership", "config", "tracking", "models", "teachers", "data", "losses",
-    "evaluation", "pruning", "importance", "depth", "checkpoints", "distillation", "trials", "architecture_search", "export",
-    "planning", "cluster", "pipeline", "ablation", "commands", "api", "cli", "run",
+    "evaluation", "pruning", "importance", "depth", "checkpoints", "distillation", "trials", "architecture_search",
+    "export", "planning", "cluster", "pipeline", "ablation", "commands", "api", "cli", "run",
 )  # fmt: skip
 PLACES_WORK = {"cluster", "pipeline", "commands"}  # the only ones that import Ray
 LIGHT = {"messages", "records", "ownership", "config", "cli", "run"}  # imported before the command says its first word
