@@ -10,6 +10,7 @@ import torch
 
 from minitron_search.distillation.settings import LoopSettings
 from minitron_search.models.architecture import Architecture
+from minitron_search.models.device import release_memory
 from minitron_search.models.families import family_of, split_name, whole
 from minitron_search.pruning.trimming import as_views, trim
 from minitron_search.records.directory import RunDirectory
@@ -94,6 +95,7 @@ def test_scoring_a_candidate_on_views_takes_no_memory_for_its_weights(tmp_path: 
     ids = tiny.tokens(config)
     first = trim(tmp_path, architecture)
     tiny.logits(first, ids)  # what a first pass allocates besides
+    release_memory()  # of earlier tests, which would be used again, and nothing be seen
     before = anonymous_bytes()
     views = as_views(tmp_path, architecture)
     tiny.logits(views, ids)
