@@ -77,8 +77,8 @@ def load_run(directory: RunDirectory) -> RunData:
         )
     if not any(path.exists() for path in artifacts):
         raise ValueError(
-            f"{directory.root}: no run here. A run directory holds {directory.config.name}, "
-            f"{directory.events_log.name} and trials/, as `python -m minitron_search.run` writes them."
+            f"{directory.root}: no run here; valid: a run directory, with {directory.config.name}, "
+            f"{directory.events_log.name} and trials/, as `python -m minitron_search.run` writes it"
         )
     problems: list[str] = []
 
