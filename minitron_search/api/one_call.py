@@ -34,14 +34,16 @@ def prune(
 
     Importance is measured on `calibration` windows of `text`; then TPE proposes `trials` shapes whose parameters are
     within 5% of `params` (90M, 67%; auto: two thirds), and each is scored untrained, by its LM loss on `judged` other
-    windows. What it says is which trim is best, not which student is after training: that is what a search asks.
+    windows, none of which is among the validation windows of `corpus(text, ...)`. What it says is which trim is best,
+    not which student is after training: that is what a search asks.
 
     Raises ValueError for a budget that no shape meets, and a text that is too short.
     """
     teacher = load(model)
     asked = SpaceConfig(budget=Budget(params=Target(target=params)))
     space = SearchSpace(derived(asked, teacher.config, teacher.config), teacher.config)
-    windows = corpus(text, teacher, length=length, calibration=calibration, validation=judged, tokens=0, seed=seed)
+    # not on the windows that `corpus` gives for validation: what selects is not what reports
+    windows = corpus(text, teacher, length=length, calibration=calibration, tokens=judged * length, seed=seed)
     importance, resolved = measure_importance(teacher, windows.calibration), resolve("auto")
     rows: list[dict] = []
     observed: list[Observation] = []
@@ -52,7 +54,7 @@ def prune(
             break
         shape = Shape(architecture, teacher.config)
         student = trim(teacher, shape, importance)
-        losses = lm_losses(student.model, windows.validation, resolved)
+        losses = lm_losses(student.model, windows.train, resolved)
         mean, error, n = mean_and_error(losses)
         observed.append(Observation(architecture, (mean,), "complete"))
         rows.append({**_described(shape), "lm_loss": mean, "lm_loss_stderr": error, "lm_loss_n": n})

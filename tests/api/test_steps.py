@@ -98,8 +98,8 @@ def test_one_call_returns_the_best_of_what_it_tried(folder: Path) -> None:
     assert student.shape.params == tried["params"].iloc[0]
     assert abs(student.shape.params / ms.load(folder / "model").shape.params - 0.8) <= 0.05 * 0.8 + 0.001
     # over the last of them again, with the same seed
-    text = ms.corpus(folder / "text.txt", student, length=32, calibration=4, validation=6, tokens=0)
-    assert ms.score(student, text.validation)["lm_loss"] == pytest.approx(tried["lm_loss"].iloc[0], rel=1e-6)
+    text = ms.corpus(folder / "text.txt", student, length=32, calibration=4, tokens=6 * 32)
+    assert ms.score(student, text.train)["lm_loss"] == pytest.approx(tried["lm_loss"].iloc[0], rel=1e-6)
 
 
 def test_winogrande_is_scored_where_it_is_asked_for(teacher: Model, text: Corpus, tmp_path: Path) -> None:
