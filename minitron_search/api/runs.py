@@ -2,17 +2,19 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from rich.console import Console
 
 from minitron_search.api.html import table
-from minitron_search.api.model import Model, load
 from minitron_search.config.loading import configured, read_yaml
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.paths import located
 from minitron_search.records.summary import chosen_rows, harm_of, summary_table
+
+if TYPE_CHECKING:
+    from minitron_search.api.model import Model
 
 
 class Run:
@@ -44,8 +46,10 @@ class Run:
         """The file of the report; it is there when the run has written it."""
         return self.directory.report
 
-    def best(self, rank: int = 1) -> Model:
+    def best(self, rank: int = 1) -> "Model":
         """Return the retrained student promoted `rank`-th. Raises ValueError where there is none."""
+        from minitron_search.api.model import load  # torch, which the tables do without
+
         folder = self.directory.best(rank)
         if not folder.is_dir():
             raise ValueError(f"rank: {self.directory.root} holds no {folder.name}/; valid: a run that has retrained")

@@ -1,6 +1,8 @@
 """A run from a notebook: started, continued and read."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -21,6 +23,28 @@ def test_a_run_is_read_as_plain_objects(finished_run: Path) -> None:
     assert "retrained" in repr(run) and str(finished_run) in repr(run) and "retrained" in run._repr_html_()
     with pytest.raises(ValueError, match="holds no best-2/"):
         run.best(2)
+
+
+def test_reading_and_reporting_need_neither_torch_nor_ray(finished_run: Path, tmp_path: Path) -> None:
+    """With both out of reach, and what brings them."""
+    output = Path(shutil.copytree(finished_run, tmp_path / "read"))
+    (output / "report.html").unlink()
+    script = f"""
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "ray", "transformers", "datasets", "lm_eval"):
+            raise ImportError(f"{{name}} is out of reach")
+sys.meta_path.insert(0, Blocked())
+import minitron_search as ms
+run = ms.open_run({str(output)!r})
+assert len(run.trials) and len(run.events) and "retrained" in repr(run) and run._repr_html_()
+from analysis.report import main
+assert main([{str(output)!r}]) == 0
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (output / "report.html").is_file()
 
 
 def test_a_search_goes_on_with_what_is_there_and_refuses_what_is_wrong(

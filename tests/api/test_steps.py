@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import minitron_search as ms
-from minitron_search.api import Corpus, Model
+from minitron_search.api import Model
+from minitron_search.data.corpus import Corpus
 from tests import tiny
 
 
