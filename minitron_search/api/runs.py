@@ -56,7 +56,7 @@ class Run:
         return load(folder)
 
     def __repr__(self) -> str:
-        console = Console(record=True, width=100, file=open("/dev/null", "w"))  # noqa: SIM115
+        console = Console(record=True, width=110, file=open("/dev/null", "w"))  # noqa: SIM115
         console.print(summary_table(self.directory))
         return "\n".join([str(self.directory.root), console.export_text().rstrip(), *harm_of(self.directory)])
 

@@ -1,0 +1,78 @@
+"""What other tools call a key: a misspelt one is looked for by its meaning before its letters."""
+
+# the last part of a key -> keys that mean it, of which the first in the same section is named, else the first
+SYNONYMS = {
+    "lr": ("distillation.learning_rate", "retraining.learning_rate", "teacher.correction.learning_rate"),
+    "min_lr": ("retraining.min_learning_rate",),
+    "learning_rate": ("distillation.learning_rate", "retraining.learning_rate"),
+    "bs": ("distillation.batch_tokens",),
+    "batch_size": ("distillation.batch_tokens",),
+    "per_device_train_batch_size": ("distillation.batch_tokens",),
+    "global_batch_size": ("distillation.batch_tokens",),
+    "epochs": ("retraining.tokens", "search.rungs"),
+    "num_train_epochs": ("retraining.tokens", "search.rungs"),
+    "steps": ("retraining.tokens", "search.rungs"),
+    "max_steps": ("retraining.tokens", "search.rungs"),
+    "train_iters": ("retraining.tokens", "search.rungs"),
+    "tokens": ("retraining.tokens", "search.rungs"),
+    "warmup": ("retraining.warmup_steps", "teacher.correction.warmup_steps"),
+    "warmup_iters": ("retraining.warmup_steps",),
+    "scheduler": ("search.scheduler", "retraining.schedule"),
+    "lr_scheduler": ("retraining.schedule",),
+    "lr_scheduler_type": ("retraining.schedule",),
+    "tau": ("distillation.temperature",),
+    "kd_temperature": ("distillation.temperature",),
+    "kd_loss": ("distillation.loss",),
+    "alpha": ("distillation.intermediate",),
+    "seq_len": ("corpus.sequence_length",),
+    "seq_length": ("corpus.sequence_length",),
+    "max_length": ("corpus.sequence_length",),
+    "block_size": ("corpus.sequence_length",),
+    "context_length": ("corpus.sequence_length",),
+    "nsamples": ("corpus.calibration_samples", "importance.samples"),
+    "calib_size": ("corpus.calibration_samples",),
+    "dataset": ("corpus.train",),
+    "data": ("corpus.train",),
+    "text": ("corpus.train",),
+    "path": ("teacher.model",),
+    "name": ("teacher.model", "name"),
+    "model_name": ("teacher.model",),
+    "model_name_or_path": ("teacher.model",),
+    "pretrained": ("teacher.model",),
+    "output_dir": ("output",),
+    "dtype": ("retraining.dtype", "precision"),
+    "torch_dtype": ("precision",),
+    "bf16": ("precision",),
+    "pruner": ("importance.method",),
+    "criterion": ("importance.method",),
+    "layers": ("space.axes.drop_block", "depth.lengths"),
+    "num_layers": ("space.axes.drop_block",),
+    "num_hidden_layers": ("space.axes.drop_block",),
+    "ffn": ("space.axes.intermediate_size",),
+    "mlp": ("space.axes.intermediate_size",),
+    "ffn_hidden_size": ("space.axes.intermediate_size",),
+    "heads": ("space.axes.num_attention_heads",),
+    "kv_heads": ("space.axes.num_key_value_heads",),
+    "num_query_groups": ("space.axes.num_key_value_heads",),
+    "n_trials": ("search.trials",),
+    "num_samples": ("search.trials",),
+    "max_concurrent": ("search.concurrency",),
+    "parallel": ("search.concurrency",),
+    "workers": ("search.concurrency", "resources.workers_per_trial", "depth.workers"),
+    "num_workers": ("resources.workers_per_trial",),
+    "gpus": ("resources.gpus_per_worker",),
+    "num_gpus": ("resources.gpus_per_worker",),
+    "cpus": ("resources.cpus_per_worker",),
+    "num_cpus": ("resources.cpus_per_worker",),
+    "tasks": ("evaluation.tasks",),
+    "num_fewshot": ("winogrande.shots",),
+}
+
+
+def synonym(key: str) -> str | None:
+    """Return the key that means what `key` says, one of its own section where there is one; None if none is known."""
+    section, _, leaf = key.rpartition(".")
+    meant = SYNONYMS.get(leaf.lower())
+    if meant is None:
+        return None
+    return next((name for name in meant if name.rpartition(".")[0] == section), meant[0])

@@ -1,0 +1,29 @@
+"""A key that other tools call otherwise is looked for by its meaning."""
+
+import pytest
+
+from minitron_search.config import loading
+from minitron_search.config.synonyms import SYNONYMS
+
+KNOWN = {name for name, _ in loading.keys()}
+
+
+def test_every_key_that_is_meant_is_one() -> None:
+    assert not {key for meant in SYNONYMS.values() for key in meant} - KNOWN
+
+
+@pytest.mark.parametrize("key, meant", [
+    ("distillation.lr", "distillation.learning_rate"),
+    ("retraining.lr", "retraining.learning_rate"),
+    ("lr", "distillation.learning_rate"),
+    ("retraining.epochs", "retraining.tokens"),
+    ("batch_size", "distillation.batch_tokens"),
+    ("space.budget.memory.batch_size", "space.budget.memory_bytes.batch_size"),
+    ("teacher.name", "teacher.model"),
+    ("search.workers", "search.concurrency"),
+    ("space.axes.layers", "space.axes.drop_block"),
+    ("search.trails", "search.trials"),
+])  # fmt: skip
+def test_the_nearest_by_meaning_is_named(key: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=rf"{key}: unknown key .*did you mean {meant}\?"):
+        loading.load_config(None, [f"--{key}=3"])
