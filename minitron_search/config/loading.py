@@ -237,7 +237,7 @@ def _suggest(key: str) -> str:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     leaf = key.rsplit(".", 1)[-1]
     same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
-    if key.rpartition(".")[0] in {name.rpartition(".")[0] for name in known} and (meant := synonym(key)):
+    if meant := synonym(key):
         return f"did you mean {meant}?"
     return f"did you mean {(same_leaf or near)[0]}?" if same_leaf or near else ""
 

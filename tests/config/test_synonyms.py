@@ -18,7 +18,7 @@ def test_every_key_that_is_meant_is_one() -> None:
     ("lr", "distillation.learning_rate"),
     ("retraining.epochs", "retraining.tokens"),
     ("batch_size", "distillation.batch_tokens"),
-    ("space.budget.memory.batch_size", "space.budget.memory_bytes.batch_size"),
+    ("space.budget.memory", "space.budget.memory_bytes"),
     ("teacher.name", "teacher.model"),
     ("search.workers", "search.concurrency"),
     ("space.axes.layers", "space.axes.drop_block"),
