@@ -11,7 +11,7 @@ from minitron_search.api.html import table
 from minitron_search.config.loading import configured, read_yaml
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.paths import located
-from minitron_search.records.summary import chosen_rows, harm_of, summary_table
+from minitron_search.records.summary import chosen_rows, harm_of, summary_table, winner
 
 if TYPE_CHECKING:
     from minitron_search.api.model import Model
@@ -58,7 +58,14 @@ class Run:
     def __repr__(self) -> str:
         console = Console(record=True, width=110, file=open("/dev/null", "w"))  # noqa: SIM115
         console.print(summary_table(self.directory))
-        return "\n".join([str(self.directory.root), console.export_text().rstrip(), *harm_of(self.directory)])
+        return "\n".join(
+            [
+                str(self.directory.root),
+                console.export_text().rstrip(),
+                winner(self.directory) or "",
+                *harm_of(self.directory),
+            ]
+        )
 
     def _repr_html_(self) -> str:
         rows = [

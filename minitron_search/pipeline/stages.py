@@ -40,7 +40,7 @@ from minitron_search.planning.forecast import comparison, intermediate_advice, r
 from minitron_search.planning.prepare import Prepared
 from minitron_search.planning.workload import spent
 from minitron_search.records.directory import RunDirectory
-from minitron_search.records.summary import harm_of, say_harm, summary_table
+from minitron_search.records.summary import harm_of, say_harm, summary_table, winner
 from minitron_search.tracking.curves import tracked
 from minitron_search.trials import runner, speed
 from minitron_search.trials.settings import (
@@ -69,7 +69,9 @@ def run_pipeline(prepared: Prepared, with_forecast: bool = True) -> None:
     shutil.rmtree(run_dir.scratch, ignore_errors=True)
     disconnect(run_dir)
     run_dir.event("run_finished", seconds=time.monotonic() - began)
-    console.print(summary_table(run_dir))
+    console.print(summary_table(run_dir, console.width))
+    if best := winner(run_dir):
+        say(best)
     for sentence in harm_of(run_dir):
         say(f"* {sentence}")
     if compared := comparison(run_dir):

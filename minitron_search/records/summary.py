@@ -20,15 +20,22 @@ Row = Mapping[str, Any]  # of the trials table
 Scores = Mapping[tuple[str, int], Mapping[str, Any]]  # `RunDirectory.scores`
 CONFIDENCE = 0.95
 NAMED = 5  # trials in a sentence
+WIDE = 100  # columns that the whole table takes
 # arm -> the key to lower where its training makes students worse
 RATES = {"search": "distillation.learning_rate", "retrained": "retraining.learning_rate"}
 
 
-def summary_table(run_dir: RunDirectory) -> Table:
-    """Return the table, a row for each of `chosen_rows`; a `*` marks a student that is above its untrained trim."""
-    table = Table(title="losses and margin in nats; (standard error) in the last digits", box=SIMPLE_HEAD)
-    metrics = [(name, METRICS[name]) for name in scored()]
-    for name in ("", "parameters", "tokens", *(metric.heading for _, metric in metrics), "tokens/s"):
+def summary_table(run_dir: RunDirectory, columns: int = WIDE) -> Table:
+    """Return the table, a row for each of `chosen_rows`; a `*` marks a student that is above its untrained trim.
+
+    columns: of the terminal. One of 80 has no room for the margin, which is in the report.
+    """
+    wide = columns >= WIDE
+    title = f"losses{' and margin' if wide else ''} in nats; (standard error) in the last digits"
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1) if wide else (0, 1, 0, 0))
+    params, speed = ("parameters", "tokens/s") if wide else ("params", "tok/s")
+    metrics = [(name, METRICS[name]) for name in scored() if wide or name != "winogrande_margin"]
+    for name in ("", params, "tokens", *(metric.heading for _, metric in metrics), speed):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     rows = run_dir.read_trials()
     above = {(test["trial"], test["rung"]) for test in against_trims(rows, run_dir.scores()) if test["above"]}
@@ -41,6 +48,19 @@ def summary_table(run_dir: RunDirectory) -> Table:
             f"{row['tokens_per_second']:.0f}" if row["tokens_per_second"] else "-",
         )
     return table
+
+
+def winner(run_dir: RunDirectory) -> str | None:
+    """Return the shape of the best student beside its teacher's size, in a line; None where none was promoted."""
+    rows = chosen_rows(run_dir.read_trials())
+    best = next((row for name, row in rows if name in ("retrained", "best candidate")), None)
+    teacher = next((row for name, row in rows if name == "teacher"), None)
+    if best is None or teacher is None:
+        return None
+    heads = f"heads {best['num_attention_heads']} in {best['num_key_value_heads']} groups"
+    return (f"best: hidden {best['hidden_size']}, mlp {best['intermediate_size']}, {heads}, "
+            f"{best['num_hidden_layers']} layers: {best['params'] / 1e6:.1f}M parameters, "
+            f"{best['params'] / teacher['params']:.0%} of the teacher's")  # fmt: skip
 
 
 def with_error(value: float, error: float) -> str:

@@ -1,11 +1,13 @@
 """A student that training made worse than its untrained trim is said to be, wherever a run says anything of it."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from analysis.cards.health import health_info
 from analysis.cards.summary import summary_html, summary_info
@@ -14,7 +16,7 @@ from analysis.run_data import load_run
 from minitron_search.evaluation.evidence import evidence
 from minitron_search.export.model_card import model_card, origin_of
 from minitron_search.records.directory import RunDirectory
-from minitron_search.records.summary import against_trims, harm_sentences, say_harm, summary_table
+from minitron_search.records.summary import against_trims, harm_sentences, say_harm, summary_table, winner
 from tests.export.test_model_card import ROW, TEXTS, teacher, trial
 
 WINDOWS = 16
@@ -116,6 +118,13 @@ def test_the_table_the_evidence_and_the_report_say_it(run: RunDirectory) -> None
     log(run, "retrained", "a", {400: 2.0})
     said = harm_sentences(held(run, **{"search-a": "promoted"}))
     assert len(said) == 2
+    for columns in (80, 100, 140):
+        console = Console(record=True, width=columns, file=io.StringIO())
+        console.print(summary_table(run, columns))
+        printed = console.export_text()
+        assert "…" not in printed and max(map(len, printed.splitlines())) <= columns, printed
+        assert printed.count("(") >= 3 * 4, "every score with its error"
+    assert "layers: " in (winner(run) or "") and "of the teacher's" in (winner(run) or "")
     names = [str(cell) for cell in summary_table(run).columns[0].cells]
     assert names == ["teacher", "untrained trim", "best candidate*", "retrained*"]
     found = evidence(run, "lm_loss")
