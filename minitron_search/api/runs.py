@@ -1,5 +1,6 @@
 """Runs from a notebook: search with a configuration, and read what any run left."""
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,16 +57,10 @@ class Run:
         return load(folder)
 
     def __repr__(self) -> str:
-        console = Console(record=True, width=110, file=open("/dev/null", "w"))  # noqa: SIM115
+        console = Console(record=True, width=110, file=io.StringIO())
         console.print(summary_table(self.directory))
-        return "\n".join(
-            [
-                str(self.directory.root),
-                console.export_text().rstrip(),
-                winner(self.directory) or "",
-                *harm_of(self.directory),
-            ]
-        )
+        told = [str(self.directory.root), console.export_text().rstrip(), winner(self.directory)]
+        return "\n".join([line for line in told if line] + harm_of(self.directory))
 
     def _repr_html_(self) -> str:
         rows = [
