@@ -1,4 +1,4 @@
-"""The notebook's document: its code runs, in its order, on a tiny model in the place of SmolLM2's."""
+"""The code of the notebook's document, and of the README, runs in its order on a tiny model in the place of SmolLM2."""
 
 from contextlib import redirect_stdout
 from io import StringIO
@@ -12,6 +12,28 @@ from tests.project.test_docs import ROOT, fenced
 from tests.runs import Command
 
 DOCUMENT = ROOT / "docs" / "notebook.md"
+
+
+def test_what_the_readme_says_runs(
+    tiny_command: Command, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = tiny_command.configuration
+    teacher, text = (repr(config[section][key]) for section, key in (("teacher", "model"), ("corpus", "train")))
+    smaller = {
+        '"smollm2-135m", params="90M"': f'{teacher}, params="75%", text={text}, length=32, trials=2',
+        '"smollm2-135m"': teacher,
+        '"docstrings", student, tokens="64K"': f'{text}, student, tokens="1K", length=32, calibration=8, validation=8',
+        '"runs/smollm2-135m"': repr(str(finished_run)),
+    }  # fmt: skip
+    (block,) = fenced(ROOT / "README.md", "python")
+    for said, instead in smaller.items():
+        assert said in block, said
+        block = block.replace(said, instead)
+    names: dict[str, Any] = {}
+    with redirect_stdout(StringIO()) as printed:
+        exec(compile(block, "README.md", "exec"), names)
+    assert "kl" in printed.getvalue() and len(names["run"].trials)
 
 
 def test_what_it_says_runs(
