@@ -216,7 +216,9 @@ def table(work: Path, rates: Sequence[float], seeds: Sequence[int]) -> str:
         cells = (probe["teacher"], f"{probe['kept']:g}", probe["seed"], f"{probe['untrained']:.3f}", losses,
                  probe["steps"], f"{probe['trained_tokens']:,}, {probe['scored_tokens']:,}")  # fmt: skip
         tried.append(f"| {' | '.join(map(str, cells))} |")
-    note = f"{missing} of the sweep's trainings are missing." if missing else "Every training of the sweep is there."
+    note = (
+        f"{missing} trainings of these shapes are missing." if missing else "Every training of these shapes is there."
+    )
     return "\n".join([*choices, "", *tried, "", *lines, "", note])
 
 
