@@ -31,14 +31,14 @@ def test_a_choice_is_paired_with_the_best_rate_of_the_sweep(tmp_path: Path) -> N
     said = table(tmp_path, RATES, (0, 1))
     assert "| t | 0.5 | rule | 0.0001 | +0.0000 over 0.0001 | 0.0000 to 0.0000 | 2 | 0.0% |" in said
     assert "| t | 0.5 | probe | 0.0003 | +0.0500 over 0.0001 | 0.0500 to 0.0500 | 2 | 3.0% |" in said
-    assert "0.0003: 5.000, 0.001: diverged" in said and said.endswith("Every training of the sweep is there.")
+    assert "0.0003: 5.000, 0.001: diverged" in said and said.endswith("Every training of these shapes is there.")
 
 
 def test_what_is_missing_is_counted_and_not_compared(tmp_path: Path) -> None:
     made(tmp_path, (1e-4, 3e-4))
     said = table(tmp_path, RATES, (0, 1, 2))
     assert "the sweep is not whole for any seed" in said and "| t | 0.5 | 6.000 | 0.0001 | 4.000 | 2 |" in said
-    assert said.endswith("7 of the sweep's trainings are missing.")
+    assert said.endswith("7 trainings of these shapes are missing.")
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
