@@ -46,10 +46,9 @@ def usage() -> str:
     """Return what `--help` prints."""
     width = max(len(f"{name} {command.follows}") for name, command in COMMANDS.items())
     lines = [f"  {f'{name} {command.follows}':<{width}}  {command.does}" for name, command in COMMANDS.items()]
-    spaces = ", ".join(path.stem for path in sorted(SPACES.glob("*.yaml")))
     return "\n".join([
         f"usage: {PROGRAM} COMMAND ...", "", *lines, "",
-        f"CONFIG: a YAML file, or one of {spaces}, or an ablation in {SPACES.name}/ablations.",
+        f"CONFIG: a YAML file, or one of {shipped()}, or an ablation in {SPACES.name}/ablations.",
         "MODEL: smollm2-135m (embedded), a folder, or a name on the Hub. FLAGS: --stages, --output, --resume,",
         "--dry-run, and every key of the configuration (search_spaces/template.yaml has them all): --search.trials 16",
     ])  # fmt: skip
@@ -59,6 +58,11 @@ def _run(name: str, rest: list[str]) -> int:
     if name not in COMMANDS:
         raise ValueError(f"{name!r} is not a command; valid: {', '.join(COMMANDS)}")
     return COMMANDS[name].run(rest)
+
+
+def shipped() -> str:
+    """Return the names of the searches that are shipped, in a line."""
+    return ", ".join(path.stem for path in sorted(SPACES.glob("*.yaml")))
 
 
 def configuration(name: str) -> str | None:
@@ -79,7 +83,7 @@ def with_config(arguments: list[str]) -> list[str]:
     file = configuration(arguments[0])
     if file is None:
         raise ValueError(f"{arguments[0]!r} is neither a file nor a configuration that is shipped; valid: a YAML file, "
-                         f"or one of {', '.join(path.stem for path in sorted(SPACES.glob('*.yaml')))}")  # fmt: skip
+                         f"or one of {shipped()}")  # fmt: skip
     return ["--config", file, *arguments[1:]]
 
 

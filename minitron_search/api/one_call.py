@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from minitron_search.api.model import Model, load
 from minitron_search.api.pruning import measure_importance, trim
-from minitron_search.api.shape import Shape
+from minitron_search.api.shape import WIDTHS, Shape
 from minitron_search.api.text import corpus
 from minitron_search.architecture_search.default_space import derived
 from minitron_search.architecture_search.samplers import Observation, propose
@@ -68,6 +68,5 @@ def prune(
 
 def _described(shape: Shape) -> dict[str, object]:
     architecture = shape.architecture
-    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
-    return {**{name: getattr(architecture, name) for name in names}, "layers": np.array(architecture.layers),
-            "params": shape.params}  # fmt: skip
+    sizes = {name: getattr(architecture, name) for name in (*WIDTHS, "num_hidden_layers")}
+    return {**sizes, "layers": np.array(architecture.layers), "params": shape.params}

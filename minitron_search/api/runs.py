@@ -1,6 +1,7 @@
 """Runs from a notebook: search with a configuration, and read what any run left."""
 
 import io
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,4 @@ def open_run(output: str | Path) -> Run:
 
 
 def _text(value: Any) -> str:
-    import json
-
     return value if isinstance(value, str) else json.dumps(value)

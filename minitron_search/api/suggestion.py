@@ -8,17 +8,17 @@ two moments in float32), 2 of the teacher, and a quarter of them for what is com
 import json
 import math
 
+from minitron_search.api.shape import WIDTHS, Shape
 from minitron_search.config import loading
 from minitron_search.config.schema import Config
 from minitron_search.config.space import Axis
 from minitron_search.depth.sweep import in_layers
-from minitron_search.models.architecture import parameter_count
-from minitron_search.models.families import sizes, weights
 from minitron_search.planning.defaults import completed
 from minitron_search.teachers.sources import teacher_config
 
 SEARCH_SHARE, RETRAINING_SHARE = 0.01, 0.4  # tokens, of the student's parameters
 WINDOWS = 1024  # tokens, where the model has as many positions
+BATCH = 16  # windows
 GPU_BYTES, ON_THE_WAY = 80e9, 1.25
 
 
@@ -30,9 +30,8 @@ def suggestion(model: str, params: str = "auto") -> str:
     asked = loading.parse_config({"teacher": {"model": model}, "space": {"budget": {"params": {"target": params}}}})
     config, _ = completed(asked, None)
     teacher = teacher_config(model)
-    listed, dims = weights(teacher), sizes(teacher)
-    whole = parameter_count(listed, dims)
-    inside = parameter_count(listed, dims, embeddings=False)
+    shape = Shape.of(teacher)
+    whole, inside = shape.params, shape.non_embedding_params
     bound = config.space.budget.params
     assert bound is not None
     student = int(bound.number)
@@ -60,7 +59,7 @@ def suggestion(model: str, params: str = "auto") -> str:
         f"  # to {SEARCH_SHARE:.0%} of the student's parameters in tokens",
         f"retraining: {{tokens: {retrained}, warmup_steps: 100}}  # {RETRAINING_SHARE:.0%}; more helps as long as the "
         "loss falls",
-        f"distillation: {{batch_tokens: {batch(length)}, learning_rate: auto}}  # a probe of a few steps chooses it",
+        f"distillation: {{batch_tokens: {BATCH * length}, learning_rate: auto}}  # a probe of a few steps chooses it",
         *_gpus(whole, student),
         "",
     ])  # fmt: skip
@@ -72,14 +71,9 @@ def rounded(tokens: float) -> int:
     return max(1_000, round(tokens / digits) * digits)
 
 
-def batch(length: int) -> int:
-    """Return the tokens of a batch of 16 windows."""
-    return 16 * length
-
-
 def _axes(config: Config, depth: int) -> list[str]:
     axes, lines = config.space.axes, []
-    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+    for name in WIDTHS:
         axis: Axis | None = getattr(axes, name)
         if axis is not None:
             given = {key: value for key, value in axis.model_dump().items() if value is not None}

@@ -33,7 +33,7 @@ def corpus(
     Raises ValueError for a text that is missing, unreadable or too short.
     """
     tokenizer = _tokenizer(model)
-    train = _count("tokens", tokens)
+    train = token_count("tokens", tokens)
     source = str(text)
     return load_corpus(
         source, str(validation_text or source), tokenizer, sequence_length=length, calibration_samples=calibration,
@@ -51,7 +51,7 @@ def _tokenizer(model: "Model | PreTrainedTokenizerBase | str | Path") -> PreTrai
     return load_tokenizer(str(model))
 
 
-def _count(name: str, value: int | str) -> int:
+def token_count(name: str, value: int | str) -> int:
     """Return a number of tokens, as 64K or 1M. Raises ValueError for what is none."""
     number = as_number(value)
     if not isinstance(number, int | float) or number < 0 or number != int(number):

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from minitron_search.api.html import table
 from minitron_search.api.model import Model, load
-from minitron_search.api.text import _count
+from minitron_search.api.text import token_count
 from minitron_search.config.types import Loss
 from minitron_search.distillation.loop import train
 from minitron_search.distillation.settings import LoopSettings
@@ -75,8 +75,8 @@ def distill(
     if source.config.vocab_size != student.config.vocab_size:
         raise ValueError(f"teacher: {source.name} has a vocabulary of {source.config.vocab_size:,} and the student one "
                          f"of {student.config.vocab_size:,}; valid: the model that it was trimmed from")  # fmt: skip
-    total = windows.size if tokens is None else _count("tokens", tokens)
-    batch = _count("batch_tokens", batch_tokens)
+    total = windows.size if tokens is None else token_count("tokens", tokens)
+    batch = token_count("batch_tokens", batch_tokens)
     if not len(windows) or total < 1 or batch < 1:
         raise ValueError(f"tokens: {total} on {len(windows)} windows; valid: at least one of each")
     rate = rate_by_size(source.shape.params) if learning_rate == "auto" else learning_rate
