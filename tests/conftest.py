@@ -73,11 +73,14 @@ def tiny_command(tmp_path_factory: pytest.TempPathFactory) -> "Command":
 
 
 @pytest.fixture(scope="session")
-def finished_run(tiny_command: "Command", shared_ray: Path) -> Path:
-    """A whole unbroken run of `tiny_command` at concurrency 1, inside the Tune trials: to be read only."""
+def finished_run(tiny_command: "Command", shared_ray: Path) -> Iterator[Path]:
+    """A whole unbroken run of `tiny_command` at concurrency 1, inside the Tune trials: to be read only, as is checked
+    at the end, for what one test writes into it another reads."""
     output = tiny_command.folder / "finished"
     tiny_command.main(output, "--search.concurrency", "1", "--resources.launcher", "inline")
-    return output
+    events = (output / "events.jsonl").read_bytes()
+    yield output
+    assert (output / "events.jsonl").read_bytes() == events, "a test went on with the run that all of them read"
 
 
 @pytest.fixture(scope="session")

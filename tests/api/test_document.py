@@ -1,5 +1,6 @@
 """The code of the notebook's document, and of the README, runs in its order on a tiny model in the place of SmolLM2."""
 
+import shutil
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -41,6 +42,7 @@ def test_what_it_says_runs(
 ) -> None:
     """The run that it searches is one that is finished, and goes on with nothing to do."""
     monkeypatch.chdir(tmp_path)
+    output = shutil.copytree(finished_run, tmp_path / "again")  # going on says its stages once more
     config = tiny_command.configuration
     smaller = {
         '"smollm2-135m", params="90M"': f'{config["teacher"]["model"]!r}, params="75%", length=32, trials=2',
@@ -51,7 +53,7 @@ def test_what_it_says_runs(
         "lengths=(2, 4)": "lengths=(1, 2)",
         "best(4)": "best(2)",
         '"smollm2.yaml", output="runs/x", search__trials=8':
-            f'{str(tiny_command.file)!r}, output={str(finished_run)!r}, search__concurrency=1, '
+            f'{str(tiny_command.file)!r}, output={str(output)!r}, search__concurrency=1, '
             'resources__launcher="inline"',
     }  # fmt: skip
     names: dict[str, Any] = {}
