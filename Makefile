@@ -10,14 +10,12 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 run: $(VENV)/.installed
 	$(BIN)/python -m minitron_search.run $(ARGS)
 
-# A file to a process, so that fixtures are made once; the files that take longest first, so that no core is idle at the
-# end.
+# A file to a process, so that fixtures are made once.
 test: $(VENV)/.installed
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not hosts" \
-	  $$(grep -rl --include='test_*.py' mark.slow tests/end_to_end tests/teachers tests/depth tests | awk '!seen[$$0]++') tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not hosts"
 endif
 
 # ray up and ray job submit on two hosts made of namespaces, which lose power: eight minutes, most of them spent waiting

@@ -40,9 +40,11 @@ def search(config: Config, resume: bool, hold: Hold) -> int:
     release_memory()
     run_dir = prepared.run_dir
     run_dir.files = hold.files
-    if resume:
-        mend(run_dir)
-        check_stages(run_dir, config)  # what was damaged is not there any more
+    if resume and mend(run_dir):
+        try:
+            check_stages(run_dir, config)  # what was damaged is not there any more
+        except ValueError as error:
+            raise BegunError(None, wrote=True) from error
     bucket = bucket_copy(config.output, run_dir, hold.check)
     failed_before = failed_evaluations(run_dir)
     with continued_by(lambda: command_for(config, run_dir), run_dir.events_log):

@@ -21,6 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest  # noqa: E402
+from filelock import FileLock  # noqa: E402
 
 if TYPE_CHECKING:
     from tests.runs import Command
@@ -64,20 +65,31 @@ def no_shared_ray() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_command(tmp_path_factory: pytest.TempPathFactory) -> "Command":
-    """Of `tiny_inputs`; whoever asks for it gives its outputs names of their own."""
-    from tests.runs import Command, tiny_inputs
-
-    folder = tmp_path_factory.mktemp("tiny")
-    return Command(folder, tiny_inputs(folder))
+def among_all(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that every process of these tests has, for what one of them makes and all of them read."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(scope="session")
-def finished_run(tiny_command: "Command", shared_ray: Path) -> Iterator[Path]:
+def tiny_command(among_all: Path, tmp_path_factory: pytest.TempPathFactory) -> "Command":
+    """Of `tiny_inputs`, which all processes share; whoever asks for it gives its outputs names of their own."""
+    from tests.runs import Command, tiny_inputs
+
+    folder = among_all / "tiny"
+    with FileLock(f"{folder}.lock"):
+        configuration = tiny_inputs(folder)
+    return Command(tmp_path_factory.mktemp("tiny"), configuration)
+
+
+@pytest.fixture(scope="session")
+def finished_run(among_all: Path, tiny_command: "Command", shared_ray: Path) -> Iterator[Path]:
     """A whole unbroken run of `tiny_command` at concurrency 1, inside the Tune trials: to be read only, as is checked
     at the end, for what one test writes into it another reads."""
-    output = tiny_command.folder / "finished"
-    tiny_command.main(output, "--search.concurrency", "1", "--resources.launcher", "inline")
+    output = among_all / "finished"
+    with FileLock(f"{output}.lock"):
+        if not output.exists():
+            tiny_command.main(output, "--search.concurrency", "1", "--resources.launcher", "inline")
     events = (output / "events.jsonl").read_bytes()
     yield output
     assert (output / "events.jsonl").read_bytes() == events, "a test went on with the run that all of them read"
@@ -118,6 +130,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 BEGAN = pytest.StashKey[float]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files first that take long, so that no process is left with one of them when the others have ended."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -48,14 +48,15 @@ def tiny_configuration(teacher: Path, text: Path) -> dict[str, Any]:
 
 
 def tiny_inputs(folder: Path) -> dict[str, Any]:
-    """`tiny_configuration` of a 6-layer teacher and a text that are written into `folder`."""
+    """`tiny_configuration` of a 6-layer teacher and a text that are written into `folder`, unless they are there."""
     config = tiny.config(
         vocab_size=258, hidden_size=48, intermediate_size=128, num_hidden_layers=6, num_attention_heads=6,
         num_key_value_heads=3, head_dim=8, max_position_embeddings=512,
     )  # fmt: skip
-    tiny.model(config).save_pretrained(folder / "teacher")
-    tiny.tokenizer().save_pretrained(folder / "teacher")
-    (folder / "text.txt").write_text(tiny.prose(20_000))
+    if not (folder / "text.txt").exists():
+        tiny.model(config).save_pretrained(folder / "teacher")
+        tiny.tokenizer().save_pretrained(folder / "teacher")
+        (folder / "text.txt").write_text(tiny.prose(20_000))
     return tiny_configuration(folder / "teacher", folder / "text.txt")
 
 

@@ -203,7 +203,7 @@ def prepare(config: Config, resume: bool) -> Prepared:
         folder = teacher_folder(config.teacher.model).absolute()
         tokenizer = load_tokenizer(config.teacher.model)
         origin = _origin(config, folder, tokenizer)
-        check_special_tokens(config, tokenizer, pruned.vocab_size)
+        check_special_tokens(config, tokenizer, pruned)
     with reading(f"winogrande.source: {config.winogrande.source!r}", QUESTION_ADVICE):
         packed = _packed_questions(config, pruned, tokenizer)
     with reading(f"corpus: {config.corpus.train!r}, {config.corpus.validation!r}", "text that the tokenizer reads"):

@@ -1,21 +1,31 @@
 """Check that every token a run reads has a row in the embedding of its teacher."""
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from minitron_search.config.schema import Config
 from minitron_search.data.corpus import Corpus
 from minitron_search.messages.console import say
 
 READ = ("bos_token", "eos_token", "unk_token")  # any text may begin with one, end with one or hold one
+NAMED = ("bos_token_id", "eos_token_id")  # what generate() begins and ends with, where it is given no other
 
 
-def check_special_tokens(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Raise ValueError if a special token that texts are made of is no row of the embedding."""
+def check_special_tokens(config: Config, tokenizer: PreTrainedTokenizerBase, pruned: PretrainedConfig) -> None:
+    """Raise ValueError if a special token that texts are made of is no row of the embedding; say it of one that only
+    the model's configuration names. No run reads that one, and GPT-2's stay in models of other vocabularies."""
     for name in READ:
         token, number = getattr(tokenizer, name), getattr(tokenizer, f"{name}_id")
-        if number is not None and number >= vocab_size:
-            raise ValueError(_beyond(f"teacher.model: {config.teacher.model!r}: its {name}", token, number, vocab_size))
+        if number is not None and number >= pruned.vocab_size:
+            where = f"teacher.model: {config.teacher.model!r}: its {name}"
+            raise ValueError(_beyond(where, token, number, pruned.vocab_size))
+    for name in NAMED:
+        named = getattr(pruned, name, None)
+        for number in named if isinstance(named, list) else [named]:
+            if number is not None and not 0 <= number < pruned.vocab_size:
+                say(f"teacher.model: {config.teacher.model}: config.json names {name} {number}, and the embedding has "
+                    f"{pruned.vocab_size} rows; this run reads the tokenizer's, generate() of the student may "
+                    "not")  # fmt: skip
 
 
 def check_windows(config: Config, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:

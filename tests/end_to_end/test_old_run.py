@@ -1,10 +1,12 @@
 """A run directory that an earlier version wrote is read, reported and continued (fixtures/README.md)."""
 
+import os
 import pickle
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from analysis.report import write_report
 from minitron_search.cli import main
@@ -28,6 +30,16 @@ def test_a_finished_old_run_is_read_and_reported(old: Path) -> None:
     assert len(rows(run.root)) == 16 and run.read_depth() and run.read_evidence()["finalists"]
     page = write_report(run).read_text()
     assert "could not be made" not in page and "search-57ef2e6cf4" in page
+
+
+def test_what_is_refused_once_damage_was_set_aside_has_written(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDirectory(old / "finished")
+    begun = yaml.safe_load(run.config.read_text())
+    run.config.write_text(yaml.safe_dump({**begun, "stages": ["search", "retrain"]}))
+    os.truncate(run.importance, 100)
+    assert main(["--output", "finished", "--resume"]) == 1
+    assert "search needs importance" in capsys.readouterr().err and not run.importance.exists()
+    assert main(["--output", "finished", "--resume"]) == 2, "nothing is left to set aside"
 
 
 @pytest.mark.parametrize("hostile", [False, True])

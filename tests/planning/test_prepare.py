@@ -422,6 +422,18 @@ def test_students_are_written_in_the_dtype_asked_for(asked: str, good: list[str]
     assert prepare(loading.load_config(None, flags), resume=False).stored == {"auto": "bfloat16"}.get(asked, asked)
 
 
+def test_a_token_beyond_the_embedding_that_only_the_configuration_names_is_said(
+    good: list[str], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny.teacher_folder(here / "named")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "bos_token_id": 258, "eos_token_id": [257, 999]}))
+    prepare(loading.load_config(None, [*good, "--teacher.model", str(folder)]), resume=False)
+    said = capsys.readouterr().out
+    assert "names bos_token_id 258, and the embedding has 258 rows" in said and "names eos_token_id 999" in said
+    assert "257" not in said
+
+
 @pytest.mark.parametrize("special", ["eos_token", "bos_token", "unk_token", "pad_token", "extra"])
 def test_a_token_beyond_the_embedding_is_refused_if_it_can_be_read(
     special: str, good: list[str], refused: Refused, here: Path, capsys: pytest.CaptureFixture[str]
