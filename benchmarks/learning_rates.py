@@ -15,6 +15,7 @@ missing, is printed, and goes between two marker comments of `--output`, if one 
 import argparse
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -49,7 +50,7 @@ from minitron_search.pruning.trimming import permute_teacher, trim
 from minitron_search.records.directory import replace_text
 from minitron_search.teachers.sources import fingerprint, load_tokenizer, teacher_folder
 from minitron_search.trials.inputs import TrialInputs
-from minitron_search.trials.learning_rate import probe_of, probed
+from minitron_search.trials.learning_rate import chosen, probe_of, probed
 from minitron_search.trials.settings import distillation_settings, rule_rate
 
 RATES = (1e-5, 3e-5, 6e-5, 1.2e-4, 3e-4, 6e-4, 1.2e-3)
@@ -87,8 +88,8 @@ def main() -> None:
             probe = options.work / "probes" / f"{text.name}-{kept:g}-{seed}.json"
             if not probe.exists():
                 replace_text(probe, json.dumps(probe_of_one(text, kept, seed, options.run_tokens)))
-            chosen = json.loads(probe.read_text())
-            for rate in dict.fromkeys([chosen["rate"], chosen["rule"], *middle_first(options.rates)]):
+            found = as_chosen(json.loads(probe.read_text()))
+            for rate in dict.fromkeys([found["rate"], found["rule"], *middle_first(options.rates)]):
                 file = row_file(options.work, text.name, kept, rate, seed)
                 if not file.exists():
                     replace_text(file, json.dumps(distilled(text, kept, rate, seed, options.tokens)))
@@ -97,6 +98,13 @@ def main() -> None:
     if options.output:
         document = replaced(options.output.read_text(), found, "learning_rates", "Learning rates")
         options.output.write_text(document)
+
+
+def as_chosen(probe: dict[str, Any]) -> dict[str, Any]:
+    """A probe with the rate that is chosen today from the losses it found: those stay what they are."""
+    losses = {row["rate"]: math.inf if row["lm_loss"] is None else row["lm_loss"] for row in probe["rates"]}
+    windows = -(-parse_config({}).distillation.batch_tokens // probe["length"])
+    return {**probe, "rate": chosen(losses, windows / probe["batch"]) if probe["helped"] else min(losses)}
 
 
 def middle_first(rates: Sequence[float]) -> list[float]:
@@ -191,7 +199,7 @@ def probe_of_one(text: Text, kept: float, seed: int, run_tokens: int) -> dict[st
 def table(work: Path, rates: Sequence[float], seeds: Sequence[int]) -> str:
     """Markdown of what is there: the mean LM loss at every rate, and how far each choice is above the best of them."""
     rows = [json.loads(file.read_text()) for file in sorted((work / "rows").glob("*.json"))]
-    probes = [json.loads(file.read_text()) for file in sorted((work / "probes").glob("*.json"))]
+    probes = [as_chosen(json.loads(file.read_text())) for file in sorted((work / "probes").glob("*.json"))]
     lines = ["| teacher | kept | untrained | rate | LM loss | seeds |", "|---|---|---|---|---|---|"]
     choices = ["| teacher | kept | choice | rate | above the best rate | 95% over windows | seeds | of the run |",
                "|---|---|---|---|---|---|---|---|"]  # fmt: skip

@@ -2,11 +2,14 @@
 
 It is for `auto`, of a teacher that no rate is known for (`settings.automatic_rates`). Every rate starts from the same
 trim and reads the same windows; its LM loss is taken on calibration windows, which are neither trained on nor what the
-run reports. All of it takes at most `SHARE` of what the run trains; a run of which that is too little for
+run reports. What is taken lies between the rates that were tried (`between`), and is raised for the run's larger steps.
+All of it takes at most `SHARE` of what the run trains; a run of which that is too little for
 `FEWEST_STEPS` has no probe.
 """
 
+import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -29,16 +32,20 @@ SHARE = 0.03  # of the run's training tokens, with a scored token counted as a t
 JUDGED_SHARE = 0.25  # of that, for scoring
 FEWEST_STEPS, MOST_STEPS = 4, 16
 MOST_JUDGED = 16  # windows
+# The best rate rises with the windows of a step. By this power of their ratio the rates that probes of one window found
+# for SmolLM2 are the best ones of four (docs/results.md); theory has 1/2 for Adam and small batches (2405.14578).
+BATCH_POWER = 0.25
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a probe takes. batch, judged: windows."""
+    """What a probe takes. batch, judged, run_batch: windows, the last of a step of the run."""
 
     steps: int
     batch: int
     judged: int
     length: int
+    run_batch: int
 
     @property
     def trained_tokens(self) -> int:
@@ -63,16 +70,16 @@ def probe_of(config: Config, run_tokens: int) -> Probe | None:
     if trained < FEWEST_STEPS or judged < 2:
         return None
     steps = min(MOST_STEPS, trained)
-    own_batch = -(-config.distillation.batch_tokens // length)
+    run_batch = -(-config.distillation.batch_tokens // length)
     available = config.corpus.calibration_samples if config.corpus.calibration is None else MOST_JUDGED
-    return Probe(steps, min(own_batch, trained // steps), min(judged, available), length)
+    return Probe(steps, min(run_batch, trained // steps), min(judged, available), length, run_batch)
 
 
 def probed(
     inputs: TrialInputs, trial: Trial, probe: Probe, middle: float, calibration: np.ndarray | None
 ) -> dict[str, Any]:  # fmt: skip
-    """Return what the probe found: `rate`, every one of `rates` with its loss, whether the best of them `helped`, and
-    what it took. Where none is below the untrained trim, `rate` is the lowest.
+    """Return what the probe found: the `rate` that the run takes, every one of `rates` with its loss, whether the best
+    of them `helped`, and what it took. Where none is below the untrained trim, `rate` is the lowest.
 
     `middle`: the rate to begin with. Then come the ones beside it, and one more on the side where the best of them is,
     if that is an end. calibration: the windows whose loss is taken, (n, length), of the text that is trained on; None
@@ -100,8 +107,9 @@ def probed(
             waiting = [rate for rate in _beside(best) if not min(losses) <= rate <= max(losses)]
     best = min(losses, key=mean)
     helped = mean(best) < untrained.mean()
+    means = {rate: mean(rate) for rate in losses}
     return {
-        "rate": best if helped else min(losses),
+        "rate": chosen(means, probe.run_batch / probe.batch) if helped else min(losses),
         "helped": bool(helped),
         "untrained": float(untrained.mean()),
         "rates": [_row(rate, losses[rate], untrained) for rate in sorted(losses)],
@@ -111,6 +119,29 @@ def probed(
         "scored_tokens": (len(losses) + 1) * windows.size,
         "seconds": time.monotonic() - began,
     }
+
+
+def chosen(losses: Mapping[float, float], batches: float) -> float:
+    """Return the rate that a run takes after its probe, two digits.
+
+    losses: by rate, inf where it diverged. batches: how many windows a step of the run has for one of the probe's.
+    """
+    return float(f"{between(losses) * batches**BATCH_POWER:.2g}")
+
+
+def between(losses: Mapping[float, float]) -> float:
+    """Return the rate where the parabola through the best rate and the two beside it is least, over the logarithm of
+    the rate; the best rate itself where it is an end, or where one beside it diverged."""
+    rates = sorted(losses)
+    at = min(range(len(rates)), key=lambda place: losses[rates[place]])
+    if at in (0, len(rates) - 1):
+        return rates[at]
+    below, best, above = (losses[rate] for rate in rates[at - 1 : at + 2])
+    curvature = below - 2 * best + above
+    if not 0 < curvature < math.inf:
+        return rates[at]
+    steps = math.log(rates[at + 1] / rates[at]), math.log(rates[at] / rates[at - 1])
+    return rates[at] * math.exp((below - above) / (2 * curvature) * sum(steps) / 2)
 
 
 def _beside(rate: float) -> tuple[float, float]:

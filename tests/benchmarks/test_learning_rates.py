@@ -21,7 +21,8 @@ def made(work: Path, rates: tuple[float, ...] = (*RATES, 3e-4), seeds: tuple[int
                    "validation": {"0": [6.0] * 16, "64": (text - text.mean() + MEANS[rate]).tolist()}}  # fmt: skip
             replace_text(row_file(work, "t", 0.5, rate, seed), json.dumps(row))
         probe = {"teacher": "t", "kept": 0.5, "seed": seed, "rate": 3e-4, "rule": 1e-4, "untrained": 6.0, "steps": 4,
-                 "trained_tokens": 200, "scored_tokens": 300, "run_tokens": 10_000,
+                 "batch": 4, "length": 256, "helped": True, "trained_tokens": 200, "scored_tokens": 300,
+                 "run_tokens": 10_000,
                  "rates": [{"rate": 3e-4, "lm_loss": 5.0}, {"rate": 1e-3, "lm_loss": None}]}  # fmt: skip
         replace_text(work / "probes" / f"t-0.5-{seed}.json", json.dumps(probe))
 

@@ -1,11 +1,14 @@
 """`learning_rate: auto`: what is known stays, the rule by size is careful, and a probe takes the best of its rates."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from analysis.cards.health import health_info
 from analysis.run_data import load_run
@@ -16,7 +19,16 @@ from minitron_search.planning.workload import Costs, planned_probe, run_tokens, 
 from minitron_search.records.directory import RunDirectory
 from minitron_search.teachers import embedded
 from minitron_search.trials import learning_rate, settings
-from minitron_search.trials.learning_rate import MOST_RATES, SHARE, Probe, probe_of, probed
+from minitron_search.trials.learning_rate import (
+    BATCH_POWER,
+    MOST_RATES,
+    SHARE,
+    Probe,
+    between,
+    chosen,
+    probe_of,
+    probed,
+)
 from minitron_search.trials.settings import (
     automatic_rates,
     correction,
@@ -106,23 +118,24 @@ def probing(monkeypatch: pytest.MonkeyPatch, losses: dict[float, Any], middle: f
     monkeypatch.setattr(learning_rate, "lm_losses", lambda student, windows, precision: np.full(len(windows), 5.0))
     monkeypatch.setattr(learning_rate, "_trained_loss", trained)
     fake: Any = Fake
-    return probed(fake, fake, Probe(4, 1, 4, 8), middle, np.zeros((9, 8), np.int32))
+    return probed(fake, fake, Probe(4, 1, 4, 8, 1), middle, np.zeros((9, 8), np.int32))
 
 
 @pytest.mark.parametrize(
-    ("losses", "best", "tried"),
+    ("losses", "rate", "tried"),
     [
-        ({1.0: 4.0, 3.0: 3.9, 9.0: 4.5}, 3.0, 3),
+        ({1.0: 4.0, 3.0: 3.5, 9.0: 4.0}, 3.0, 3),
+        ({1.0: 4.0, 3.0: 3.5, 9.0: 3.7}, 3.8, 3),
         ({0.33: 3.0, 1.0: 3.5, 3.0: 4.0, 9.0: 4.5}, 0.33, 4),
-        ({1.0: 4.5, 3.0: 4.0, 9.0: 3.5, 27.0: 3.6}, 9.0, 4),
+        ({1.0: 4.5, 3.0: 4.0, 9.0: 3.5, 27.0: 4.0}, 9.0, 4),
         ({1.0: 4.8, 3.0: None, 9.0: None, 0.33: 4.9}, 1.0, 4),
     ],
 )
-def test_the_best_rate_is_taken_and_an_end_is_looked_beyond(
-    losses: dict[float, Any], best: float, tried: int, monkeypatch: pytest.MonkeyPatch
+def test_the_best_rate_is_taken_or_one_between_and_an_end_is_looked_beyond(
+    losses: dict[float, Any], rate: float, tried: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = probing(monkeypatch, losses, 3.0)
-    assert found["rate"] == best and len(found["rates"]) == tried <= MOST_RATES
+    assert found["rate"] == rate and len(found["rates"]) == tried <= MOST_RATES
     assert found["trained_tokens"] == tried * 4 * 8 and found["scored_tokens"] == (tried + 1) * 4 * 8
     for row in found["rates"]:
         expected = next(value for key, value in losses.items() if np.isclose(key, row["rate"]))
@@ -130,6 +143,19 @@ def test_the_best_rate_is_taken_and_an_end_is_looked_beyond(
         assert expected is None or row["low"] == row["high"] == pytest.approx(expected - 5.0)
     assert found["helped"]
     json.dumps(found, allow_nan=False)
+
+
+@given(st.floats(-2, 2), st.floats(0.01, 10), st.floats(1e-6, 1), st.integers(1, 64))
+def test_of_a_parabola_the_least_is_found_and_raised_for_larger_steps(
+    at: float, curvature: float, middle: float, windows: int
+) -> None:
+    rates = [middle * 3.0**power for power in range(-3, 4)]
+    losses = {rate: curvature * (math.log(rate / middle) / math.log(3) - at) ** 2 for rate in rates}
+    assert between(losses) == pytest.approx(middle * 3.0**at)
+    assert chosen(losses, windows) == pytest.approx(middle * 3.0**at * windows**BATCH_POWER, rel=0.06)
+    ends = dict.fromkeys(rates, math.inf) | {rates[2]: 1.0}
+    assert between(ends) == rates[2], "of rates beside which all diverge"
+    assert between(dict.fromkeys(rates, 1.0)) == rates[0], "of a flat line the lowest"
 
 
 def test_where_no_rate_helps_the_lowest_is_taken_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
