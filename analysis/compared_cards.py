@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 
 from analysis import differences
-from analysis.benchmark_tables import tables_comparison
 from analysis.cards import configuration, convergence, depth, evidence, health, pareto, search_axes, spend
 from analysis.cards.evidence import agreement_info
 from analysis.cards.trials_table import trials_table_html, trials_table_of
+from analysis.outcome.benchmark_tables import tables_comparison
 from analysis.page import formatting as f
 from analysis.page import palette
 from analysis.page.card import Card, Panel

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from analysis.benchmark_tables import tables_card
 from analysis.cards.configuration import configuration_card
 from analysis.cards.convergence import convergence_card
 from analysis.cards.depth import depth_card
@@ -13,13 +12,18 @@ from analysis.cards.importance import importance_card
 from analysis.cards.pareto import pareto_card
 from analysis.cards.search_axes import axes_card
 from analysis.cards.spend import spend_card
-from analysis.cards.summary import summary_card
 from analysis.cards.trials_table import trials_card
+from analysis.outcome.benchmark_tables import tables_card
+from analysis.outcome.generations import generations_card
+from analysis.outcome.shape import shape_card
+from analysis.outcome.summary import summary_card
 from analysis.page.card import Card
 from analysis.run_data import RunData
 
 CARDS: dict[str, Callable[[RunData], Card]] = {
     "summary": summary_card,
+    "shape": shape_card,
+    "generations": generations_card,
     "pareto": pareto_card,
     "convergence": convergence_card,
     "depth": depth_card,

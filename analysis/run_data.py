@@ -35,7 +35,8 @@ class RunData(NamedTuple):
     trials: rows of `TRIALS_SCHEMA`; numbers are float64 with NaN where unknown, text is "" where unknown. steps: a row
     per logged training step: trial, tokens, loss, learning_rate, tokens_per_second. scores: what a rung's means are
     taken over, by trial and rung: a value for every window, or question. made: architecture.json of each trial folder.
-    depth: rows of `DEPTH_SCHEMA`; recommendation: depth.json; evidence, forecast, evaluation: the JSON of that name.
+    depth: rows of `DEPTH_SCHEMA`; recommendation: depth.json; evidence, forecast, evaluation, generations: the
+    JSON of that name.
     problems: one line per artifact that exists but cannot be read.
     """
 
@@ -53,6 +54,7 @@ class RunData(NamedTuple):
     evidence: dict[str, Any]
     forecast: dict[str, dict[str, Any]]
     evaluation: dict[str, Any]
+    generations: dict[str, Any]
     problems: list[str]
 
 
@@ -116,6 +118,7 @@ def load_run(directory: RunDirectory) -> RunData:
         evidence=read("evidence.json", directory.read_evidence, {}),
         forecast=read("forecast.json", directory.read_forecast, {}),
         evaluation=read("evaluation.json", directory.read_evaluation, {}),
+        generations=read("generations.json", directory.read_generations, {}),
         problems=problems,
     )
 

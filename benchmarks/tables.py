@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from analysis.benchmark_tables import percent, tables_info
+from analysis.outcome.benchmark_tables import percent, tables_info
 from analysis.page import formatting as f
 from analysis.report import write_report
 from analysis.run_data import load_run

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from analysis.cards.summary import at_chance
+from analysis.outcome.summary import at_chance
 from analysis.page import formatting as f
 from analysis.page.card import Card
+from analysis.page.tables import trial_link
 from analysis.run_data import CONTROLS, RunData, candidates, last_rungs
 from minitron_search.messages.escaping import in_html
 from minitron_search.records.summary import against_trims
@@ -182,7 +183,7 @@ def health_html(info: HealthInfo) -> str:
     parts = [f'<div class="scroll"><table class="plain">{rows}</table></div>']
     if info.failed:
         rows = "".join(
-            f'<tr><th scope="row">{in_html(trial)}</th><td><pre>{in_html(message) or f.MISSING}</pre></td></tr>'
+            f'<tr><th scope="row">{trial_link(trial)}</th><td><pre>{in_html(message) or f.MISSING}</pre></td></tr>'
             for trial, message in info.failed
         )
         parts.append(f'<h3>Failed trials</h3><div class="scroll"><table class="plain">{rows}</table></div>')

@@ -7,6 +7,7 @@ import pandas as pd
 
 from analysis.page import formatting as f
 from analysis.page.card import Card
+from analysis.page.tables import row_anchor
 from analysis.run_data import RunData, last_rungs
 from minitron_search.messages.escaping import in_html
 from minitron_search.records.metrics import METRICS, scored
@@ -81,10 +82,12 @@ def trials_table_html(info: TrialsTableInfo, of: str = "") -> str:
         f"<small>{unit}</small></th>"
         for _, heading, unit, text in columns
     )
-    body = "".join(
-        f"<tr>{''.join(_cell(row, name, text) for name, _, _, text in columns)}</tr>" for _, row in info.rows.iterrows()
-    )
+    body = ""
+    for _, row in info.rows.iterrows():
+        anchor = "" if of else f' id="{row_anchor(row["trial"])}"'  # of several runs, two may have the same trial
+        body += f"<tr{anchor}>{''.join(_cell(row, name, text) for name, _, _, text in columns)}</tr>"
     return (
+        '<p class="filter"><input type="search" placeholder="filter the rows" aria-label="filter the rows"></p>'
         f'<div class="scroll tall" tabindex="0"><table class="trials"><thead><tr>{heads}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
@@ -109,7 +112,9 @@ def trials_table_count(info: TrialsTableInfo) -> str:
 
 def trials_card(run: RunData) -> Card:
     title = "Trials"
-    read = "One row per trial at its last rung. Click a heading to sort; compare trials of one rung only."
+    read = (
+        "One row per trial at its last rung. Click a heading to sort, type to filter; compare trials of one rung only."
+    )
     info = trials_table_info(run)
     if info.rows.empty:
         return Card(title, read, reason="No trial has a row yet.")

@@ -1,4 +1,4 @@
-"""A plain table of the page, every cell escaped."""
+"""A plain table of the page, every cell escaped, and links to the rows of trials."""
 
 from collections.abc import Iterable, Sequence
 
@@ -20,3 +20,13 @@ def plain_table(heads: Sequence[str], lines: Iterable[Sequence[str]], text: Sequ
         others = "".join(cell(place, content, "td", "") for place, content in enumerate(line) if place)
         rows += f"<tr>{first}{others}</tr>"
     return f'<div class="scroll"><table class="plain"><thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def row_anchor(trial: str) -> str:
+    """Return the id, escaped, of a trial's row in the table of all trials."""
+    return in_html(f"trial-{trial}")
+
+
+def trial_link(trial: str) -> str:
+    """Return a link to a trial's row."""
+    return f'<a href="#{row_anchor(trial)}">{in_html(trial)}</a>'

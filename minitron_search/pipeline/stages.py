@@ -43,6 +43,7 @@ from minitron_search.records.directory import RunDirectory
 from minitron_search.records.summary import harm_of, say_harm, summary_table, winner
 from minitron_search.tracking.curves import tracked
 from minitron_search.trials import runner, speed
+from minitron_search.trials.generations import continuations
 from minitron_search.trials.settings import (
     correction_tokens,
     distillation_settings,
@@ -174,6 +175,8 @@ def search_and_retrain(prepared: Prepared, usage: Usage) -> None:
             for rank, architecture in enumerate(best, 1):
                 promote(prepared, search, architecture, rank, inputs)
         run_dir.write_evidence(evidence(run_dir, config.search.ranks_by))
+        if best and not run_dir.generations.exists():
+            write_generations(prepared, best[0], inputs)
     measure_speeds(prepared, search, inputs)
     if "retrain" in config.stages and config.evaluation.tasks:
         with stage(run_dir, "evaluation"):
@@ -226,14 +229,8 @@ def promote(
     prepared: Prepared, search: SearchState, architecture: Architecture, rank: int, inputs: ray.ObjectRef
 ) -> None:  # fmt: skip
     """Retrain a promoted candidate in full and export it to best/, or best-`rank`/."""
-    config, run_dir, space = prepared.config, prepared.run_dir, prepared.space
-    settings = retraining_settings(config, prepared.precision)
-    seed, initialization = config.seed, config.distillation.initialization
-    trial, before = (
-        make_trial(space, architecture, arm, loop, seed=seed, initialization=initialization)
-        for arm, loop in (("retrained", settings), ("untrained", untrained(settings)))
-    )
-    trial = replace(trial, stored=prepared.stored)
+    config, run_dir = prepared.config, prepared.run_dir
+    trial, before = retrained_and_untrained(prepared, architecture)
     begin(run_dir, [trial, before])
     say(f"retrain: {architecture} on {config.retraining.tokens:,} tokens")
     run_dir.event("trial_started", trial=trial.id)
@@ -250,6 +247,29 @@ def promote(
     run_dir.event("trial_finished", trial=trial.id, status="complete")
     search.write_tables(promoted(run_dir))
     say(f"retrain: {run_dir.best(rank)}")
+
+
+def retrained_and_untrained(prepared: Prepared, architecture: Architecture) -> tuple[Trial, Trial]:
+    """Return the trial that retrains a promoted candidate, and the one that scores its trim."""
+    config = prepared.config
+    settings = retraining_settings(config, prepared.precision)
+    seed, initialization = config.seed, config.distillation.initialization
+    trial, before = (
+        make_trial(prepared.space, architecture, arm, loop, seed=seed, initialization=initialization)
+        for arm, loop in (("retrained", settings), ("untrained", untrained(settings)))
+    )
+    return replace(trial, stored=prepared.stored), before
+
+
+def write_generations(prepared: Prepared, architecture: Architecture, inputs: ray.ObjectRef) -> None:
+    """Write generations.json: what the teacher, the trim and the student in best/ write after the same words."""
+    run_dir = prepared.run_dir
+    trial, before = retrained_and_untrained(prepared, architecture)
+    ids = on_all_cpus(run_dir, continuations, inputs, before, run_dir.best(1))
+    seconds = ids.pop("seconds")
+    texts = {name: prepared.tokenizer.batch_decode(of_prompts) for name, of_prompts in ids.items()}
+    run_dir.write_generations({**texts, "student": trial.id})
+    run_dir.event("generations_written", seconds=seconds)
 
 
 def export(prepared: Prepared, trial: Trial, rank: int, inputs: ray.ObjectRef, harm: str | None) -> None:

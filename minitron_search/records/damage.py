@@ -140,6 +140,7 @@ def _unreadable(run_dir: RunDirectory) -> Iterator[str]:
         run_dir.evidence: _json_object,
         run_dir.evaluation: _json_object,
         run_dir.forecast: _json_object,
+        run_dir.generations: _json_object,
         run_dir.depth_recommendation: _json_object,
         run_dir.depth: lambda path: _columns(path, DEPTH_SCHEMA.names),
         run_dir.root / "layer_merge.json": lambda path: json.loads(path.read_bytes()),

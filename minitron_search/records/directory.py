@@ -111,6 +111,7 @@ class RunDirectory:
         self.latency = self.root / "latency.json"
         self.forecast = self.root / "forecast.json"
         self.learning_rate = self.root / "learning_rate.json"
+        self.generations = self.root / "generations.json"
         self.report = self.root / "report.html"
         self.scratch = self.root / ".ray"  # what Ray writes of its own; gone when the run ends
         self._followed: dict[Path, Log] = {}
@@ -224,6 +225,13 @@ class RunDirectory:
 
     def read_forecast(self) -> dict[str, dict[str, Any]]:
         return _read_json(self.forecast)
+
+    def write_generations(self, written: Mapping[str, Any]) -> None:
+        """Write what models wrote after the same prompts, by model, a text each; and `student`, the trial's id."""
+        replace_text(self.generations, json.dumps(written, indent=1, ensure_ascii=False))
+
+    def read_generations(self) -> dict[str, Any]:
+        return _read_json(self.generations)
 
     def speeds(self) -> dict[tuple, dict[str, float]]:
         """Return the columns of `SPEED` of every shape that was measured alone."""

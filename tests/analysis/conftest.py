@@ -241,6 +241,8 @@ def write_run(root: Path, trials: int = 12, name: str = "smollm2-135m", hostile:
     run.write_trials(statuses, messages)
     run.event("stage_finished", stage="retrain")
     run.write_evaluation(evaluation(hostile))
+    written = {writer: [f"{writer} goes on{hostile}"] for writer in ("text", "teacher", "untrained", "retrained")}
+    run.write_generations({"prompts": ["It begins" + hostile], **written, "student": trial})
     return run
 
 

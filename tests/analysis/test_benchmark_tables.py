@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis import benchmark_tables
+from analysis.outcome import benchmark_tables
 from analysis.run_cards import tables_card
 from analysis.run_data import load_run
 from minitron_search.evaluation.lm_eval_tasks import TABLES

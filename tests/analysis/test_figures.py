@@ -8,8 +8,8 @@ from analysis.cards.convergence import POINTS_PER_TRIAL, loss_curves_info, thin
 from analysis.cards.health import health_info
 from analysis.cards.importance import COLUMNS, descending, importance_info, places, shrink
 from analysis.cards.pareto import pareto_front, pareto_info
-from analysis.cards.summary import chance_warning, summary_info
 from analysis.cards.trials_table import trials_table_info
+from analysis.outcome.summary import chance_warning, summary_info
 from analysis.page import formatting as f
 from analysis.run_data import best_candidate, common_rung, last_rungs, load_run
 from minitron_search.records.directory import RunDirectory

@@ -23,9 +23,9 @@ from minitron_search.records.bucket import BucketCopy
 from minitron_search.records.directory import RunDirectory
 from tests.analysis.conftest import METRICS
 
-TITLES = ["Summary", "Pareto fronts", "Convergence", "Depth", "Importance", "Axes of the search",
-          "Ablations and controls", "Tables 1 and 2", "Rank agreement", "Spend against forecast", "Health", "Trials",
-          "Configuration and environment"]  # fmt: skip
+TITLES = ["Summary", "Shape", "Generations", "Pareto fronts", "Convergence", "Depth", "Importance",
+          "Axes of the search", "Ablations and controls", "Tables 1 and 2", "Rank agreement", "Spend against forecast",
+          "Health", "Trials", "Configuration and environment"]  # fmt: skip
 
 
 class Page(HTMLParser):
@@ -71,7 +71,7 @@ def page(finished_page: Path) -> Page:
 
 def test_a_finished_run_fills_every_card(page: Page, finished_page: Path):
     assert page.titles == TITLES and page.reasons == []
-    assert sum(attributes.get("class") == "plot" for _, attributes in page.tags) == 24
+    assert sum(attributes.get("class") == "plot" for _, attributes in page.tags) == 25
     assert finished_page.stat().st_size < 10_000_000
 
 
@@ -109,7 +109,7 @@ def test_no_word_of_a_run_becomes_a_formula(kind: str):
 def test_every_figure_offers_its_data(page: Page, finished: RunDirectory):
     links = {a["download"]: a["href"] or "" for _, a in page.tags if "download" in a}
     assert set(links) == {f"{name}.csv" for name in (
-        "summary", "convergence", "loss_curves", "layer_importance", "hidden_importance", "mlp_importance",
+        "summary", "shape", "convergence", "loss_curves", "layer_importance", "hidden_importance", "mlp_importance",
         "head_importance", "parallel_coordinates", "axis_importance", "axis_direction", "finalists", "controls",
         "evaluation", "against_teacher", "published_tables", "agreement_0", "rungs", "spend", "incidents", "trials",
         *(f"pareto_{axis.column}" for axis in AXES),

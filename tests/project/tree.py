@@ -28,7 +28,7 @@ def tree() -> str:
         path = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
         lines.append(f"- **`{name}{'/' if folder.is_dir() else '.py'}`** {first_sentence(path)}")
         lines += _files(folder)
-    for name in ("analysis", "analysis/cards", "analysis/page"):
+    for name in ("analysis", "analysis/cards", "analysis/outcome", "analysis/page"):
         lines.append(f"- **`{name}/`** {first_sentence(ROOT / name / '__init__.py')}")
         lines += _files(ROOT / name)
     return "\n".join(lines) + "\n"

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from analysis.cards.health import health_info
-from analysis.cards.summary import summary_html, summary_info
 from analysis.compared_cards import harm_warning
+from analysis.outcome.summary import summary_html, summary_info
 from analysis.run_data import load_run
 from minitron_search.evaluation.evidence import evidence
 from minitron_search.export.model_card import model_card, origin_of

@@ -8,6 +8,7 @@ import pandas as pd
 from analysis.page import formatting as f
 from analysis.page import palette
 from analysis.page.card import Card
+from analysis.page.tables import trial_link
 from analysis.run_data import RunData, best_candidate, of_arm
 from minitron_search.messages.escaping import in_html
 from minitron_search.records.metrics import METRICS, scored
@@ -165,7 +166,7 @@ def summary_html(info: SummaryInfo) -> str:
     teacher = info.rows.get("Teacher")
     heads = "".join(
         f'<th scope="col"><span class="dot" style="background:{"currentColor" if c == palette.INK else c}">'
-        f"</span>{title}<small>{in_html(info.rows[title]['trial'])}</small></th>"
+        f"</span>{title}<small>{trial_link(info.rows[title]['trial'])}</small></th>"
         for title, c in info.colours.items()
         if title in info.rows
     )
