@@ -1,16 +1,18 @@
 """Make any teacher that a configuration may name a Hugging Face folder.
 
 A name is the embedded one's, a folder's (here or in storage) or one of the Hub. The files of a folder are checked
-against its configuration whenever it is asked for.
+against its configuration whenever it is asked for, and has changed since.
 
 Values of weights are read by `fingerprint` and `checked_fingerprint` only. A name is the embedded one before it is
 a folder, and a folder before it is a Hub name (`./smollm2-135m` is always a folder).
 """
 
+import copy
 import difflib
 import json
 import os
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -162,14 +164,27 @@ def _checked(model: str, folder: Path) -> tuple[Path, PretrainedConfig]:
     if file.is_file() and (size := file.stat().st_size) > MOST_CONFIG:
         raise _invalid(model, f"has a config.json of {size:,} bytes")
     try:
-        check_small_files(folder)
-        config = _configuration(folder)
-        check_files(folder, config)
+        config = copy.deepcopy(_of_whole_files(folder, _state(folder)))
     except ModelError as error:
         raise _invalid(model, str(error)) from error
     if wrong := _impossible(config):
         raise _invalid(model, f"has {wrong} in config.json")
     return folder.resolve(), config
+
+
+def _state(folder: Path) -> tuple:
+    """Return what every file of a folder is told from a later state of it by; ctime changes with whatever is written."""
+    files = [(path.name, path.stat() if path.exists() else path.lstat()) for path in sorted(folder.iterdir())]
+    return tuple((name, at.st_mode, at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino) for name, at in files)
+
+
+@lru_cache(maxsize=32)  # a start asks five times, and Gemma's tokenizer.json alone has 33 MB
+def _of_whole_files(folder: Path, state: tuple) -> PretrainedConfig:
+    """Return a folder's configuration, once its files, in this state, are checked against it."""
+    check_small_files(folder)
+    config = _configuration(folder)
+    check_files(folder, config)
+    return config
 
 
 def _configuration(folder: Path) -> PretrainedConfig:

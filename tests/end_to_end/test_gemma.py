@@ -57,9 +57,9 @@ def output(gemma: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
                      "drop_block": {"lengths": [0, 1], "seeds": "none"}},
             "deployable": ["vllm", "llama.cpp"],
         },
-        "search": {"trials": 1, "rungs": [128], "controls": False, "concurrency": 1},
+        "search": {"trials": 1, "rungs": [64], "controls": False, "concurrency": 1},
         "distillation": {"batch_tokens": "64"},
-        "retraining": {"tokens": "512", "learning_rate": "1e-4", "warmup_steps": 2},
+        "retraining": {"tokens": "256", "learning_rate": "1e-4", "warmup_steps": 1},
     })  # fmt: skip
     command.run(folder / "run")
     return folder / "run"

@@ -1,6 +1,7 @@
 """A model's files against its configuration: what is refused, in which words, and what is let in."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -273,3 +274,15 @@ def test_no_load_leaves_a_weight_to_chance(spoilt: str, llama: Path) -> None:
     rewrite(llama, changes[spoilt])
     with pytest.raises(ValueError, match="model.more.weight" if spoilt == "unexpected" else name):
         load_model(llama)
+
+
+@pytest.mark.parametrize("damage", ["cut", "dead link"])
+def test_what_is_damaged_after_it_was_checked_is_refused(llama: Path, damage: str) -> None:
+    for _ in range(2):
+        assert sources.teacher_config(str(llama)).model_type == "llama"
+    if damage == "cut":
+        os.truncate(llama / "model.safetensors", 100)
+    else:
+        (llama / "special_tokens_map.json").symlink_to(llama / "nothing")
+    with pytest.raises(ValueError, match="teacher.model: "):
+        sources.teacher_config(str(llama))
