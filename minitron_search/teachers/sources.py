@@ -173,7 +173,7 @@ def _checked(model: str, folder: Path) -> tuple[Path, PretrainedConfig]:
 
 
 def _state(folder: Path) -> tuple:
-    """Return what every file of a folder is told from a later state of it by; ctime changes with whatever is written."""
+    """Return what tells a folder from a later state of it: the files that it holds, and the ctime of each."""
     files = [(path.name, path.stat() if path.exists() else path.lstat()) for path in sorted(folder.iterdir())]
     return tuple((name, at.st_mode, at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino) for name, at in files)
 
