@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from scipy import stats
+import scipy  # its statistics only where they are asked for: half a second of every process
 
 from minitron_search.evaluation.paired_scores import Row, Scores, pooled
 from minitron_search.evaluation.statistics import LEVEL, chance_bar, mean_and_error
@@ -20,7 +20,7 @@ def chances(teacher: Row, scores: Scores) -> dict[str, dict[str, Any]]:
     margin, error, pairs = teacher["winogrande_margin"], teacher["winogrande_margin_stderr"], n
     if (values := pooled([teacher], "winogrande_margin", scores)) is not None:
         margin, error, pairs = mean_and_error(values)
-    bar = float(stats.t.ppf(1 - LEVEL, pairs - 1)) * error if pairs > 1 else None
+    bar = float(scipy.stats.t.ppf(1 - LEVEL, pairs - 1)) * error if pairs > 1 else None
     return {
         "winogrande_acc": {"value": acc, "stderr": teacher["winogrande_acc_stderr"], "n": n, "bar": chance_bar(n),
                            "at_chance": not acc > chance_bar(n)},

@@ -7,7 +7,7 @@ are over those.
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+import scipy  # its statistics only where they are asked for: half a second of every process
 
 EXACT = 12  # up to this n every assignment of signs is tried, beyond it DRAWS random ones
 DRAWS = 10_000
@@ -58,7 +58,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     percentile bootstrap, BCa and this one cover 74, 75 and 93% for n = 4, 88, 88 and 94% for 8, 92, 93 and 94% for 32;
     for an exponential, 89, 91 and 90% for 32.
     """
-    half = float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1)) * standard_error(values)
+    half = float(scipy.stats.t.ppf(1 - LEVEL / 2, len(values) - 1)) * standard_error(values)
     return float(values.mean()) - half, float(values.mean()) + half
 
 
@@ -73,7 +73,7 @@ def over_seeds(differences: np.ndarray) -> dict[str, float]:
     seeds could not reach p < 0.05 whatever they are; this assumes that seeds scatter normally."""
     mean, stderr, n = mean_and_error(differences)
     low, high = interval(differences)
-    p = float(2 * stats.t.sf(abs(mean) / stderr, n - 1)) if stderr else float(mean == 0)
+    p = float(2 * scipy.stats.t.sf(abs(mean) / stderr, n - 1)) if stderr else float(mean == 0)
     return {"difference": mean, "stderr": stderr, "p": p, "n": n, "low": low, "high": high}
 
 
@@ -97,14 +97,14 @@ def holm(ps: Sequence[float]) -> list[float]:
 def chance_bar(n: int, guess: float = 0.5) -> float:
     """Return the share of `n` questions that guessing passes at most one time in twenty, where a guess is right with
     probability `guess`. It is binomial: the sample's standard error is 0 for a handful that happen to be all right."""
-    return float(stats.binom.ppf(1 - LEVEL, n, guess)) / n
+    return float(scipy.stats.binom.ppf(1 - LEVEL, n, guess)) / n
 
 
 def mcnemar(one: np.ndarray, other: np.ndarray) -> dict[str, float]:
     """Test which of two is right more often, over n examples (0 or 1): the exact two-sided p of "no difference" from
     the examples that only one of them gets right."""
     only_one, only_other = int((one > other).sum()), int((other > one).sum())
-    p = float(stats.binomtest(only_one, only_one + only_other).pvalue) if only_one + only_other else 1.0
+    p = float(scipy.stats.binomtest(only_one, only_one + only_other).pvalue) if only_one + only_other else 1.0
     return {"only_best": only_one, "only_other": only_other, "p": p, "n": len(one)}
 
 
@@ -130,7 +130,7 @@ def agreement(before: Sequence[float], after: Sequence[float], names: Sequence[s
         "flips": [[a, b] for _, a, b in sorted(flips)[::-1]],
     }
     defined = len(one) > 2 and len(set(one)) > 1 and len(set(other)) > 1
-    for name, test in (("kendall", stats.kendalltau), ("spearman", stats.spearmanr)):
+    for name, test in (("kendall", scipy.stats.kendalltau), ("spearman", scipy.stats.spearmanr)):
         value, p = test(one, other) if defined else (None, None)
         result[name] = None if value is None else float(value)
         result[f"{name}_p"] = None if p is None else float(p)
@@ -142,7 +142,7 @@ def overlap(before: np.ndarray, after: np.ndarray, k: int) -> dict[str, float]:
     """Return how many of the k lowest of `before` are among the k lowest of `after`, how many chance would leave there,
     and the one-sided p of as many or more (hypergeometric)."""
     shared = len({*np.argsort(before, kind="stable")[:k]} & {*np.argsort(after, kind="stable")[:k]})
-    p = float(stats.hypergeom.sf(shared - 1, len(before), k, k))
+    p = float(scipy.stats.hypergeom.sf(shared - 1, len(before), k, k))
     return {"k": k, "shared": shared, "by_chance": k * k / len(before), "p": p}
 
 

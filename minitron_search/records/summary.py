@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import scipy  # its statistics only where they are asked for: half a second of every process
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from scipy import stats
 
 from minitron_search.messages.console import say
 from minitron_search.records.directory import RunDirectory
@@ -124,7 +124,9 @@ def _compared(row: Row, trim: Row | None, scores: Scores) -> dict[str, Any]:
     if len(trained) != len(untrained) or len(trained) < 2:
         return found
     differences = trained - untrained
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(trained) - 1) * differences.std(ddof=1) / len(trained) ** 0.5)
+    half = float(
+        scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(trained) - 1) * differences.std(ddof=1) / len(trained) ** 0.5
+    )
     low, high = float(differences.mean()) - half, float(differences.mean()) + half
     return {**found, "low": low, "high": high, "clear": low > 0}
 
