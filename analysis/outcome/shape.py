@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from analysis.outcome.summary import summary_info
 from analysis.page import formatting as f
@@ -54,17 +53,17 @@ def shape_plot(info: ShapeInfo) -> go.Figure:
     """Draw a bar for every layer of the teacher and, over it, one for every layer that the student keeps; a panel a
     width."""
     layers = int(info.teacher["num_hidden_layers"])
-    figure = make_subplots(cols=len(WIDTHS), shared_yaxes=True, horizontal_spacing=0.03)
     height = min(MOST_PX, max(LEAST_PX, 90 + LAYER_PX * layers))
-    figure.update_layout(palette.new_figure(height).layout, barmode="overlay", bargap=0.25)
+    figure = palette.new_figure(height, barmode="overlay", bargap=0.25)
+    figure.set_subplots(cols=len(WIDTHS), shared_yaxes=True, horizontal_spacing=0.03)
     for column, width in enumerate(WIDTHS, 1):
         whole, left = float(info.teacher[width]), float(info.student[width])
         for name, colour, rows, value in (
-            ("teacher", palette.GRID, range(layers), whole),
+            ("teacher", palette.faint(palette.MUTED), range(layers), whole),
             (info.title.lower(), info.colour, info.kept, left),
         ):
             figure.add_bar(
-                x=[value] * len(rows), y=list(rows), orientation="h", name=name, legendgroup=name,
+                x=[value] * len(rows), y=list(rows), orientation="h", row=1, col=column, name=name, legendgroup=name,
                 showlegend=column == 1, marker={"color": colour, "line": {"width": 0}}, hoverinfo="text",
                 hovertext=[f"layer {layer}, {name}<br>{width} {f.integer(value)}" for layer in rows],
             )  # fmt: skip
