@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from minitron_search.config.loading import differences, keys, load_config, parse_config
+from minitron_search.config.keys import keys
+from minitron_search.config.loading import differences, load_config, parse_config
 from minitron_search.config.schema import Config
 from minitron_search.config.space import Axis
 from minitron_search.records.paths import cache_folder

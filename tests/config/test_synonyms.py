@@ -2,10 +2,10 @@
 
 import pytest
 
-from minitron_search.config import loading
+from minitron_search.config import keys, loading
 from minitron_search.config.synonyms import SYNONYMS
 
-KNOWN = {name for name, _ in loading.keys()}
+KNOWN = {name for name, _ in keys.keys()}
 
 
 def test_every_key_that_is_meant_is_one() -> None:
