@@ -95,7 +95,7 @@ class SpeedTarget(Target):
 
 class Budget(Section):
     """The limits that a candidate meets, all of them at once; it is inside one within tolerance x target. auto: params
-    alone."""
+    alone, derived."""
 
     params: Target | None = None
     """Parameters, tied embeddings counted once."""
@@ -227,7 +227,7 @@ class DropBlock(Section):
 class Axes(Section):
     """The axes of the search. One left out (null) keeps the teacher's value, or follows the axis that decides it; where
     a family's heads make up hidden_size, either gives the other. auto: hidden_size, intermediate_size,
-    num_attention_heads and drop_block, each derived."""
+    num_attention_heads and drop_block, each derived. auto in the place of one axis: its low, high and step."""
 
     hidden_size: Axis | None = None
     """Width of the hidden states."""

@@ -114,8 +114,8 @@ class DistillationConfig(Section):
     temperature: Annotated[Positive, Field(ge=1e-3, le=1e3)] = 1.0
     """Temperature of both softmaxes."""
     intermediate: Literal["auto"] | Annotated[Real, Field(ge=0, le=1e6)] = 0.0
-    """Weight of L_is, the loss of intermediate states. 0: logits only (best practice 7). auto: L_logits / L_is of every
-    micro-batch, which balances the two."""
+    """Weight (alpha) of L_is, the loss of intermediate states. 0: logits only (best practice 7). auto: L_logits / L_is
+    of every micro-batch, which balances the two."""
     intermediate_loss: Literal["mse", "cosine"] = "mse"
     """Distance by which L_is compares states."""
     intermediate_layers: Literal["all"] | Annotated[int, BeforeValidator(as_number), Field(ge=1, le=10**4)] = "all"

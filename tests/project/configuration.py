@@ -165,9 +165,10 @@ def _bounds(parts: Any) -> Iterator[tuple[str, float]]:
 
 
 def _number(bound: float) -> str:
-    return (
-        f"{bound:,}".removesuffix(".0") if bound < 10**9 else f"{float(bound):g}".replace("e+", "e").replace("e0", "e")
-    )
+    if bound < 10**9:
+        return f"{bound:,}".removesuffix(".0")
+    power = int(bound).bit_length() - 1
+    return f"2^{power}" if bound == 2**power else f"{float(bound):g}".replace("e+", "e").replace("e0", "e")
 
 
 if __name__ == "__main__":
