@@ -7,7 +7,6 @@ Exit status: 0 done, 1 a stage failed, 2 the configuration or an input is wrong 
 interrupted and 143 terminated (`--resume` continues the run). Whatever fails is one message (`messages.failures`).
 """
 
-import argparse
 import os
 import sys
 from contextlib import nullcontext
@@ -37,7 +36,7 @@ def command(arguments: list[str]) -> int:
 
         show_help(Arguments((run_parser(),)), part)
         return 0
-    options, overrides = parse_flags(arguments)
+    options, overrides = run_parser().parse_known_args(arguments)
     if options.resume and options.config is None:
         return resume(overrides, options.dry_run)
     if options.config is not None and is_ablation(options.config):
@@ -46,15 +45,6 @@ def command(arguments: list[str]) -> int:
 
         return ablate(options.config, overrides, resume=options.resume, dry_run=options.dry_run)
     return run(load_config(options.config, overrides), options.resume, options.dry_run)
-
-
-def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the options of the command, and the flags that set keys of the configuration."""
-    options, overrides = run_parser().parse_known_args(arguments)
-    for name in ("stages", "output"):
-        if getattr(options, name) is not None:
-            overrides.append(f"--{name}={getattr(options, name)}")
-    return options, overrides
 
 
 def run(config: Config, resumed: bool, dry_run: bool) -> int:

@@ -22,12 +22,10 @@ class Arguments(NamedTuple):
 
 
 def run_parser() -> Parser:
-    """Return the parser of a run's own options; --stages and --output are keys too."""
+    """Return the parser of a run's own options, which leaves the flags of keys to `config.loading`."""
     does = "Find the best smaller architecture inside a trained decoder LM, and prove it."
     parser = Parser("python -m minitron_search.run", does)
     parser.add_argument("--config", metavar="FILE", help="YAML file. Without one: the embedded default.")
-    parser.add_argument("--stages", metavar="NAMES")
-    parser.add_argument("--output", metavar="DIR")
     parser.add_argument("--resume", action="store_true", help="Continue the run in --output, which needs nothing else.")
     parser.add_argument(
         "--dry-run", "--dry_run", action="store_true", help="Say what would be done and cost, and spend nothing."

@@ -67,9 +67,7 @@ def _flags_of(info: StructTypeInfo) -> StructConstructorSpec | None:
 
 def _all_of(arguments: Arguments) -> Iterator[StructFieldSpec]:
     for parser in arguments.parsers:
-        for action in parser._actions:
-            if not arguments.keys or action.dest not in Config.model_fields:  # --output is a key as well
-                yield _argument(action)
+        yield from map(_argument, parser._actions)
     if arguments.keys:
         yield from _keys(Config, Config.model_construct())
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from minitron_search import cli
 from minitron_search.ablation import definition
 from minitron_search.config import keys, loading
+from minitron_search.options import run_parser
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -102,7 +102,7 @@ def shown_files() -> dict[str, str]:
 
 
 def validate(words: list[str]) -> None:
-    options, overrides = cli.parse_flags(words)
+    options, overrides = run_parser().parse_known_args(words)
     if options.config and loading.is_ablation(options.config):
         made = definition.load(options.config, overrides)
         for arm, changes in made.changes.items():
