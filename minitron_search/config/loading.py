@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from minitron_search.config.keys import ABLATION_TEXT, keys, kind_of
+from minitron_search.config.keys import ABLATION_TEXT, fields, keys, kind_of, value_type
 from minitron_search.config.plain_yaml import TEXTUAL, Kind, parse, scalar
 from minitron_search.config.schema import Config
 from minitron_search.config.synonyms import synonym
@@ -139,7 +139,10 @@ def pairs(arguments: list[str]) -> Iterator[tuple[str, str]]:
         key, equals, text = flag[2:].partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                raise ValueError(f"--{key}: no value given; {suggestion(key) or f'valid: --{key} VALUE'}")
+                field = dict(fields()).get(key.replace("-", "_"))
+                value = value_type(field.annotation) if field else "VALUE"
+                hint = "" if field else suggestion(key)
+                raise ValueError(f"--{key}: no value given; {hint or f'valid: --{key} {value}'}")
             text = rest.pop(0)
         yield key.replace("-", "_"), text
 
