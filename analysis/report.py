@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from analysis.arguments import COMPARISON, add_arguments
 from analysis.cards.health import health_info, span
 from analysis.compared_cards import compare
 from analysis.differences import labelled
@@ -26,8 +27,6 @@ from minitron_search.messages.failures import reading, run_command
 from minitron_search.records.bucket import BucketCopy, bucket_copy
 from minitron_search.records.directory import RunDirectory, replace_text
 from minitron_search.records.paths import located
-
-COMPARISON = "comparison.html"
 
 
 def write_report(run_directory: RunDirectory, output: Path | None = None) -> Path:
@@ -72,18 +71,7 @@ def facts(run: RunData) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m analysis.report", description="Write RUN_DIR/report.html.")
-    parser.add_argument(
-        "run_directories", metavar="RUN_DIR", nargs="+", help="the folder or address of a run, finished or not"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help=f"RUN_DIR/report.html by default; of several runs, {COMPARISON} here",
-    )
-    parser.add_argument(
-        "--figures", action="store_true", help="also every figure as SVG and PNG, in a folder beside it"
-    )
+    add_arguments(parser)
     return run_command(lambda: report(parser.parse_args(arguments)))
 
 

@@ -1,47 +1,27 @@
 """The command line: read flags and the configuration, then hand over to `minitron_search.commands`.
 
     python -m minitron_search.run [--config FILE] [--stages search,report] [--output DIR] [--resume] [--dry-run]
-                                  [--KEY.SUBKEY VALUE ...]
+                                  [--KEY.SUBKEY VALUE ...] [--help [SECTION | KEY]]
 
 Exit status: 0 done, 1 a stage failed, 2 the configuration or an input is wrong (nothing was written), 130
 interrupted and 143 terminated (`--resume` continues the run). Whatever fails is one message (`messages.failures`).
 """
 
-import argparse
 import os
 import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from minitron_search.config.loading import check_ablation_keys, configured, is_ablation, load_config, pairs, yaml_values
 from minitron_search.config.schema import Config
 from minitron_search.messages.failures import reading, run_command
+from minitron_search.options import Arguments, help_asked, run_parser
 from minitron_search.records.paths import is_uri, located, working_folder
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-class Parser(argparse.ArgumentParser):
-    """The parser of the command's own options, whose errors are messages like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message.removeprefix('argument ')}; valid: --help lists the options")
-
-
-PARSER = Parser(
-    prog="python -m minitron_search.run",
-    description="Find the best smaller architecture inside a trained decoder LM, and prove it.",
-    epilog="Every key of the configuration is a flag too: --search.trials 16, --space.budget.params.target 90M.",
-    allow_abbrev=False,
-)
-PARSER.add_argument("--config", metavar="FILE", help="YAML file; without one, the embedded default")
-PARSER.add_argument("--stages", metavar="NAMES", help="which stages, as in importance,search,retrain,report")
-PARSER.add_argument("--output", metavar="DIR", help="the run directory, or its address in storage")
-PARSER.add_argument("--resume", action="store_true", help="continue the run in --output, which needs nothing else")
-PARSER.add_argument("--dry-run", action="store_true", help="say what would be done, and spend nothing")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,7 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def command(arguments: list[str]) -> int:
     """Do what the arguments ask for; return the exit status, or raise what is wrong with them."""
-    options, overrides = parse_flags(arguments)
+    if (part := help_asked(arguments)) is not None:
+        from minitron_search.usage import show_help  # tyro, which nothing else needs
+
+        show_help(Arguments((run_parser(),)), part)
+        return 0
+    options, overrides = run_parser().parse_known_args(arguments)
     if options.resume and options.config is None:
         return resume(overrides, options.dry_run)
     if options.config is not None and is_ablation(options.config):
@@ -60,15 +45,6 @@ def command(arguments: list[str]) -> int:
 
         return ablate(options.config, overrides, resume=options.resume, dry_run=options.dry_run)
     return run(load_config(options.config, overrides), options.resume, options.dry_run)
-
-
-def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the options of the command, and the flags that set keys of the configuration."""
-    options, overrides = PARSER.parse_known_args(arguments)
-    for name in ("stages", "output"):
-        if getattr(options, name) is not None:
-            overrides.append(f"--{name}={getattr(options, name)}")
-    return options, overrides
 
 
 def run(config: Config, resumed: bool, dry_run: bool) -> int:

@@ -3,21 +3,18 @@
 import difflib
 import re
 from collections.abc import Iterator, Mapping
-from functools import cache
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
+from minitron_search.config.keys import ABLATION_TEXT, fields, keys, kind_of, value_type
 from minitron_search.config.plain_yaml import TEXTUAL, Kind, parse, scalar
 from minitron_search.config.schema import Config
 from minitron_search.config.synonyms import synonym
 from minitron_search.records.paths import at_home
 
 MOST_BYTES = 2**20  # of a configuration
-ABLATION_TEXT = ("question", "figure", "base", "baseline")
 
 
 def load_config(file: str | None, overrides: list[str]) -> Config:
@@ -83,65 +80,6 @@ def differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> Iterator[s
         yield f"{key}: {a!r} there, {b!r} asked now"
 
 
-def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every dotted key with its default; a misspelt key is compared with them."""
-    for name, field in _fields(model, prefix):
-        yield name, field.default
-
-
-def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    for name, field in model.model_fields.items():
-        yield prefix + name, field
-        if section := _section(field.annotation):
-            yield from _fields(section, f"{prefix}{name}.")
-
-
-@cache
-def _kinds() -> dict[str, Kind]:
-    return {name: _kind(field.annotation) for name, field in _fields(Config)}
-
-
-def _kind(annotation: Any) -> Kind:
-    if _section(annotation):
-        return Kind.SECTION
-    types = set(_types(annotation))
-    if types - {type(None), tuple} != {str}:
-        return Kind.OTHER
-    return Kind.TEXTS if tuple in types else Kind.TEXT_OR_NULL if type(None) in types else Kind.TEXT
-
-
-def _types(annotation: Any) -> Iterator[type]:
-    """Yield the types that an annotation is made of, and tuple for a list of them."""
-    origin, inner = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        yield from _types(inner[0])
-    elif origin is Literal:
-        yield from map(type, inner)
-    elif origin in (Union, UnionType, tuple):
-        if origin is tuple:
-            yield tuple
-        for part in inner:
-            if part is not Ellipsis:
-                yield from _types(part)
-    else:
-        yield annotation
-
-
-def kind_of(key: str) -> Kind:
-    """Return what a dotted key holds, in an ablation too; `OTHER` for one that there is not."""
-    first, _, rest = key.partition(".")
-    if first in ("arms", "before"):
-        key = rest.partition(".")[2]
-    return Kind.TEXT if key in ABLATION_TEXT else _kinds().get(key, Kind.OTHER)
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    for candidate in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
-
-
 def check_ablation_keys(file: str, overrides: list[str]) -> None:
     """Raise ValueError for keys of an ablation, or of its arms, that there are not, and for values of another type."""
     values = read_yaml(file)
@@ -201,7 +139,10 @@ def pairs(arguments: list[str]) -> Iterator[tuple[str, str]]:
         key, equals, text = flag[2:].partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                raise ValueError(f"--{key}: no value given; {_suggest(key) or f'valid: --{key} VALUE'}")
+                field = dict(fields()).get(key.replace("-", "_"))
+                value = value_type(field.annotation) if field else "VALUE"
+                hint = "" if field else suggestion(key)
+                raise ValueError(f"--{key}: no value given; {hint or f'valid: --{key} {value}'}")
             text = rest.pop(0)
         yield key.replace("-", "_"), text
 
@@ -226,12 +167,13 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
         if values.get(parent) is None:  # not there, or an optional section that was left out
             values[parent] = {}
         if not isinstance(values[parent], dict):
-            raise ValueError(f"{key}: {parent} is {values[parent]!r}, not a section; {_suggest(key)}")
+            raise ValueError(f"{key}: {parent} is {values[parent]!r}, not a section; {suggestion(key)}")
         values = values[parent]
     values[leaf] = value
 
 
-def _suggest(key: str) -> str:
+def suggestion(key: str) -> str:
+    """Return a question that names the key that a wrong one may mean, by meaning or by letters; '' if none is near."""
     # of `distillation.lr` the section `distillation` is no correction
     known = [name for name, default in keys() if not (isinstance(default, BaseModel) and key.startswith(f"{name}."))]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
@@ -258,7 +200,7 @@ def _messages(error: ValidationError, pairs_too: bool = True) -> Iterator[str]:
         key = ".".join(part if part.isprintable() else repr(part) for part in parts)
         if problem["type"] == "extra_forbidden":
             siblings = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
-            hint = _suggest(key) or "valid: " + ", ".join(siblings)
+            hint = suggestion(key) or "valid: " + ", ".join(siblings)
             yield f"{key}: unknown key (value {shown(problem['input'])}); {hint}"
         elif problem["type"] == "value_error":
             message = str(problem["ctx"]["error"])

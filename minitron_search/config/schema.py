@@ -47,19 +47,21 @@ def name_after(model: str) -> str:
 
 
 class Config(Section):
-    """Every key of a run, resolved and checked.
-
-    name: auto is the last part of teacher.model. output: empty is runs/<name>.
-    """
+    """Every key of a run, resolved and checked."""
 
     name: Annotated[Text, Field(coerce_numbers_to_str=True, max_length=200)] = "auto"
+    """Name of the run, which output follows. auto: the last part of teacher.model."""
     output: Annotated[str, Field(coerce_numbers_to_str=True, max_length=4096)] = ""
+    """Run directory: a folder, or an address in storage, as s3://bucket/run. Empty: runs/<name>."""
     seed: Seed = 0
+    """Seed of proposals, of the order of the text, and of what has no seed of its own."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of matrix products. auto: bfloat16 where the hardware is faster at it, else float32."""
     stages: Annotated[
         tuple[Literal["importance", "depth", "search", "retrain", "report"], ...],
         BeforeValidator(as_list), Field(min_length=1),
     ] = ("importance", "search", "retrain", "report")  # fmt: skip
+    """Which of importance, depth, search, retrain and report are run, always in that order."""
     teacher: TeacherConfig = TeacherConfig()
     corpus: CorpusConfig = CorpusConfig()
     winogrande: WinograndeConfig = WinograndeConfig()
@@ -71,7 +73,8 @@ class Config(Section):
     retraining: RetrainingConfig = RetrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     resources: ResourcesConfig = ResourcesConfig()
-    trackers: Annotated[tuple[Literal["wandb", "mlflow"], ...], BeforeValidator(as_list)] = ()  # beside TensorBoard
+    trackers: Annotated[tuple[Literal["wandb", "mlflow"], ...], BeforeValidator(as_list)] = ()
+    """Where a run is tracked beside TensorBoard: wandb, mlflow (docs/tracking.md)."""
 
     @model_validator(mode="after")
     def _output_follows_name_and_name_the_teacher(self) -> "Config":

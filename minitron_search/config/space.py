@@ -52,13 +52,13 @@ def as_amount(value: Any) -> float | str:
 
 
 class Target(Section):
-    """A value to reach, and how far from it a candidate may be, as a share of it.
+    """A limit: a value to reach, and how far from it a candidate may be."""
 
-    target: a number, a share of what the teacher has, as in `67%`, or auto: two thirds of that in two digits.
-    """
-
-    target: Annotated[float | str, BeforeValidator(as_amount), Field(validate_default=True)] = "auto"
+    target: Annotated[Literal["auto"] | float | str, BeforeValidator(as_amount), Field(validate_default=True)] = "auto"
+    """Value to reach: a number (90M), a share of the teacher's (67%), or auto: two thirds of the teacher's, in two
+    digits. What is measured (latency_ms, tokens_per_second) takes a number only."""
     tolerance: Share = 0.05
+    """How far from the target a candidate may be, as a share of the target."""
 
     @property
     def number(self) -> float:
@@ -68,20 +68,21 @@ class Target(Section):
 
 
 class MemoryTarget(Target):
-    """Weights plus key-value cache, bytes, at two bytes an element."""
+    """A limit on bytes, which a batch of sequences takes."""
 
     batch_size: BatchSize = 1
+    """Sequences that are held at once."""
     context_length: Context = 2048
+    """Tokens of each sequence."""
 
 
 class SpeedTarget(Target):
-    """A budget on one forward pass of body and head over batch_size x context_length tokens (prefill).
-
-    It is measured where trials run, on one-layer models of every width. Its target is a number.
-    """
+    """A limit on one forward pass of body and head over batch_size x context_length tokens (prefill)."""
 
     batch_size: BatchSize = 1
+    """Sequences that are held at once."""
     context_length: Context = 2048
+    """Tokens of each sequence."""
 
     @field_validator("target")
     @classmethod
@@ -93,17 +94,26 @@ class SpeedTarget(Target):
 
 
 class Budget(Section):
-    """The limits that a candidate meets, all of them at once.
-
-    params, non_embedding_params: counts. memory_bytes: bytes. latency_ms: wall milliseconds of a forward pass.
-    tokens_per_second: the tokens of that pass divided by its time. `auto` is `params` alone, derived.
-    """
+    """The limits that a candidate meets, all of them at once; it is inside one within tolerance x target. auto: params
+    alone, derived."""
 
     params: Target | None = None
-    non_embedding_params: Target | None = None
-    memory_bytes: MemoryTarget | None = None
-    latency_ms: SpeedTarget | None = None
-    tokens_per_second: SpeedTarget | None = None
+    """Parameters, tied embeddings counted once."""
+    non_embedding_params: Target | None = Field(default=None, examples=[{"target": "70M", "tolerance": 0.05}])
+    """Parameters without input embedding and output head."""
+    memory_bytes: MemoryTarget | None = Field(
+        default=None, examples=[{"target": "200M", "tolerance": 0.05, "batch_size": 1, "context_length": 2048}]
+    )
+    """Bytes of weights and key-value cache, at two bytes an element."""
+    latency_ms: SpeedTarget | None = Field(
+        default=None, examples=[{"target": 900, "tolerance": 0.1, "batch_size": 1, "context_length": 2048}]
+    )
+    """Milliseconds of one forward pass of body and head over batch_size x context_length tokens (prefill), measured
+    once, where trials run, before anything else, on one-layer models of every width."""
+    tokens_per_second: SpeedTarget | None = Field(
+        default=None, examples=[{"target": "2K", "tolerance": 0.1, "batch_size": 1, "context_length": 2048}]
+    )
+    """Tokens per second of such a pass: its tokens divided by its time."""
 
     @model_validator(mode="before")
     @classmethod
@@ -121,19 +131,21 @@ DERIVED = ("low", "high", "step")  # the parts of an axis that may be auto
 
 
 class Axis(Section):
-    """The values of one axis: `choices`, or a range.
-
-    A range has `low`, `high` and either `step` (low, low + step, ... up to high) or `divisor` (its multiples from low
-    to high). What is auto of low, high and step is derived; `auto` in the place of the mapping is all three.
-    """
+    """The values of one axis: choices, or a range of low, high and either step or divisor. auto in the place of the
+    mapping is low, high and step."""
 
     low: Literal["auto"] | Size | None = None
+    """Least value of a range. auto: derived from the teacher."""
     high: Literal["auto"] | Size | None = None
+    """Greatest value of a range. auto: derived from the teacher."""
     step: Literal["auto"] | Size | None = None
+    """Distance of the values: low, low + step, ... up to high. auto: derived from the teacher."""
     divisor: Size | None = None
+    """Instead of a step: the values are its multiples from low to high."""
     choices: Annotated[
         tuple[Size, ...], BeforeValidator(as_list), BeforeValidator(same_in_every_layer)
     ] | None = None  # fmt: skip
+    """Instead of a range: the values themselves."""
 
     @model_validator(mode="before")
     @classmethod
@@ -188,19 +200,17 @@ class Axis(Section):
 
 
 class DropBlock(Section):
-    """The contiguous block of layers that a candidate drops: its length; the search chooses where it starts.
-
-    lengths: auto is derived.
-    seeds: what the search proposes first for every length. sweep: the best block that the depth sweep found. bi: the
-        block of least BI. one_by_one: the layers of least BI each, which need not be neighbours (ShortGPT,
-        arXiv:2403.03853). laco: all layers but those that LaCo merges the others into (`pruning/laco.py`).
-    """
+    """The contiguous block of layers that a candidate drops; where it starts is free."""
 
     lengths: Annotated[
         Annotated[Literal["auto"], Tag("auto")] | Annotated[tuple[Layers, ...], Tag("list")],
         LIST_OR_AUTO, BeforeValidator(auto_or_list), Field(min_length=1),
     ] = (0,)  # fmt: skip
+    """How many layers, as [0, 2, 4, 8]; 0: none. auto: derived from the teacher."""
     seeds: Literal["none", "sweep", "bi", "one_by_one", "laco"] = "none"
+    """What the search proposes first, for every length. sweep: the best block that the depth stage found. bi: the block
+    of least BI. one_by_one: the layers of least BI each, which need not be neighbours (ShortGPT, arXiv:2403.03853).
+    laco: all layers but those that LaCo merges the others into."""
 
     @model_validator(mode="before")
     @classmethod
@@ -215,18 +225,21 @@ class DropBlock(Section):
 
 
 class Axes(Section):
-    """The axes of the search. An axis that is left out keeps the teacher's value, or follows the axis that decides it.
-
-    num_attention_heads alone drops heads inside every group (whole groups where a group is one head);
-    num_key_value_heads alone drops whole groups. Where a family's heads make up hidden_size, either gives the other.
-    `auto` is what a configuration that names no axis has: hidden_size, intermediate_size, num_attention_heads and
-    drop_block, each derived.
-    """
+    """The axes of the search. One left out (null) keeps the teacher's value, or follows the axis that decides it; where
+    a family's heads make up hidden_size, either gives the other. auto: hidden_size, intermediate_size,
+    num_attention_heads and drop_block, each derived. auto in the place of one axis: its low, high and step."""
 
     hidden_size: Axis | None = None
+    """Width of the hidden states."""
     intermediate_size: Axis | None = None
+    """Width of the MLP."""
     num_attention_heads: Axis | None = None
-    num_key_value_heads: Axis | None = None
+    """Attention heads. Alone it drops heads inside every group of grouped-query attention, and whole groups where a
+    group is one head. auto: none (of SmolLM2's 9, 6 or 9 can be kept)."""
+    num_key_value_heads: Axis | None = Field(
+        default=None, examples=[{**dict.fromkeys((*DERIVED, "divisor")), "choices": [2, 3]}]
+    )
+    """Key-value heads. Alone it drops whole groups."""
     drop_block: DropBlock | None = None
 
     @model_validator(mode="before")
@@ -237,25 +250,36 @@ class Axes(Section):
 
 
 class Anchor(Section):
-    """An architecture that the search always evaluates. What is left out keeps the teacher's value."""
+    """An architecture that is always tried. What is left out keeps the teacher's value."""
 
     hidden_size: Size | None = None
+    """Width of the hidden states."""
     intermediate_size: Size | None = None
+    """Width of the MLP."""
     num_attention_heads: Size | None = None
+    """Attention heads."""
     num_key_value_heads: Size | None = None
-    drop_block: tuple[Layers, Layers] | None = None  # start, length
+    """Key-value heads."""
+    drop_block: tuple[Layers, Layers] | None = None
+    """First layer of the block that is dropped, and how many layers it has."""
 
 
 class SpaceConfig(Section):
-    """What is searched: the legal architectures inside the budget, and those that are evaluated in any case.
-
-    deployable: engines (vllm, llama.cpp); only architectures that all of them take are searched. Empty: any.
-    """
+    """What is searched: the legal architectures inside the budget, and those that are tried in any case. What is auto
+    is derived from the teacher, printed, and in numbers in the run's config.yaml (docs/concepts/search-space.md)."""
 
     budget: Budget = Budget.model_validate("auto")
     axes: Axes = Axes.model_validate("auto")
-    anchors: tuple[Anchor, ...] = ()
+    anchors: tuple[Anchor, ...] = Field(
+        default=(),
+        examples=[[{"hidden_size": 448, "intermediate_size": 1184, "num_attention_heads": 9, "num_key_value_heads": 3,
+                    "drop_block": [20, 2]}]],
+    )  # fmt: skip
+    """Architectures that are always tried, first, in budget or not. What one leaves out keeps the teacher's value;
+    drop_block is [start, length]."""
     deployable: Annotated[tuple[str, ...], BeforeValidator(as_list)] = ()
+    """Engines, of vllm and llama.cpp: only architectures that all of them take are searched (docs/deploying.md). Empty:
+    any."""
 
     @property
     def open(self) -> bool:

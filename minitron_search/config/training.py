@@ -34,37 +34,41 @@ AUTO_RATE = 3e-4  # what `learning_rate: auto` is for the embedded teacher
 
 
 class SearchConfig(Section):
-    """How candidates are proposed, compared and promoted.
-
-    sampler: a key of `search.samplers.SAMPLERS`.
-    objective: a name or several. Rungs rank by the first; the others are for the sampler and the Pareto front.
-    rungs: the tokens at which trials are compared. The first may be 0: the untrained trim is scored.
-    scheduler: which trials may train past a rung, and when. halving: the best 1 / reduction_factor of those at the
-        rung, once all have reached it. asha: Ray Tune's, which decides about each trial as it arrives, and so waits for
-        none and passes the first. hyperband: the same with a bracket for every rung, some of which decide later.
-    tokens: the tokens that all proposals may train on together. auto is what successive halving of `trials` takes; it
-        bounds only how long stopped trials are continued.
-    promote: how many candidates are retrained. not_worse: all that no paired test tells from the best of the last rung.
-    finalist_seeds: the seeds, in all, of the best of the last rung (reduction_factor of them for each promoted one).
-    controls: whether the winner's shape is also pruned at random and started from random weights, up to the last rung.
-    """
+    """How candidates are proposed, compared and promoted."""
 
     trials: Many = 12
-    sampler: Text = "tpe"  # the checks of a run hold it to `search.samplers.SAMPLERS`
+    """How many architectures are tried; as many as the space has, or more: all of them."""
+    sampler: Text = "tpe"  # a key of `architecture_search.samplers.SAMPLERS`, to which the checks of a run hold it
+    """Sampler that proposes them: tpe, random, grid or gp; with several objectives also nsga2 or nsga3."""
     objective: Annotated[Text | tuple[Text, ...], BeforeValidator(one_or_several)] = "lm_loss"
+    """Objective: lm_loss, kl or winogrande_margin, all in nats. Of several, as in [lm_loss,
+    params], rungs rank by the first; the others, which may also be params, non_embedding_params or memory_bytes, are
+    for the sampler and the Pareto front."""
     rungs: Annotated[tuple[TokensOrZero, ...], BeforeValidator(as_list), Field(min_length=1, max_length=100)] = (
         0,
         4_000,
         12_000,
     )
+    """Tokens at which trials are compared, ascending. 0: the trims as they are, before any is trained."""
     reduction_factor: Annotated[int, BeforeValidator(as_number), Field(ge=2, le=1_000)] = 3
+    """One trial in so many goes on from a rung."""
     scheduler: Literal["halving", "asha", "hyperband"] = "halving"
+    """Which trials may train past a rung, and when. halving: the best 1 / reduction_factor of those at the rung, once
+    all have reached it. asha (Ray Tune's): decides about each trial as it arrives, so that it waits for none and passes
+    the first. hyperband (Ray Tune's): the same with a bracket for every rung, some of which decide later."""
     tokens: AutoTokens = "auto"
+    """Tokens that all proposals may train on together. auto: what successive halving of search.trials takes; it bounds
+    only how long stopped trials are continued."""
     concurrency: AutoProcesses = "auto"
+    """Trials that run at once. auto: what the cluster holds."""
     promote: Literal["not_worse"] | Many = 1
+    """How many architectures are retrained. not_worse: all that no paired test tells from the best of the last rung."""
     seeds: Few = 1
+    """Seeds of every architecture."""
     finalist_seeds: Few = 1
+    """Seeds, in all, of the best of the last rung: reduction_factor of them for each one that is promoted."""
     controls: bool = True
+    """Whether the winner's shape is also pruned at random and started from random weights, up to the last rung."""
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -102,39 +106,46 @@ class SearchConfig(Section):
 
 
 class DistillationConfig(Section):
-    """L = L_CLM + L_logits + intermediate * L_is.
-
-    intermediate: a weight, or auto for L_logits / L_is, the balance of the two in every micro-batch.
-    intermediate_layers: how many of the student's layers L_is compares the outputs of, from the last; more than a
-        student has are all of its.
-    embedding: whether it compares the embedding's output too.
-    initialization: merged gives the layers that LaCo keeps what it merges into them, in the teacher's own order of
-        elements, and every other student its layers as they are.
-    teacher_cache: what is kept of the teacher, asked once for all trials. hidden: its final hidden states, exact;
-        topk: its `topk` most probable tokens, smaller and approximate; off: nothing, every batch asks it live; auto:
-        hidden if that takes at most teacher_cache_bytes (auto: a quarter of the free disk, and at most 16 GiB), else
-        off.
-    learning_rate: auto is the embedded teacher's; for other teachers what a probe finds best, or a rule by size
-        (`trials.settings`).
-    """
+    """Lightweight retraining of every candidate: L = L_CLM + L_logits + intermediate * L_is."""
 
     loss: Loss = "kld"
+    """Loss of the logits, L_logits: kld, reverse_kld, js, tv, mse or cosine. ce is the LM loss alone; clm+kld, clm+js
+    and so on add the LM loss to it."""
     temperature: Annotated[Positive, Field(ge=1e-3, le=1e3)] = 1.0
-    intermediate: Literal["auto"] | Annotated[Real, Field(ge=0, le=1e6)] = (
-        0.0  # alpha; 0: logits only (best practice 7)
-    )
+    """Temperature of both softmaxes."""
+    intermediate: Literal["auto"] | Annotated[Real, Field(ge=0, le=1e6)] = 0.0
+    """Weight (alpha) of L_is, the loss of intermediate states. 0: logits only (best practice 7). auto: L_logits / L_is
+    of every micro-batch, which balances the two."""
     intermediate_loss: Literal["mse", "cosine"] = "mse"
+    """Distance by which L_is compares states."""
     intermediate_layers: Literal["all"] | Annotated[int, BeforeValidator(as_number), Field(ge=1, le=10**4)] = "all"
+    """How many of the student's layers L_is compares the outputs of, from the last; more than a student has are all of
+    its."""
     embedding: bool = False
+    """Whether L_is compares the embedding's output too."""
     learning_rate: Literal["auto"] | LearningRate = "auto"
+    """Peak learning rate. auto: known for the embedded teacher; for others what a probe finds best, or a rule by
+    size."""
     batch_tokens: Annotated[int, BeforeValidator(as_number), Field(ge=1, le=10**9)] = 1_000
+    """Tokens of a step, over all workers."""
     teacher_cache: Annotated[Literal["auto", "hidden", "topk", "off"], BeforeValidator(off_for_false)] = "auto"
+    """What is kept of the teacher, asked once for all trials. hidden: its final hidden states, exact. topk: its most
+    probable tokens, smaller and approximate. off: nothing, every batch asks it live. auto: hidden if it fits into
+    teacher_cache_bytes, else off."""
     teacher_cache_bytes: AutoCount = "auto"
+    """Bytes that the teacher's cache may take. auto: a quarter of the free disk, at most 16 GiB."""
     topk: Annotated[int, BeforeValidator(as_number), Field(ge=1, le=10**7)] = 64
-    teacher: Place | None = None  # another model that teaches, as teacher.model names one; null for the pruned model
+    """Tokens that are kept of each distribution, with teacher_cache topk."""
+    teacher: Place | None = None
+    """Another model that teaches, with the same tokenizer, named as in teacher.model. null: the one that is pruned."""
     initialization: Literal["pruned", "random", "random_pruned", "merged"] = "pruned"
+    """The students' first weights: the trim's, random ones, those of random elements (random_pruned), or merged: the
+    layers that LaCo keeps with those that it merges into them, in the teacher's own order of elements; every other
+    student has its layers as they are."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
+    """Compile the decoder layers with torch.compile."""
 
     @model_validator(mode="after")
     def _states_come_from_a_live_teacher_lined_up(self) -> "DistillationConfig":
@@ -167,18 +178,22 @@ class DistillationConfig(Section):
 
 
 class RetrainingConfig(Section):
-    """The full retraining of promoted candidates, from their trims.
-
-    dtype: what the student is written in, to which its weights are rounded before they are scored; auto for the dtype
-        that the teacher is stored in.
-    """
+    """The full retraining of what the search promotes, from its trim."""
 
     tokens: Tokens = 32_000
-    learning_rate: Literal["auto"] | LearningRate = "auto"  # as distillation.learning_rate
+    """Tokens that a student is trained on."""
+    learning_rate: Literal["auto"] | LearningRate = "auto"
+    """Peak learning rate. auto: known for the embedded teacher; for others what a probe finds best, or a rule by
+    size."""
     min_learning_rate: Annotated[Real, Field(ge=0, le=10)] = 1e-5
+    """Learning rate at the end of the cosine schedule."""
     warmup_steps: Steps = 4
+    """Steps of warm-up."""
     schedule: Literal["cosine", "constant"] = "cosine"
+    """How the learning rate goes on after the warm-up."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the student is written in; its weights are rounded to it before they are scored. auto: the dtype that the
+    teacher is stored in."""
 
     @model_validator(mode="after")
     def _rates_fall(self) -> "RetrainingConfig":
@@ -192,15 +207,16 @@ class RetrainingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """tasks: lm-eval's, or YAML files of one's own, each as it is or with `:shots`; table_1 and table_2 are what
-        lm-eval has of those tables (arXiv:2408.11796). A task of theirs has their shots unless it is given others.
-    references: models beside teacher and students, as teacher.model names one.
-    limit: of each task, only so many questions, the first; null for all.
-    """
+    """Benchmarks of the teacher and of the students that are retrained, by lm-eval."""
 
     tasks: Annotated[tuple[Named, ...], BeforeValidator(as_list)] = ()
+    """Tasks of lm-eval, or YAML files of one's own, each as it is or with its shots, as winogrande:5. table_1 and
+    table_2 are what lm-eval has of the papers' tables (arXiv:2408.11796); a task of theirs has their shots unless it is
+    given others."""
     references: Annotated[tuple[Place, ...], BeforeValidator(as_list)] = ()
+    """Models that are evaluated beside the teacher and every student, named as in teacher.model."""
     limit: Annotated[int, BeforeValidator(as_number), Field(ge=1, le=10**9)] | None = None
+    """How many questions of each task are asked, the first ones. null: all."""
 
     @model_validator(mode="after")
     def _references_have_names_of_their_own(self) -> "EvaluationConfig":
@@ -219,24 +235,29 @@ class EvaluationConfig(Section):
 
 
 class ResourcesConfig(Section):
-    """`strategy` is how the workers of one trial hold its student: `ddp` whole each, `fsdp2` a share each.
-    accelerator_type: the kind of GPU that trials run on, by Ray's name for it (H100, L40S), where nodes have several:
-    trials on different kinds round otherwise, and their tokens per second cannot be compared.
-
-    What a run is forecast by: mfu, the share of flops_per_second (of one worker's device: an H100's bfloat16 is 989T)
-    that it is to reach; null for both measures this machine. price_per_hour: of one GPU, where gpus_per_worker is not
-    0, else of one machine; in whatever money.
-    """
+    """Where trials run, and what a run is forecast by."""
 
     launcher: Literal["train", "inline"] = "train"
+    """How a trial trains: train, in Ray Train's workers, or inline, inside the Tune trial, one worker."""
     workers_per_trial: Processes = 1
+    """Processes that share a trial's batches."""
     cpus_per_worker: Processes = 1
+    """CPUs of a worker, and its threads."""
     gpus_per_worker: Annotated[Real, Field(ge=0, le=1_000)] = 0.0
+    """GPUs of a worker: whole ones, or a share of one."""
     accelerator_type: Text | None = None
+    """Kind of GPU that trials run on, by Ray's name for it (H100, L40S), where nodes have several: trials on different
+    kinds round otherwise, and their tokens per second cannot be compared. null: any."""
     strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """How the workers of a trial hold its student: ddp, whole each, or fsdp2, a share each."""
     mfu: Annotated[float, BeforeValidator(as_number), Field(gt=0, le=1)] | None = None
+    """Share of flops_per_second that training is to reach, for the forecast. null for both: measured on this
+    machine."""
     flops_per_second: Annotated[Positive, Field(ge=1, le=1e24)] | None = None
+    """Peak of one worker's device, for the forecast: an H100's bfloat16 is 989T. It is given with mfu, or neither
+    is."""
     price_per_hour: Annotated[Real, Field(ge=0, le=1e12)] | None = None
+    """Price, in whatever money, of one GPU where gpus_per_worker is not 0, else of one machine; for the forecast."""
     _memory: int = PrivateAttr(default=0)  # bytes of a worker, which no configuration gives; 0: not counted
 
     def with_memory(self, per_worker: int) -> "ResourcesConfig":

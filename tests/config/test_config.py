@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from minitron_search.config.loading import differences, keys, load_config, parse_config
+from minitron_search.config.keys import keys
+from minitron_search.config.loading import differences, load_config, parse_config
 from minitron_search.config.schema import Config
 from minitron_search.config.space import Axis
 from minitron_search.records.paths import cache_folder
@@ -293,7 +294,8 @@ def test_flags_are_read_as_people_write_them(flags: list[str], key: str, value: 
 
 
 def test_flags_without_sense_are_refused() -> None:
-    assert "--search.trials: no value given" in flag_message("--search.trials")
+    assert flag_message("--search.trials") == "--search.trials: no value given; valid: --search.trials INT"
+    assert flag_message("--search.trails") == "--search.trails: no value given; did you mean search.trials?"
     assert "--search.trials: no value given" in flag_message("--search.trials", "--seed", "1")
     assert "'search.trials' is not an option" in flag_message("search.trials", "5")
     assert "trials is 12, not a section; did you mean search.trials?" in flag_message("--search.trials.x", "5")

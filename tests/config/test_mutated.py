@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from minitron_search.config.loading import _fields, keys
-from minitron_search.config.schema import Config
+from minitron_search.config.keys import fields as all_fields
+from minitron_search.config.keys import keys
 from minitron_search.config.space import Anchor, Axis, DropBlock, MemoryTarget, SpeedTarget, Target
 from tests.runs import ROOT
 
@@ -45,7 +45,7 @@ def bounds(metadata: list[Any]) -> Iterator[float]:
 
 def mutations(draw: random.Random) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (the key at fault, a configuration that has the fault), one after another for ever."""
-    fields = [(name, field) for name, field in _fields(Config) if name.count(".") < 2 or "correction" in name]
+    fields = [(name, field) for name, field in all_fields() if name.count(".") < 2 or "correction" in name]
     leaves = [(name, field) for name, field in fields if name not in SECTIONS and not name.startswith("space.")]
     numbers = [(name, value) for name, field in leaves for value in bounds(field.metadata)]
     while True:

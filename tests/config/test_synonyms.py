@@ -2,10 +2,10 @@
 
 import pytest
 
-from minitron_search.config import loading
+from minitron_search.config import keys, loading
 from minitron_search.config.synonyms import SYNONYMS
 
-KNOWN = {name for name, _ in loading.keys()}
+KNOWN = {name for name, _ in keys.keys()}
 
 
 def test_every_key_that_is_meant_is_one() -> None:
@@ -22,6 +22,14 @@ def test_every_key_that_is_meant_is_one() -> None:
     ("teacher.name", "teacher.model"),
     ("search.workers", "search.concurrency"),
     ("space.axes.layers", "space.axes.drop_block"),
+    ("depth.metric", "depth.metrics"),
+    ("teacher_model", "teacher.model"),
+    ("gradient_accumulation_steps", "distillation.batch_tokens"),
+    ("report_to", "trackers"),
+    ("teacher_model_name_or_path", "distillation.teacher"),
+    ("prune_target_params", "space.budget.params.target"),
+    ("target_ffn_hidden_size", "space.axes.intermediate_size"),
+    ("base_model", "teacher.model"),
     ("search.trails", "search.trials"),
 ])  # fmt: skip
 def test_the_nearest_by_meaning_is_named(key: str, meant: str) -> None:

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import yaml
 
-from minitron_search import cli
 from minitron_search.ablation import definition
-from minitron_search.config import loading
+from minitron_search.config import keys, loading
+from minitron_search.options import run_parser
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 YAML = sorted((ROOT / "examples").glob("*.yaml"))
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 RUN = "python -m minitron_search.run"
-KEYS = {key for key, _ in loading.keys()}
+KEYS = {key for key, _ in keys.keys()}
 # sections of an ablation, which hold the keys of an arm under its name
 OWN_SECTIONS = ("arms", "before")
 SUFFIXES = ("py", "json", "jsonl", "parquet", "safetensors", "yaml", "md")  # of files, which look like keys
@@ -102,7 +102,7 @@ def shown_files() -> dict[str, str]:
 
 
 def validate(words: list[str]) -> None:
-    options, overrides = cli.parse_flags(words)
+    options, overrides = run_parser().parse_known_args(words)
     if options.config and loading.is_ablation(options.config):
         made = definition.load(options.config, overrides)
         for arm, changes in made.changes.items():

@@ -13,11 +13,14 @@ from tests.runs import ROOT
 ORDER = (
     "version", "messages", "records", "ownership", "config", "tracking", "models", "teachers", "data", "losses",
     "evaluation", "pruning", "importance", "depth", "checkpoints", "distillation", "trials", "architecture_search",
-    "export", "planning", "cluster", "pipeline", "ablation", "commands", "api", "cli", "run", "subcommands",
+    "export", "planning", "cluster", "pipeline", "ablation", "commands", "api",
+    "options", "completion", "usage", "cli", "run", "subcommands",
 )  # fmt: skip
 PLACES_WORK = {"cluster", "pipeline", "commands"}  # the only ones that import Ray
 # imported before the command says its first word
-LIGHT = {"messages", "records", "ownership", "config", "cli", "run", "subcommands"}
+LIGHT = {
+    "messages", "records", "ownership", "config", "options", "completion", "usage", "cli", "run", "subcommands",
+}  # fmt: skip
 LARGE = {"torch", "transformers", "ray"}
 MOST = 12  # modules in a folder
 WRITTEN = ("tests", "benchmarks", "examples", "docs")  # where imports stand in strings and documents too

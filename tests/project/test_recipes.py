@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from minitron_search.architecture_search.space import SearchSpace
-from minitron_search.config.loading import keys, load_config, parse_config, yaml_values
+from minitron_search.config.keys import keys
+from minitron_search.config.loading import load_config, parse_config, yaml_values
 from minitron_search.config.schema import Config
 from minitron_search.planning.prepare import check
 from minitron_search.teachers.sources import teacher_config
