@@ -41,7 +41,7 @@ SCIENCE = {
     "importance": (("importance", "activations", "weights", "taylor", "pca", "iterative"), ("importance",)),
     "depth": (("sweep", "recommendation", "layer_choice"), ("depth",)),
     "distillation": (("loop", "objective", "correction", "teacher_cache"), ("distillation", "losses")),
-    "search": (("space", "schedule", "samplers", "state", "latency"), ("search", "planning")),
+    "architecture_search": (("space", "schedule", "samplers", "state", "latency"), ("architecture_search", "planning")),
 }
 OVER_AXES = {"sum", "mean", "norm", "cumsum", "argsort", "sort", "softmax", "log_softmax", "cat", "stack", "max", "min",
              "amax", "amin", "logsumexp", "flatten", "unsqueeze", "split", "std", "var", "take"}  # fmt: skip
@@ -49,8 +49,8 @@ OVER_AXES = {"sum", "mean", "norm", "cumsum", "argsort", "sort", "softmax", "log
 EQUIVALENT: dict[str, str] = {
     "importance.pca [swapped argument] tensor.movedim(axis, -1) -> tensor.movedim(-1, axis)": "a weight has "
     "two axes at most, and both transpose a matrix whose first axis is meant",
-    "search.samplers [dropped term] count - 1 -> count": "one bit more, where count is a power of 2: the numbers below "
-    "count come in the same order",
+    "architecture_search.samplers [dropped term] count - 1 -> count": "one bit more, where count is a power of 2: the "
+    "numbers below count come in the same order",
 }
 
 
