@@ -20,9 +20,9 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = Command(folder, {
         "corpus": {"sequence_length": 128, "calibration_samples": 4, "validation_samples": 4},
         "winogrande": {"limit": 10},
-        "search": {"trials": 2, "rungs": ["256", "512"], "controls": False},
+        "search": {"trials": 2, "rungs": ["128", "256"], "controls": False},
         "distillation": {"batch_tokens": "128"},
-        "retraining": {"tokens": "1K", "learning_rate": "3e-4", "warmup_steps": 2},
+        "retraining": {"tokens": "768", "learning_rate": "3e-4", "warmup_steps": 2},
     })  # fmt: skip
     del command.environment["MINITRON_SEARCH_CACHE"]  # the teacher is fetched once for all tests
     command.run(folder / "run")
@@ -37,7 +37,7 @@ def test_the_reloaded_student_has_the_loss_of_its_row_and_is_inside_the_budget(o
     assert student.num_parameters() == row["params"]
     corpus = load_corpus(
         "docstrings", "docstrings", load_tokenizer("smollm2-135m"), sequence_length=128, calibration_samples=4,
-        validation_samples=4, train_tokens=1_000, seed=0,
+        validation_samples=4, train_tokens=768, seed=0,
     )  # fmt: skip
     ids = torch.from_numpy(corpus.validation.astype(np.int64))
     with torch.no_grad():
