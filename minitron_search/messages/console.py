@@ -12,7 +12,24 @@ from minitron_search.messages.escaping import visible
 
 
 class LogConsole(Console):
-    """A console whose lost reader is an error like others: Rich ends the process at once, without a word."""
+    """A console whose lost reader is an error like others: Rich ends the process at once, without a word.
+
+    `printing` is held while anything is printed: what one thread prints over a display is computed from what is on the
+    terminal, which no other thread changes meanwhile. Whoever also takes a lock of the display takes this one first.
+    """
+
+    printing = threading.RLock()
+
+    def __enter__(self) -> "LogConsole":
+        self.printing.acquire()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            super().__exit__(*error)
+        finally:
+            self.printing.release()
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -34,7 +51,6 @@ def is_terminal(stream: Any) -> bool:
 
 # a job's log has no width of its own; the summary table needs 100 columns
 console = LogConsole(highlight=False, soft_wrap=True, width=None if is_terminal(sys.stdout) else 120)
-printing = threading.RLock()  # held by what draws under the lines, too
 _said = [time.monotonic()]
 
 
@@ -44,11 +60,10 @@ def say(text: str) -> None:
     A terminal would break it anywhere, so there it is broken between words; in a job's log it is one line.
     """
     line = f"{time.strftime('%H:%M:%S')} {visible(text)}"
-    with printing:
-        if console.is_terminal:
-            line = "\n".join(_between_words(part, console.width) for part in line.split("\n"))
-        console.print(line, markup=False, emoji=False)
-        _said[0] = time.monotonic()
+    if console.is_terminal:
+        line = "\n".join(_between_words(part, console.width) for part in line.split("\n"))
+    console.print(line, markup=False, emoji=False)
+    _said[0] = time.monotonic()
 
 
 def _between_words(line: str, width: int) -> str:

@@ -11,7 +11,8 @@ from minitron_search.messages.escaping import visible
 from minitron_search.progress import wording
 from minitron_search.progress.state import Progress, StageProgress, TrialProgress
 
-TEXT_WIDTH = 66  # columns of a stage's row beside its bar, at most
+TEXT_WIDTH = 66  # columns of a stage's row beside its bar
+SHARE, CLOCK, GAP = 4, 8, 2  # columns of 100%, of 10:00:00, and between two columns
 BARS = 8, 40  # columns of the narrowest and the widest bar
 NAME = 24  # columns of a trial's name: an arm and ten digits
 WIDE = 100
@@ -32,13 +33,15 @@ def drawing(state: Progress, width: int, height: int) -> Group:
 
 
 def _stages(state: Progress, stages: Sequence[StageProgress], width: int) -> Table:
-    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid = Table.grid(padding=(0, GAP, 0, 0))
     bar = min(BARS[1], max(BARS[0], width - TEXT_WIDTH))
-    grid.add_column(no_wrap=True, overflow="ellipsis", max_width=13 if width < WIDE else 30)
+    name = 13 if width < WIDE else 30
+    grid.add_column(no_wrap=True, overflow="ellipsis", max_width=name)
     grid.add_column(width=bar)
-    for _ in range(2):
-        grid.add_column(justify="right", no_wrap=True)
-    grid.add_column(no_wrap=True, overflow="ellipsis")
+    grid.add_column(justify="right", no_wrap=True)
+    grid.add_column(justify="right", no_wrap=True)
+    left = width - name - bar - SHARE - CLOCK - 4 * GAP
+    grid.add_column(no_wrap=True, overflow="ellipsis", max_width=max(1, left))
     grid.add_row(_plain(state.name or "run", "bold"), _bar(state.share, bar), wording.percent(state.share),
                  wording.clock(state.elapsed), Text(wording.time_left(state), "bold"))  # fmt: skip
     for stage in stages:

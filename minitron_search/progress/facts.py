@@ -27,7 +27,7 @@ class Facts:
     def __init__(self) -> None:
         self.began: float | None = None  # of this session
         self.earlier = 0.0  # seconds of the sessions before
-        self.last = 0.0  # the time of the last event
+        self.last = 0.0  # the time of the last line
         self.begun: dict[str, float] = {}
         self.spent: dict[str, float] = {}
         self.started: set[str] = set()
@@ -80,6 +80,8 @@ class Facts:
     def metric(self, trial: str, line: Mapping[str, Any], now: float) -> None:
         """Take in a line of a trial's metrics.jsonl, which was read at `now`."""
         kind = line["kind"]
+        if not self.over:
+            self.last = max(self.last, now)
         if kind == "step" and isinstance(line.get("tokens"), int):
             self._trained(trial, line["tokens"], 0, now)
             self.speeds[trial] = line.get("tokens_per_second", 0.0)

@@ -20,7 +20,7 @@ class Followed:
         self._logs: dict[str, Log] = {}
         if run_dir is not None:
             self._events = Log(run_dir.events_log, run_dir.files)
-            self._take_in(began)  # what earlier sessions have left
+            self._take_in(None)  # what earlier sessions have left
         self.facts.open(began)
 
     def now(self, now: float) -> Progress:
@@ -32,8 +32,11 @@ class Followed:
         self._last = progress(self.plan, self.facts, self.forecast, now, self._last)
         return self._last
 
-    def _take_in(self, now: float) -> None:
-        """Read what is new: events, then the logs of the trials that run or ran; of all when a stage begins or ends."""
+    def _take_in(self, now: float | None) -> None:
+        """Read what is new: events, then the logs of the trials that run or ran; of all when a stage begins or ends.
+
+        `now`: when it was written; None: when the last event was.
+        """
         assert self.run_dir is not None
         events, trials = self._events.new(), set(self.facts.running)
         for event in events:
@@ -46,7 +49,7 @@ class Followed:
                 continue
             log = self._logs.setdefault(trial, self.run_dir.follow(trial))
             for line in log.new():
-                self.facts.metric(trial, line, now)
+                self.facts.metric(trial, line, self.facts.last if now is None else now)
 
     def _read_forecast(self, run_dir: RunDirectory) -> None:
         """Read forecast.json, which is there once the speed is measured; where it is damaged there is none."""

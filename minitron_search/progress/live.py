@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 
 from rich.live import Live
 
-from minitron_search.messages.console import console, is_terminal, printing, said_at, say
+from minitron_search.messages.console import console, is_terminal, said_at, say
 from minitron_search.messages.failures import described
 from minitron_search.progress.display import drawing
 from minitron_search.progress.state import Progress
@@ -38,15 +38,16 @@ def _displayed(read: Callable[[float], Progress]) -> Iterator[None]:
 
     def draw() -> None:
         picture = drawing(read(time.time()), console.width, console.height)
-        with printing:  # no line is said between the computing of a place and the drawing there
+        with console.printing:
             live.update(picture, refresh=True)
 
     try:
-        live.start()
+        with console.printing:
+            live.start()
         with _repeated(draw):
             yield
     finally:
-        with suppress(BrokenPipeError, OSError):  # of a terminal that is gone
+        with console.printing, suppress(OSError):  # of a terminal that is gone
             live.stop()
 
 

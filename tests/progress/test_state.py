@@ -12,6 +12,7 @@ from minitron_search.progress.follow import Followed
 from minitron_search.progress.plan import Plan, plan_of
 from minitron_search.progress.state import Progress, progress
 from minitron_search.records.directory import RunDirectory
+from minitron_search.records.logs import LocalFiles
 from tests.runs import ROOT
 
 OLD = ROOT / "tests" / "fixtures" / "old_run"
@@ -151,47 +152,44 @@ def test_the_best_are_of_the_highest_rung_by_what_ranks(run_dir: RunDirectory) -
     assert last.best[0].name == max(reached, key=lambda row: row["winogrande_margin"])["trial"]
 
 
-def test_it_is_read_from_the_folder_line_by_line(run_dir: RunDirectory, tmp_path: Path) -> None:
-    """What is followed while the logs grow, a few bytes at a time, ends as what is read when all is there; and what was
-    read is not read again."""
-    copy, plan = RunDirectory(tmp_path / "run"), plan_for(run_dir)
-    (copy.root / "trials").mkdir(parents=True)
+def test_a_growing_run_is_read_once_and_only_what_was_appended(run_dir: RunDirectory, tmp_path: Path) -> None:
+    """Written a part at a time, cut anywhere, and looked at after each: it ends as the whole does."""
+    files, plan = CountingFiles(), plan_for(run_dir)
+    copy = RunDirectory(tmp_path / "run", files)
+    growing = Followed(plan, copy, run_dir.events()[0]["time"])
     copy.write_forecast(run_dir.read_forecast())
-    growing = Followed(plan, copy, 0.0)
-    growing.facts.began = None  # of this session nothing has begun: all is of the sessions in the log
-    growing.facts._opened = False
-    read = Counting(copy)
-    sources = [run_dir.events_log, *sorted((run_dir.root / "trials").glob("*/metrics.jsonl"))]
-    texts = {source: source.read_bytes() for source in sources}
-    states = []
-    last = run_dir.events()[-1]["time"]
+    sources = [*sorted((run_dir.root / "trials").glob("*/metrics.jsonl")), run_dir.events_log]
+    texts = {copy.root / source.relative_to(run_dir.root): source.read_bytes() for source in sources}
+    states, last = [], run_dir.events()[-1]["time"]
     for part in range(20):
-        for source, text in texts.items():
-            target = copy.root / source.relative_to(run_dir.root)
-            target.parent.mkdir(exist_ok=True)
+        for target, text in texts.items():
+            target.parent.mkdir(exist_ok=True, parents=True)
             with open(target, "ab") as file:
                 file.write(text[len(text) * part // 20 : len(text) * (part + 1) // 20])
-        states.append(growing.now(last))
-    states.append(growing.now(last))
+        states.append(growing.now(max((event["time"] for event in RunDirectory(copy.root).events()), default=0.0)))
     *_, whole = told(plan, lines_of(run_dir), forecast_of(run_dir))
-    assert (states[-1].tried, states[-1].over) == (whole.tried, whole.over)
-    assert {trial.name for trial in states[-1].best} == {trial.name for trial in whole.best}
-    assert growing.facts.reached == {
-        trial: max(line.get("tokens", 0) for line in run_dir.metrics(trial)) for trial in growing.facts.reached
-    }
-    assert read.bytes <= sum(map(len, texts.values())) + read.again
+    check_never_backwards(states)
+    assert (states[-1].tried, states[-1].over, states[-1].best) == (whole.tried, whole.over, whole.best)
+    read = files.bytes
+    assert 0 < read < 4 * sum(map(len, texts.values())), "lines cut short are read again, and nothing else"
+    files.listed = 0
+    for _ in range(100):
+        growing.now(last)
+    assert files.bytes == read and files.listed == 0
 
 
-class Counting:
-    """Counts the bytes that are read of a run's logs; `again`: the most that lines cut short are read twice."""
+class CountingFiles(LocalFiles):
+    """Counts the bytes that are read, and the folders that are listed."""
 
-    def __init__(self, run_dir: RunDirectory) -> None:
-        self.bytes, self.again, read = 0, 20 * 5000 * 12, run_dir.files.read
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.listed = 0
 
-        class Files(type(run_dir.files)):  # type: ignore[misc]
-            def read(files, path: Path, offset: int = 0) -> bytes:  # noqa: N805
-                text = read(path, offset)
-                self.bytes += len(text)
-                return text
+    def read(self, path: Path, offset: int = 0) -> bytes:
+        text = super().read(path, offset)
+        self.bytes += len(text)
+        return text
 
-        run_dir.files = Files()
+    def names(self, folder: Path) -> list[str]:
+        self.listed += 1
+        return super().names(folder)
