@@ -29,7 +29,7 @@ HOSTILE = "[bold red]a\x1b[2J\u202e[/] :bomb:\nb"
 
 def a_state(name: str = "run", trials: int = 3, share: float = 0.42, stage: str = "search") -> Progress:
     def trial(number: int) -> TrialProgress:
-        return TrialProgress(f"search-{name}{number}", True, number, 10**number, 3.1415, 0.027, 1234.5)
+        return TrialProgress(f"search-{name}{number}", True, number, 10**number, 3.25, 0.027, 1234.5)
 
     stages = tuple(
         StageProgress(part, part == stage, share, 12.0, 75.0) for part in ("importance", "search", "retrain")
@@ -56,7 +56,7 @@ def test_the_display_fits_its_terminal(width: int, height: int, trials: int) -> 
 
 def test_the_display_has_stages_and_trials() -> None:
     text = "\n".join(drawn(a_state(), 80, 24))
-    for part in ("importance", "search", "retrain", "3/5 tried", "running", "best", "3.141 +- 0.027", "1,234", "100"):
+    for part in ("importance", "search", "retrain", "3/5 tried", "running", "best", "3.250 +- 0.027", "1,234", "100"):
         assert part in text, part
     assert "and " in "\n".join(drawn(a_state(trials=40), 80, 24)), "what does not fit is counted"
 
@@ -68,14 +68,8 @@ def test_what_others_named_is_shown_and_not_obeyed() -> None:
 
 
 def test_numbers_in_words() -> None:
-    assert [duration(s) for s in (0, 40, 99, 100, 3600, 12_000)] == [
-        "1 s",
-        "40 s",
-        "99 s",
-        "2 min",
-        "60 min",
-        "3 h 20 min",
-    ]
+    durations = {0: "1 s", 40: "40 s", 99: "99 s", 100: "2 min", 3600: "60 min", 12_000: "3 h 20 min"}
+    assert {seconds: duration(seconds) for seconds in durations} == durations
     assert [percent(s) for s in (0, 0.999, 1, 0.29)] == ["0%", "99%", "100%", "29%"]
     assert clock(3725) == "1:02:05"
 
@@ -109,19 +103,18 @@ def test_without_a_terminal_stages_and_silence_are_said(
         silence[0] = live.SILENCE_S - 1
         until(5)
         assert said(capsys) == []
-        silence[0] = live.SILENCE_S
+        silence[0] = live.SILENCE_S + 1
         until(3)
     lines = said(capsys)
     assert lines and set(lines) == {progress_line(a_state())}
-    assert re.fullmatch(
-        r"progress: 42% of the run; search 42%, 3/5 tried; about 4 min left, done at \d\d:\d\d", lines[0]
-    )
+    left = r"about 4 min left, done at \d\d:\d\d"
+    assert re.fullmatch(rf"progress: 42% of the run; search 42%, 3/5 tried; {left}", lines[0])
 
 
 def test_a_long_line_is_whole_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
     text = "word :warning: [b] " * 40
     messages.say(text)
-    assert said(capsys) == [text.rstrip() + " "] or said(capsys) == [text]
+    assert [line.rstrip() for line in said(capsys)] == [text.rstrip()]
 
 
 def test_what_cannot_be_shown_does_not_stop_a_run(
@@ -171,15 +164,13 @@ sys.exit(run_command(work))
 """
 
 
-def on_a_terminal(
-    *arguments: str, then: Callable[[int], None] = lambda pid: None, columns: int = 80
-) -> tuple[int, bytes]:
+def on_a_terminal(*arguments: str, then: Callable[[int], None]) -> tuple[int, bytes]:
     """Run SCRIPT on a terminal of its own; its exit status, and all that it wrote."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(ROOT)
-        os.execve(sys.executable, [sys.executable, "-c", SCRIPT, *arguments],
-                  {**os.environ, "TERM": "xterm", "COLUMNS": str(columns), "LINES": "24", "PYTHONPATH": str(ROOT)})  # fmt: skip
+        environment = {"TERM": "xterm", "COLUMNS": "80", "LINES": "24", "PYTHONPATH": str(ROOT)}
+        os.execve(sys.executable, [sys.executable, "-c", SCRIPT, *arguments], {**os.environ, **environment})
     written, is_ready, late = b"", False, time.monotonic() + 120
     while time.monotonic() < late:
         if select.select([terminal], [], [], 0.1)[0]:
