@@ -10,7 +10,7 @@ from minitron_search.progress.plan import Plan
 
 BEST = 3  # trials
 ALMOST = 0.99  # the share of what has not said that it has ended
-LEAST_LEFT = 0.05  # of its time so far: what a stage that takes longer than it should is taken to need still
+LEAST_LEFT = 0.25  # of its time so far: what a stage that takes longer than it should is taken to need still
 UNDONE = 0.5  # of the forecast of the work that is left: no stage is taken to need less
 LOGGED = set(STAGE_OF.values())  # the stages whose trials have logs
 UNIT_S = 1e-3  # where there is no forecast: stages are weighed by it until one has been measured
