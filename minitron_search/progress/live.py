@@ -28,7 +28,7 @@ def shown(read: Callable[[float], Progress]) -> Iterator[None]:
 
 def on_terminal() -> bool:
     """Return whether what is printed goes to a terminal that can draw."""
-    return console.is_terminal and console.is_interactive
+    return console.is_terminal and console.is_interactive and console.encoding.lower().startswith("utf")
 
 
 @contextmanager
@@ -41,14 +41,17 @@ def _displayed(read: Callable[[float], Progress]) -> Iterator[None]:
         with console.printing:
             live.update(picture, refresh=True)
 
+    def stop() -> None:
+        with console.printing, suppress(OSError):  # of a terminal that is gone
+            live.stop()
+
     try:
         with console.printing:
             live.start()
-        with _repeated(draw):
+        with _repeated(draw, stop):
             yield
     finally:
-        with console.printing, suppress(OSError):  # of a terminal that is gone
-            live.stop()
+        stop()
 
 
 @contextmanager
@@ -64,13 +67,16 @@ def _in_lines(read: Callable[[float], Progress]) -> Iterator[None]:
             before[0] = name
             say(progress_line(state))
 
-    with _repeated(look):
+    with _repeated(look, lambda: None):
         yield
 
 
 @contextmanager
-def _repeated(look: Callable[[], None]) -> Iterator[None]:
-    """While the block runs, call `look` every `LOOK_S` in a thread of its own, which never stops the run."""
+def _repeated(look: Callable[[], None], give_up: Callable[[], None]) -> Iterator[None]:
+    """While the block runs, call `look` every `LOOK_S` in a thread of its own, which never stops the run.
+
+    `give_up` is called where `look` fails for good.
+    """
     over = threading.Event()
 
     def follow() -> None:
@@ -83,6 +89,7 @@ def _repeated(look: Callable[[], None]) -> Iterator[None]:
             except OSError:  # of a log, at this moment
                 pass
             except Exception as error:  # of any kind: none is worth a run
+                give_up()
                 say(f"progress: not shown any more: {described(error)}")
                 return
             over.wait(LOOK_S)

@@ -110,13 +110,13 @@ def _is_past(plan: Plan, facts: Facts, stage: str) -> bool:
 
 
 def _pace(plan: Plan, facts: Facts, seconds: Mapping[str, float], is_forecast: bool, now: float) -> float | None:
-    """Return the seconds that one second of the forecast takes, by all that was measured so far; None if nothing was,
-    and there is no forecast.
+    """Return the seconds that one second of the forecast takes, by all that was measured so far.
 
     A forecast weighs as much as all of what it foresees, so that one short stage that was far off does not decide.
+    Without one it is None until some training was measured.
     """
     taken = foreseen = sum(seconds.values()) if is_forecast else 0.0
-    for name in plan.stages:
+    for name in plan.stages if is_forecast else LOGGED & plan.stages.keys():
         elapsed, (_, share) = facts.elapsed(name, now), _measured(plan, facts, name)
         if name in facts.finished and elapsed:
             taken, foreseen = taken + elapsed, foreseen + seconds[name]
@@ -125,9 +125,7 @@ def _pace(plan: Plan, facts: Facts, seconds: Mapping[str, float], is_forecast: b
     return taken / foreseen if foreseen else None
 
 
-def _stage(
-    plan: Plan, facts: Facts, name: str, expected: float | None, now: float, least: float
-) -> StageProgress:  # fmt: skip
+def _stage(plan: Plan, facts: Facts, name: str, expected: float | None, now: float, least: float) -> StageProgress:
     elapsed, runs = facts.elapsed(name, now), name in facts.begun
     others = [stage for stage in plan.stages if stage != name]
     if name == "report" and not facts.over and not facts.begun and all(_is_past(plan, facts, s) for s in others):

@@ -35,9 +35,11 @@ def percent(share: float) -> str:
 
 def time_left(state: Progress) -> str:
     """Return when a run will end, or that this is not known yet."""
-    unforeseen = [stage.name for stage in state.stages if stage.left is None]
     if state.left is None or state.ends_at is None:
         return "no forecast yet"
+    unforeseen = [stage.name for stage in state.stages if stage.left is None]
+    if (stage := current(state)) is not None and stage.name in unforeseen:
+        return f"no forecast of the {stage.name}"
     then = f", then {' and '.join(unforeseen)}" if unforeseen else ""
     return f"about {duration(state.left)} left, done at {moment(state.ends_at, state.left)}{then}"
 

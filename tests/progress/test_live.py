@@ -143,14 +143,18 @@ from minitron_search.progress.live import shown
 from tests.progress.test_live import a_state, HOSTILE
 
 def work():
-    share = iter(range(10**6))
-    with shown(lambda now: a_state(HOSTILE, next(share) % 5, next(share) % 7 / 7)):
+    share, odd = iter(range(10**6)), []
+    with shown(lambda now: a_state(HOSTILE, next(share) % 5, next(share) % 7 / 7 / (not odd))):
         for number in range(int(sys.argv[2])):
             say(f"line {number} " + "of words " * 15)
             print(f"printed {number}")
             print(f"warned {number}", file=sys.stderr)
             time.sleep(0.1)
         say("READY")
+        if sys.argv[1] == "odd":
+            odd.append(1)
+            time.sleep(0.5)
+            say("goes on")
         if sys.argv[1] == "raise":
             raise ValueError("wrong; valid: right")
         if sys.argv[1] == "wait":
@@ -188,10 +192,11 @@ def on_a_terminal(*arguments: str, then: Callable[[int], None]) -> tuple[int, by
 
 @pytest.mark.parametrize(
     "how, then, status, last",
-    [("end", lambda pid: None, 0, "table"), ("raise", lambda pid: None, 2, "wrong; valid: right"),
+    [("end", lambda pid: None, 0, "table"), ("odd", lambda pid: None, 0, "table"),
+     ("raise", lambda pid: None, 2, "wrong; valid: right"),
      ("wait", lambda pid: os.kill(pid, signal.SIGINT), 130, "interrupted before anything was written"),
      ("wait", lambda pid: os.kill(pid, signal.SIGTERM), 143, "terminated before anything was written")],
-    ids=["end", "exception", "ctrl-c", "sigterm"],
+    ids=["end", "failure", "exception", "ctrl-c", "sigterm"],
 )  # fmt: skip
 def test_a_terminal_is_left_as_it_was(how: str, then: Callable[[int], None], status: int, last: str) -> None:
     """The display is gone before the table or the message, the cursor is there, and no line was torn."""
@@ -201,6 +206,7 @@ def test_a_terminal_is_left_as_it_was(how: str, then: Callable[[int], None], sta
     seen = screen(written, 80)
     assert seen[-1].endswith(last), seen
     assert not any("%" in line or "━" in line for line in seen), "the display is gone"
+    assert ("progress: not shown any more" in "".join(seen)) == ("goes on" in "".join(seen)) == (how == "odd")
     for number in range(8):
         at = next(i for i, line in enumerate(seen) if f"line {number} of words" in line)
         assert (" ".join([seen[at][9:], *(line[9:] for line in seen[at + 1 : at + 3])]).split("printed")[0].split()
