@@ -22,10 +22,11 @@ def drawing(state: Progress, width: int, height: int) -> Group:
     """Return the progress as Rich draws it on a terminal of `width` columns and `height` lines, which it fits in."""
     room = height - 2  # the last line stays free, and so does one for what is said
     stages: Sequence[StageProgress] = state.stages
-    if len(stages) >= room:
+    if len(stages) + 2 > room:
         stages = [stage for stage in stages if stage.runs][: max(0, room - 1)]
-    parts: list[RenderableType] = [_stages(state, stages, width)]
-    room -= 1 + len(stages)
+    apart: list[RenderableType] = [Text("")] if len(stages) + 2 <= room else []
+    parts = [*apart, _stages(state, stages, width)]
+    room -= len(apart) + 1 + len(stages)
     rows, more = _chosen(state, room - 2)
     if rows:
         parts += [Text(""), _trials(rows, more, width)]
