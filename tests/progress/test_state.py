@@ -119,6 +119,33 @@ def test_a_continued_trial_counts_once() -> None:
     assert counted == [0, 1, 1, 2, 2, 2, 2]
 
 
+def test_what_a_restarted_trial_repeats_counts_once() -> None:
+    plan, facts = Plan("p", {"search": 100.0}), Facts()
+    shares = []
+    for now, tokens in enumerate((10, 20, 30, 10, 20, 30, 40)):  # from its last checkpoint
+        facts.metric("search-a", {"kind": "step", "tokens": tokens, "tokens_per_second": 1.0}, float(now))
+        shares.append(progress(plan, facts, {"search": 9.0}, float(now)).stages[0].share)
+    assert shares == pytest.approx([0.1, 0.2, 0.3, 0.3, 0.3, 0.3, 0.4])
+
+
+def test_a_stage_that_is_measured_by_time_does_not_go_back_when_it_is_expected_to_take_longer() -> None:
+    plan, facts = Plan("p", {"depth": 1.0}), Facts()
+    facts.event({"time": 0.0, "event": "run_started", "stages": []})
+    facts.event({"time": 0.0, "event": "stage_started", "stage": "depth"})
+    before = progress(plan, facts, {"depth": 10.0}, 5.0)
+    after = progress(plan, facts, {"depth": 100.0}, 6.0, before)
+    assert before.stages[0].share == 0.5 == after.stages[0].share and after.share == before.share
+    assert after.stages[0].left == 94
+
+
+def test_a_search_that_has_not_begun_to_train_needs_most_of_its_forecast_still() -> None:
+    plan, facts = Plan("p", {"search": 1000.0}), Facts()
+    facts.event({"time": 0.0, "event": "run_started", "stages": []})
+    facts.event({"time": 0.0, "event": "stage_started", "stage": "search"})
+    state = progress(plan, facts, {"search": 100.0}, 95.0)
+    assert state.stages[0].share == 0 and state.left == 50
+
+
 def test_the_time_left_follows_what_was_measured() -> None:
     """A search that takes four times as long as its forecast: the forecast of the end comes near the truth, and that of
     the retraining after it grows too. Of a stage that stands still the time left does not come to nothing."""
