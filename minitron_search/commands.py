@@ -5,6 +5,7 @@ Each raises what is wrong, and `BegunError` of it once a run has begun: `message
 
 import json
 import shlex
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -28,6 +29,9 @@ from minitron_search.pipeline.stages import run_pipeline
 from minitron_search.planning.checks import check_stages, is_placement
 from minitron_search.planning.forecast import dry_run
 from minitron_search.planning.prepare import check_completed, check_texts, complete, prepare
+from minitron_search.progress.follow import Followed
+from minitron_search.progress.live import shown
+from minitron_search.progress.plan import Plan
 from minitron_search.records.bucket import bucket_copy
 from minitron_search.records.damage import mend
 from minitron_search.records.directory import ABLATION_FILE, RunDirectory
@@ -35,9 +39,11 @@ from minitron_search.records.directory import ABLATION_FILE, RunDirectory
 
 def search(config: Config, resume: bool, hold: Hold) -> int:
     """Prepare a run, and run its stages to the end or to the first that fails. `hold`: of its output."""
-    say("preparing: teacher, text, Winogrande")
-    prepared = prepare(config, resume)
-    release_memory()
+    began = time.time()
+    with shown(Followed(Plan(config.name, {}), None, began).now):
+        say("preparing: teacher, text, Winogrande")
+        prepared = prepare(config, resume)
+        release_memory()
     run_dir = prepared.run_dir
     run_dir.files = hold.files
     if resume and mend(run_dir):
@@ -49,7 +55,7 @@ def search(config: Config, resume: bool, hold: Hold) -> int:
     failed_before = failed_evaluations(run_dir)
     with continued_by(lambda: command_for(config, run_dir), run_dir.events_log):
         with bucket.kept_up_to_date() if bucket else nullcontext():
-            run_pipeline(prepared)
+            run_pipeline(prepared, since=began)
     if failed := failed_evaluations(run_dir) - failed_before:
         return complain(f"{failed} of evaluation.tasks failed, the rest is done; tried again by: "
                         f"{command_for(config, run_dir)}", 1)  # fmt: skip

@@ -21,12 +21,22 @@ def search_phases(config: Config, trials: int) -> list[Phase]:
     """Return all that a search trains when it proposes `trials` architectures: a phase a rung, then the finalists'
     further seeds and the controls."""
     settings, last = config.search, whole_batches(config, config.search.rungs[-1])
-    finalists = min(settings.reduction_factor * retrained(config), trials)
     further = (
-        Phase(finalists * max(0, settings.finalist_seeds - settings.seeds), last, len(settings.rungs)),
+        Phase(_further_seeds(config, trials), last, len(settings.rungs)),
         Phase(len(CONTROLS) * retrained(config) if settings.controls else 0, last, len(settings.rungs)),
     )
     return [*proposal_phases(config, trials), *(phase for phase in further if phase.trials)]
+
+
+def candidate_trials(config: Config, trials: int) -> int:
+    """Return how many trials of candidates a search starts when it proposes `trials` architectures: each with its
+    seeds, and the finalists' further ones."""
+    return proposal_phases(config, trials)[0].trials + _further_seeds(config, trials)
+
+
+def _further_seeds(config: Config, trials: int) -> int:
+    finalists = min(config.search.reduction_factor * retrained(config), trials)
+    return finalists * max(0, config.search.finalist_seeds - config.search.seeds)
 
 
 def proposal_phases(config: Config, trials: int) -> list[Phase]:

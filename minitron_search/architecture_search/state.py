@@ -18,7 +18,8 @@ from minitron_search.config.types import Precision
 from minitron_search.distillation.settings import LoopSettings
 from minitron_search.evaluation.evidence import not_worse
 from minitron_search.models.architecture import Architecture
-from minitron_search.records.directory import TRIALS_SCHEMA, Log, RunDirectory
+from minitron_search.records.directory import FINISHED, TRIALS_SCHEMA, Log, RunDirectory
+from minitron_search.records.lines import ENDED
 from minitron_search.records.metrics import METRICS
 from minitron_search.trials.settings import CONTROLS
 from minitron_search.trials.trial import Trial
@@ -41,6 +42,7 @@ class SearchState:
         self.failures: dict[str, str] = {}
         self.decisions: dict[str, dict[int, str]] = {}  # rung -> continue or stop, by trial id
         self.alive: set[str] = set()  # handed out, and not known to have ended
+        self.ended: set[str] = set()  # at least once, by the events: what was stopped may go on again
         self.settled = False  # whether what was stopped stays stopped
         self._events = Log(run_dir.events_log)
         self.rung_tokens = [whole_batches(config, tokens) for tokens in settings.milestones]
@@ -68,6 +70,8 @@ class SearchState:
         """Read from the events which trials have failed. One that diverges has said so itself, and so has a retraining,
         which is not a trial of the search."""
         for event in self._events.new():
+            if event["event"] in ENDED and isinstance(event.get("trial"), str):
+                self.ended.add(event["trial"])
             if event["event"] == "trial_failed":
                 self.failures[event["trial"]] = event["message"]
             elif event["event"] == "trial_finished" and event["status"] == "complete":
@@ -85,6 +89,10 @@ class SearchState:
             proposal=proposal,
             score_precision=self.settings.precision,
         )
+
+    def tried(self) -> int:
+        """Return how many candidates have run as far as they first went: no fewer when one of them goes on."""
+        return sum(trial in self.ended or self.status(trial) in FINISHED for trial in self.trials)
 
     def add(self, trial: Trial) -> None:
         (self.controls if trial.arm in CONTROLS else self.trials)[trial.id] = trial
@@ -252,6 +260,7 @@ class SearchState:
         for trial in trials:
             self.decide(trial.id, rung, "continue")
             self.run.event("trial_continued", trial=trial.id, rung=rung)
+            self.ended.add(trial.id)
         return trials
 
     def _more_seeds(self) -> list[Trial]:

@@ -12,7 +12,7 @@ from ray import tune
 from ray.tune.error import TuneError
 from ray.tune.search import Searcher
 
-from minitron_search.architecture_search.schedule import search_phases
+from minitron_search.architecture_search.schedule import candidate_trials, search_phases
 from minitron_search.architecture_search.state import SearchState
 from minitron_search.architecture_search.study import LiveStudy
 from minitron_search.cluster import session
@@ -26,7 +26,6 @@ from minitron_search.evaluation.evidence import evidence
 from minitron_search.messages.console import say
 from minitron_search.models.architecture import Architecture
 from minitron_search.records.damage import CheckpointDamage
-from minitron_search.records.directory import FINISHED
 from minitron_search.records.summary import harm_of, say_harm
 from minitron_search.trials.trial import Trial
 
@@ -220,10 +219,10 @@ class Bookkeeping(tune.Callback):
         return max(0, planned - sum(reached))
 
     def _place(self, trial: Trial) -> str:
-        done = sum(self.search.status(other) in FINISHED for other in self.search.trials)
-        planned = self.search.config.search.trials * self.search.config.search.seeds
-        total = max(planned, len(self.search.trials))
-        return f"[{done}/{total} trials done] {trial.id}"
+        """Return how many candidates were tried, of how many, and which one a line is about."""
+        search = self.search
+        planned = candidate_trials(search.config, min(search.config.search.trials, len(search.space)))
+        return f"[{search.tried()}/{max(planned, len(search.trials))} tried] {trial.id}"
 
 
 def _id_of(trial: Any) -> str:

@@ -39,6 +39,9 @@ from minitron_search.planning.environment import environment
 from minitron_search.planning.forecast import comparison, intermediate_advice, resources_comparison
 from minitron_search.planning.prepare import Prepared
 from minitron_search.planning.workload import spent
+from minitron_search.progress.follow import Followed
+from minitron_search.progress.live import shown
+from minitron_search.progress.plan import plan_of
 from minitron_search.records.directory import RunDirectory
 from minitron_search.records.summary import harm_of, say_harm, summary_table, winner
 from minitron_search.tracking.curves import tracked
@@ -53,23 +56,25 @@ from minitron_search.trials.settings import (
 from minitron_search.trials.trial import Trial
 
 
-def run_pipeline(prepared: Prepared, with_forecast: bool = True) -> None:
+def run_pipeline(prepared: Prepared, with_forecast: bool = True, since: float | None = None) -> None:
     """Run the configured stages; each reads what those before it left in the run directory.
 
-    `with_forecast`: measure first how long the run will take.
+    `with_forecast`: measure first how long the run will take. `since`: the Unix time at which the command began.
     """
     config, run_dir = prepared.config, prepared.run_dir
     began = time.monotonic()
-    try:
-        run_stages(prepared, with_forecast)
-    except Exception as error:
-        with suppress(OSError):  # of a disk that is full the message is what stopped the run
-            if run_dir.config.exists():
-                run_dir.event("run_failed", message=session.message_of(error).strip().splitlines()[-1])
-        raise
-    shutil.rmtree(run_dir.scratch, ignore_errors=True)
-    disconnect(run_dir)
-    run_dir.event("run_finished", seconds=time.monotonic() - began)
+    plan = plan_of(config, len(prepared.space), int(prepared.packed.row_lengths.sum()))
+    with shown(Followed(plan, run_dir, since or time.time()).now):
+        try:
+            run_stages(prepared, with_forecast)
+        except Exception as error:
+            with suppress(OSError):  # of a disk that is full the message is what stopped the run
+                if run_dir.config.exists():
+                    run_dir.event("run_failed", message=session.message_of(error).strip().splitlines()[-1])
+            raise
+        shutil.rmtree(run_dir.scratch, ignore_errors=True)
+        disconnect(run_dir)
+        run_dir.event("run_finished", seconds=time.monotonic() - began)
     console.print(summary_table(run_dir, console.width))
     if best := winner(run_dir):
         say(best)

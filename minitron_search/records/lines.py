@@ -24,6 +24,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "trial_finished": ("trial", "status"),
     "trial_started": ("trial",),
 }
+ENDED = ("trial_finished", "trial_failed", "trial_continued")  # of a trial: one that is continued had ended before
 
 
 def is_event(line: Mapping[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from tests.runs import ROOT
 ORDER = (
     "version", "messages", "records", "ownership", "config", "tracking", "models", "teachers", "data", "losses",
     "evaluation", "pruning", "importance", "depth", "checkpoints", "distillation", "trials", "architecture_search",
-    "export", "planning", "cluster", "pipeline", "ablation", "commands", "api",
+    "export", "planning", "progress", "cluster", "pipeline", "ablation", "commands", "api",
     "options", "completion", "usage", "cli", "run", "subcommands",
 )  # fmt: skip
 PLACES_WORK = {"cluster", "pipeline", "commands"}  # the only ones that import Ray

@@ -40,7 +40,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Prepared]]:
     """What runs that began would read: they end before their first stage."""
     prepared: list[Prepared] = []
-    monkeypatch.setattr("minitron_search.commands.run_pipeline", prepared.append)
+    monkeypatch.setattr("minitron_search.commands.run_pipeline", lambda run, since: prepared.append(run))
     monkeypatch.setattr("minitron_search.cluster.session.joined", lambda: pytest.fail("nothing here needs Ray"))
     monkeypatch.setenv("MINITRON_SEARCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
