@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: run test test-hosts lint bench-depth bench-distill clean
+.PHONY: run test test-hosts lint site bench-depth bench-distill clean
 
 run: $(VENV)/.installed
 	$(BIN)/python -m minitron_search.run $(ARGS)
@@ -25,6 +25,11 @@ test-hosts: $(VENV)/.installed
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy minitron_search analysis
+
+# the documents as pages that need no network: site/index.html
+site: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[site]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # the depth sweep against a forward pass per cut and against lm-eval, and its peak memory
 bench-depth: $(VENV)/.installed

@@ -193,6 +193,18 @@ def test_every_page_is_in_the_index() -> None:
     assert pages - linked == set()
 
 
+def test_the_site_shows_every_page_once() -> None:
+    """mkdocs.yml; `make site` itself fails on a link that leads nowhere."""
+
+    def pages(entry: Any) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        return [page for part in (entry.values() if isinstance(entry, dict) else entry) for page in pages(part)]
+
+    shown = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(shown) == sorted(str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md"))
+
+
 def test_yaml_that_is_shown_is_yaml() -> None:
     for document in DOCUMENTS:
         for block in fenced(document, "yaml"):
