@@ -162,8 +162,12 @@ Made with minitron_search by structured pruning of the teacher {as_code(origin.t
 | Winogrande margin (nats) | {row["winogrande_margin"]:.4f} | {row["winogrande_margin_stderr"]:.4f} | {row["winogrande_n"]} examples | {winogrande} |
 
 ```python
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+prompt = tokenizer("The first thing to know", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(prompt, max_new_tokens=32, do_sample=False)[0]))
 ```
 
 {chr(10).join(_usage(tool, command, refusals) for tool, command in COMMANDS.items())}

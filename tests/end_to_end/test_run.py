@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from minitron_search.cli import main
 from minitron_search.records.directory import RunDirectory
+from tests.project.test_docs import fenced
 from tests.runs import Command, events, in_background, kill_child, rows
 from tests.tracking.test_tracking import shown
 
@@ -63,6 +64,12 @@ def test_the_best_student_reloads_inside_the_budget(unbroken: Path) -> None:
     row = next(row for row in rows(unbroken) if row["arm"] == "retrained")
     assert student.num_parameters() == row["params"]
     assert abs(row["params"] - 105_000) <= 0.1 * 105_000
+
+
+def test_the_code_of_the_card_runs(unbroken: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = fenced(unbroken / "best" / "README.md", "python")
+    exec(code.replace("path/to/this/folder", str(unbroken / "best")), {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_ranks_compare_within_a_rung_and_stopped_trials_stay_stopped(unbroken: Path) -> None:
