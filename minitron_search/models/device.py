@@ -48,5 +48,11 @@ def release_memory() -> None:
     Measured after the teacher's conversion: 975 MiB before, 592 MiB after.
     """
     gc.collect()  # a model and its optimizer hold each other
+    trim_memory()
+
+
+def trim_memory() -> None:
+    """Give back what a model left behind that nothing trained: it goes with its last name, and looking at every object
+    of a process for others takes a third of a second."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from minitron_search.models.device import autocast, on_device, release_memory
+from minitron_search.models.device import autocast, on_device, trim_memory
 from minitron_search.models.loading import load_model
 from minitron_search.trials.inputs import TrialInputs
 from minitron_search.trials.runner import initial_student
@@ -38,7 +38,7 @@ def continuations(inputs: TrialInputs, untrained: Trial, student: Path) -> dict[
         model = on_device(load()).eval()
         written[name] = continued(model, prompts, text.shape[1], inputs.precision)
         del model
-        release_memory()
+        trim_memory()
     return {name: ids.tolist() for name, ids in written.items()} | {"seconds": time.monotonic() - began}
 
 

@@ -11,7 +11,7 @@ import torch
 
 from minitron_search.evaluation.scoring import throughput
 from minitron_search.models.architecture import Architecture
-from minitron_search.models.device import on_device, release_memory
+from minitron_search.models.device import on_device, trim_memory
 from minitron_search.pruning.trimming import trim
 from minitron_search.records.directory import SHAPE, RunDirectory, shape_of
 from minitron_search.trials.inputs import TrialInputs
@@ -44,4 +44,4 @@ def measure_speeds(inputs: TrialInputs, shapes: Mapping[tuple, Architecture], th
         inputs.run_dir.event("speed_measured", **fields, tokens_per_second=speed, tokens_per_second_stderr=error,
                              repeats=REPEATS)  # fmt: skip
         del student
-        release_memory()
+        trim_memory()

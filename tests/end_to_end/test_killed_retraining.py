@@ -17,7 +17,7 @@ from tests.runs import Command, children, in_background, rows, tiny_inputs
 
 pytestmark = pytest.mark.slow
 RETRAIN = ("--resume", "--stages", "retrain", "--resources.launcher", "train")
-STEPS = 160  # of the retraining
+STEPS = 240  # of the retraining
 BETWEEN = STEPS // CHECKPOINTS  # its checkpoints
 
 
