@@ -51,6 +51,6 @@ def choose_rate(prepared: Prepared, inputs: ray.ObjectRef) -> dict[str, Any]:
                        f"{row['rate']:.2g}: diverged" for row in found["rates"])  # fmt: skip
     say(f"learning rate: LM loss after {found['steps']} steps at {losses}; untrained {found['untrained']:.3f}; "
         f"{share:.1%} of the run's training")  # fmt: skip
-    how = ("best of a probe's rates after a few steps of one candidate" if found["helped"] else
+    how = ("chosen by a probe of a few steps of one candidate" if found["helped"] else
            "the lowest of a probe's rates: after a few steps NONE of them was below the untrained trim")  # fmt: skip
     return {**found, "share": share, "how": how}

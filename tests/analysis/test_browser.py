@@ -14,7 +14,7 @@ from tests.analysis.conftest import HOSTILE, write_ablation
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None or BASH is None, reason="no Chromium on this machine")
 
-FIGURES = 24  # of a finished run
+FIGURES = 25  # of a finished run
 DRAWN = "[...document.querySelectorAll('.plot')].map((plot) => plot.querySelectorAll('.main-svg').length > 0)"
 CELLS = "[...document.querySelectorAll('table.trials tbody tr')].map((row) => row.cells[COLUMN].dataset.key)"
 

@@ -17,7 +17,7 @@ def test_a_model_that_was_only_asked_is_freed_with_its_name(family: str) -> None
     windows = np.zeros((2, 6), dtype=np.int32)
     gc.disable()
     try:
-        throughput(model, windows, "float32", 1)
+        throughput(model, windows, "float32", 2)
         continued(model, windows, 2, "float32")
         left = weakref.ref(model)
         del model
