@@ -58,7 +58,8 @@ class Run:
         return load(folder)
 
     def __repr__(self) -> str:
-        console = Console(record=True, width=110, file=io.StringIO())
+        # in a notebook Rich would show the table at once, whatever its file
+        console = Console(record=True, width=110, file=io.StringIO(), force_jupyter=False)
         console.print(summary_table(self.directory))
         told = [str(self.directory.root), console.export_text().rstrip(), winner(self.directory)]
         return "\n".join([line for line in told if line] + harm_of(self.directory))

@@ -30,6 +30,10 @@ class Corpus:
     validation: Windows  # (validation_samples, sequence_length)
     id: str  # content id of the three arrays
 
+    def __repr__(self) -> str:
+        parts = (f"{name} {len(getattr(self, name)):,}" for name in ("calibration", "train", "validation"))
+        return f"windows of {self.train.shape[1]} tokens: {', '.join(parts)}"
+
 
 def load_corpus(
     train: str,

@@ -57,3 +57,10 @@ def test_pruning_distilling_and_comparing(
 def test_reading_a_run(finished_run: Path) -> None:
     said = run_all("read_a_run.ipynb", {'"runs/smollm2-135m"': repr(str(finished_run))})
     assert all(said) and "search" in said[3]
+
+
+@pytest.mark.parametrize("notebook", sorted(path.name for path in EXAMPLES.glob("*.ipynb")))
+def test_they_are_kept_with_what_they_showed_of_smollm2(notebook: str) -> None:
+    for cell in cells(notebook):
+        assert cell["outputs"], "".join(cell["source"])
+        assert all(output["output_type"] != "error" for output in cell["outputs"])
