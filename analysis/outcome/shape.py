@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis.outcome.summary import summary_info
+from analysis.outcome.summary import COLOURS, columns_of
 from analysis.page import formatting as f
 from analysis.page import palette
 from analysis.page.card import Card, Panel
@@ -29,16 +29,18 @@ class ShapeInfo(NamedTuple):
 
 def shape_info(run: RunData) -> ShapeInfo | None:
     """Return the teacher's shape and that of the student furthest on; None before there are both."""
-    summary = summary_info(run)
-    titles = [title for title in summary.rows if title not in ("Teacher", "Untrained trim")]
-    if "Teacher" not in summary.rows or not titles:
+    columns, _ = columns_of(run)
+    (_, teacher), _, *students = columns.items()
+    there = [
+        (title, row, colour) for (title, row), colour in zip(students, COLOURS[2:], strict=True) if row is not None
+    ]
+    if teacher is None or not there:
         return None
-    student = summary.rows[titles[-1]]
-    teacher = summary.rows["Teacher"]
+    title, student, colour = there[-1]
     kept = run.made.get(str(student["trial"]), {}).get("layers")
     if kept is None:
         kept = contiguous(student, int(teacher["num_hidden_layers"]))
-    return ShapeInfo(teacher, student, titles[-1], summary.colours[titles[-1]], tuple(map(int, kept)))
+    return ShapeInfo(teacher, student, title, colour, tuple(map(int, kept)))
 
 
 def contiguous(student: pd.Series, layers: int) -> Sequence[int]:

@@ -14,6 +14,8 @@ from minitron_search.messages.escaping import in_html
 from minitron_search.records.metrics import METRICS, scored
 from minitron_search.records.summary import against_trims, harm_sentences
 
+COLOURS = (palette.INK, palette.PURPLE, palette.ORANGE, palette.GREEN)  # of the four models, from the left
+BEST_TITLES = {True: "Best candidate", False: "Leading candidate"}  # by whether it was promoted
 ONE_SIDED_95 = 1.645  # standard errors of a coin, above one half, before an accuracy is called above chance
 
 
@@ -30,28 +32,31 @@ class SummaryInfo(NamedTuple):
 
 
 def summary_info(run: RunData) -> SummaryInfo:
-    rows: dict[str, pd.Series] = {}
-    best = best_candidate(run.trials)
-    architecture = None if best is None else str(best[0]["architecture"])
-    promoted = best is not None and best[1]
-    best_title = "Best candidate" if promoted else "Leading candidate"
-    columns = {
-        "Teacher": of_arm(run.trials, "teacher"),
-        "Untrained trim": of_arm(run.trials, "untrained", architecture),
-        best_title: None if best is None else best[0],
-        "Retrained student": of_arm(run.trials, "retrained", architecture),
-    }
-    rows = {title: row for title, row in columns.items() if row is not None}
-    colours = dict(zip(columns, (palette.INK, palette.PURPLE, palette.ORANGE, palette.GREEN), strict=True))
+    columns, promoted = columns_of(run)
+    best_title = BEST_TITLES[promoted]
     return SummaryInfo(
-        rows=rows,
-        colours=colours,
+        rows={title: row for title, row in columns.items() if row is not None},
+        colours=dict(zip(columns, COLOURS, strict=True)),
         outcome=outcome(
             columns["Teacher"], columns["Untrained trim"], columns[best_title], columns["Retrained student"], promoted
         ),
         warning=chance_warning(run),
         harm=harm_sentences(against_trims(run.trials.to_dict("records"), run.scores)),
     )
+
+
+def columns_of(run: RunData) -> tuple[dict[str, pd.Series | None], bool]:
+    """Return each model's row of the trials table by its title, None where there is none yet, and whether the best
+    candidate was promoted."""
+    best = best_candidate(run.trials)
+    architecture = None if best is None else str(best[0]["architecture"])
+    promoted = best is not None and best[1]
+    return {
+        "Teacher": of_arm(run.trials, "teacher"),
+        "Untrained trim": of_arm(run.trials, "untrained", architecture),
+        BEST_TITLES[promoted]: None if best is None else best[0],
+        "Retrained student": of_arm(run.trials, "retrained", architecture),
+    }, promoted
 
 
 def outcome(

@@ -167,6 +167,11 @@ def lock(path: Path) -> FileLock:
     return FileLock(locks / content_id(str(place)))
 
 
+def stamp_of(status: os.stat_result) -> tuple[int, ...]:
+    """Return what tells a file from a later state of it: size, mtime_ns, ctime_ns and inode."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
 def file_hash(path: Path) -> str:
     """Return the SHA-256 of a file: read once (a second a gigabyte), then remembered by path, size, times and inode.
 
@@ -174,7 +179,7 @@ def file_hash(path: Path) -> str:
     """
     path = path.resolve()
     status = path.stat()
-    stamp = [str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    stamp = [str(path), *stamp_of(status)]
     remembered = entry("hashes", content_id(stamp, digits=32))
     if remembered.is_file() and len(digest := remembered.read_text()) == 64:
         return digest

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from minitron_search.messages.failures import described, first_line
 from minitron_search.models.loading import weight_files
 from minitron_search.records import cache
-from minitron_search.records.cache import content_id, file_hash
+from minitron_search.records.cache import content_id, file_hash, stamp_of
 from minitron_search.records.paths import is_uri
 from minitron_search.records.transfer import WHOLE
 from minitron_search.teachers import embedded
@@ -175,7 +175,7 @@ def _checked(model: str, folder: Path) -> tuple[Path, PretrainedConfig]:
 def _state(folder: Path) -> tuple:
     """Return what tells a folder from a later state of it: the files that it holds, and the ctime of each."""
     files = [(path.name, path.stat() if path.exists() else path.lstat()) for path in sorted(folder.iterdir())]
-    return tuple((name, at.st_mode, at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino) for name, at in files)
+    return tuple((name, status.st_mode, *stamp_of(status)) for name, status in files)
 
 
 @lru_cache(maxsize=32)  # a start asks five times, and Gemma's tokenizer.json alone has 33 MB
